@@ -1,0 +1,1 @@
+//! The edge: takes requests, finds their service, holds and forwards them.

@@ -1,0 +1,1 @@
+//! What the node has: GPUs by NVML, or a simulated set.

@@ -1,0 +1,8 @@
+//! Pilotlight's agent: inventory, runtime, gateway and sidecar of one node.
+
+pub mod gateway;
+pub mod inventory;
+pub mod reconcile;
+pub mod runtime;
+pub mod session;
+pub mod sidecar;

@@ -1,0 +1,1 @@
+//! Desired assignment against what runs: the next steps.

@@ -1,0 +1,1 @@
+//! Starting, probing, adopting and stopping replicas.

@@ -1,0 +1,1 @@
+//! Per replica: the concurrency limit, its waiters, its load.

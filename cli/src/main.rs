@@ -1,0 +1,2 @@
+//! Pilotlight.
+fn main() {}

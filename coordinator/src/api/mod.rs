@@ -1,0 +1,1 @@
+//! The operators' gRPC API and the HTTP status listener.

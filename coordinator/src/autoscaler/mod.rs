@@ -1,0 +1,1 @@
+//! How many replicas a revision should have: Knative's KPA as pure functions.

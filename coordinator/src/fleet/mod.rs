@@ -1,0 +1,1 @@
+//! Sessions with agents: what they report, what they are told.

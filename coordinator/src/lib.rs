@@ -1,0 +1,13 @@
+//! Pilotlight's coordinator: desired state, scaling and placement decisions.
+//!
+//! Pure decisions ([`spec`], [`autoscaler`], [`placement`]) are deterministic functions without clock,
+//! I/O or randomness; [`store`], [`fleet`] and [`api`] are the effects; [`reconcile`] joins the two.
+
+pub mod api;
+pub mod autoscaler;
+pub mod finding;
+pub mod fleet;
+pub mod placement;
+pub mod reconcile;
+pub mod spec;
+pub mod store;

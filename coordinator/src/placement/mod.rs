@@ -1,0 +1,1 @@
+//! Which node and which GPUs a replica gets.

@@ -1,0 +1,1 @@
+//! The one loop: observe, decide, write, push.

@@ -1,0 +1,1 @@
+//! Desired state, durable: the `Store` trait, embedded and etcd.

@@ -1,0 +1,1 @@
+//! A real model server for the examples: iris, trained on the spot.

@@ -1,0 +1,1 @@
+//! Certificates, join tokens and mutual TLS for a Pilotlight cell.

@@ -1,0 +1,1 @@
+//! Tracing, OTLP export, W3C context and Prometheus metrics, set up alike in every process.
