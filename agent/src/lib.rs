@@ -1,5 +1,7 @@
 //! Pilotlight's agent: inventory, runtime, gateway and sidecar of one node.
 
+pub mod config;
+pub mod endpoint;
 pub mod gateway;
 pub mod inventory;
 pub mod reconcile;

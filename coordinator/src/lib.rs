@@ -5,6 +5,7 @@
 
 pub mod api;
 pub mod autoscaler;
+pub mod config;
 pub mod finding;
 pub mod fleet;
 pub mod placement;

@@ -1,0 +1,34 @@
+//! What the reconciler tells the data path about this node's replicas.
+
+use std::{net::SocketAddr, time::Duration};
+
+use futures::future::BoxFuture;
+
+/// A replica on this node that can be sent requests.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LocalReplica {
+    /// Unique replica name.
+    pub name: String,
+    /// `<namespace>/<revision>`.
+    pub revision: String,
+    /// Where its server listens.
+    pub address: SocketAddr,
+    /// True where it speaks HTTP/2 with prior knowledge.
+    pub h2c: bool,
+    /// Requests it may run at the same time; 0 is no limit.
+    pub container_concurrency: u32,
+    /// Longest time a request may take.
+    pub timeout: Duration,
+}
+
+/// The data path's side of a replica's life. Calls are idempotent.
+pub trait Endpoints: Send + Sync + 'static {
+    /// The replica is ready: give it requests.
+    fn ready(&self, replica: LocalReplica);
+    /// The replica gives no new slots; those in use go on.
+    fn drain(&self, replica: &str);
+    /// Resolves when a draining (or unknown) replica runs no request any more.
+    fn drained(&self, replica: &str) -> BoxFuture<'static, ()>;
+    /// The replica is gone: requests on it fail, nothing more is sent there.
+    fn remove(&self, replica: &str);
+}
