@@ -8,7 +8,12 @@ pub mod autoscaler;
 pub mod config;
 pub mod finding;
 pub mod fleet;
+pub mod leader;
+pub mod model;
 pub mod placement;
 pub mod reconcile;
+mod server;
 pub mod spec;
 pub mod store;
+
+pub use server::{CoordinatorError, run};

@@ -1,1 +1,67 @@
 //! Certificates, join tokens and mutual TLS for a Pilotlight cell.
+//!
+//! Every member of a cell (coordinator, node, operator) holds a certificate of the cell's own
+//! [`Authority`]. Its URI name says who the member is ([`Member`]), its DNS name is what TLS verifies.
+
+mod authority;
+mod credentials;
+#[cfg(test)]
+mod handshakes;
+mod live;
+mod member;
+mod token;
+mod transport;
+
+pub use authority::{Authority, NODE_LIFETIME, new_csr};
+pub use credentials::Credentials;
+pub use live::LiveIdentity;
+pub use member::{Member, Role, check_label};
+pub use token::{JoinToken, TokenRecord};
+pub use transport::{Trust, accept_tls, channel, connect_tls, member_of, peer_of};
+
+/// Why an identity cannot be made, read or used.
+#[derive(Debug, thiserror::Error)]
+pub enum IdentityError {
+    /// A name is not a DNS label.
+    #[error("name {0:?}: expected 1 to 63 of a-z, 0-9 and '-', beginning and ending with a letter or digit")]
+    Name(String),
+    /// A file cannot be read or written.
+    #[error("{path}: {error}")]
+    File {
+        /// Which.
+        path: std::path::PathBuf,
+        /// Why.
+        error: std::io::Error,
+    },
+    /// PEM text holds no usable certificate or key.
+    #[error("{what}: {reason}")]
+    Pem {
+        /// Which part.
+        what: &'static str,
+        /// Why.
+        reason: String,
+    },
+    /// A certificate request cannot be used.
+    #[error("certificate request: {0}")]
+    Csr(String),
+    /// A join token cannot be read.
+    #[error("join token: {0}; expected plt1.<id>.<secret>.<pin> as printed by `pilotlight token create`")]
+    Token(&'static str),
+    /// A certificate names no member of a cell.
+    #[error("certificate: {0}")]
+    Member(String),
+    /// A certificate cannot be made.
+    #[error("cannot make a certificate: {0}")]
+    Generate(#[from] rcgen::Error),
+    /// TLS refuses the certificate or key.
+    #[error("tls: {0}")]
+    Tls(#[from] rustls::Error),
+    /// An address is no URL.
+    #[error("address {address:?}: {reason}; expected https://host:port")]
+    Address {
+        /// As given.
+        address: String,
+        /// Why.
+        reason: String,
+    },
+}

@@ -1,1 +1,12 @@
 //! Tracing, OTLP export, W3C context and Prometheus metrics, set up alike in every process.
+//!
+//! Export is switched on by OpenTelemetry's standard variables and off otherwise. With export off no
+//! span data is made at all: an incoming `traceparent` then passes through the gateway untouched.
+
+mod context;
+mod metrics;
+mod setup;
+
+pub use context::{TraceContext, extract, inject, set_parent};
+pub use metrics::{Metrics, http_router};
+pub use setup::{Guard, LogFormat, Settings, TelemetryError, init, otlp_layer};

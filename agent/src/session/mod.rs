@@ -1,1 +1,146 @@
-//! The stream to the coordinator.
+//! The stream to the coordinator: connects, says hello, reports, and hands on what it is told.
+//!
+//! While the coordinator is away the node goes on with its last assignment and routes; the session
+//! tries again with growing pauses and, once connected, tells the whole truth anew.
+
+mod backoff;
+mod reports;
+
+use std::{sync::Arc, time::Duration};
+
+use pilotlight_proto::fleet::v1::{
+    self as fleet, AgentMessage, agent_message::Message as FromAgent, coordinator_message::Message as ToAgent,
+    fleet_client::FleetClient,
+};
+use tokio::sync::{mpsc, watch};
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::{Status, transport::Channel};
+use tracing::{info, warn};
+
+use backoff::Backoff;
+pub use reports::Told;
+
+/// Messages that may wait for the stream. Reports that find it full are skipped: the next one covers them.
+const MESSAGES_WAITING: usize = 256;
+/// A coordinator that does not answer a hello within this time is tried again.
+const WELCOME_WITHIN: Duration = Duration::from_secs(10);
+
+/// What a session needs of its node.
+pub struct Session {
+    /// Connects lazily, by TLS or not.
+    pub channel: Channel,
+    /// Who this node is.
+    pub hello: fleet::Hello,
+    /// What it has; sent at the start and on change.
+    pub inventory: watch::Receiver<fleet::Inventory>,
+    /// What runs; sent at the start and on change.
+    pub statuses: watch::Receiver<fleet::ReplicaStatuses>,
+    /// Requests that wait for a replica.
+    pub demands: mpsc::Receiver<fleet::Demand>,
+    /// Takes what the coordinator says, and gives the reports.
+    pub told: Arc<dyn Told>,
+    /// True while connected.
+    pub connected: watch::Sender<bool>,
+}
+
+impl Session {
+    /// Keeps a session open until `stopping`.
+    pub async fn run(mut self, stopping: CancellationToken) {
+        let mut backoff = Backoff::default();
+        loop {
+            let outcome = tokio::select! {
+                () = stopping.cancelled() => return,
+                outcome = self.once(&mut backoff) => outcome,
+            };
+            self.connected.send_replace(false);
+            let pause = backoff.next();
+            match outcome {
+                Ok(()) => info!(?pause, "the coordinator ended the session; connecting again"),
+                Err(status) => warn!(?pause, code = ?status.code(), reason = status.message(), "no session; trying again"),
+            }
+            tokio::select! {
+                () = stopping.cancelled() => return,
+                () = tokio::time::sleep(pause) => {}
+            }
+        }
+    }
+
+    /// One session, from hello to its end.
+    async fn once(&mut self, backoff: &mut Backoff) -> Result<(), Status> {
+        let (sender, receiver) = mpsc::channel(MESSAGES_WAITING);
+        let say = Outbound(sender);
+        say.now(FromAgent::Hello(self.hello.clone()))?;
+        say.now(FromAgent::Inventory(self.inventory.borrow_and_update().clone()))?;
+        say.now(FromAgent::ReplicaStatuses(self.statuses.borrow_and_update().clone()))?;
+
+        let mut client = FleetClient::new(self.channel.clone());
+        let opening = client.session(ReceiverStream::new(receiver));
+        let mut inbound = tokio::time::timeout(WELCOME_WITHIN, opening)
+            .await
+            .map_err(|_| Status::deadline_exceeded("the coordinator did not answer within 10 s"))??
+            .into_inner();
+        self.told.session_opened();
+        let mut reports = tokio::time::interval(Duration::from_secs(1));
+        reports.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                // Demand first: somebody is waiting.
+                biased;
+                Some(demand) = self.demands.recv() => say.now(FromAgent::Demand(demand))?,
+                changed = self.statuses.changed() => {
+                    changed.map_err(|_| Status::aborted("the reconciler ended"))?;
+                    say.now(FromAgent::ReplicaStatuses(self.statuses.borrow_and_update().clone()))?;
+                }
+                Ok(()) = self.inventory.changed() => {
+                    say.now(FromAgent::Inventory(self.inventory.borrow_and_update().clone()))?;
+                }
+                message = inbound.message() => {
+                    let Some(message) = message? else { return Ok(()) };
+                    let Some(message) = message.message else { continue };
+                    if let ToAgent::Welcome(welcome) = &message {
+                        backoff.reset();
+                        self.connected.send_replace(true);
+                        info!(cell = %welcome.cell, "connected to the coordinator");
+                        if let Some(interval) = report_interval(welcome) {
+                            reports = tokio::time::interval(interval);
+                            reports.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+                        }
+                    }
+                    self.told.take(message, &say);
+                }
+                _ = reports.tick() => say.if_room(FromAgent::QueueReport(self.told.report())),
+            }
+        }
+    }
+}
+
+/// The interval asked for, where it makes sense: 10 ms to 60 s.
+fn report_interval(welcome: &fleet::Welcome) -> Option<Duration> {
+    let interval = Duration::try_from(welcome.report_interval?).ok()?;
+    (Duration::from_millis(10)..=Duration::from_secs(60)).contains(&interval).then_some(interval)
+}
+
+/// Where messages to the coordinator go. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Outbound(mpsc::Sender<AgentMessage>);
+
+impl Outbound {
+    /// Sends, or ends the session where the stream is stuck: the next one tells everything anew.
+    fn now(&self, message: FromAgent) -> Result<(), Status> {
+        self.0
+            .try_send(AgentMessage { message: Some(message) })
+            .map_err(|_| Status::unavailable("the stream to the coordinator is stuck"))
+    }
+
+    /// Sends unless the stream is stuck.
+    fn if_room(&self, message: FromAgent) {
+        // A report that is skipped costs nothing: the next one covers its time.
+        let _ = self.0.try_send(AgentMessage { message: Some(message) });
+    }
+
+    /// Sends as soon as there is room. False where the session has ended.
+    pub async fn send(&self, message: FromAgent) -> bool {
+        self.0.send(AgentMessage { message: Some(message) }).await.is_ok()
+    }
+}

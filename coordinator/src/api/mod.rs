@@ -1,1 +1,6 @@
-//! The operators' gRPC API and the HTTP status listener.
+//! The operators' gRPC API and who may use what.
+
+pub mod access;
+pub mod control;
+
+pub use control::ControlService;

@@ -1,0 +1,15 @@
+//! What the session tells the node and asks of it.
+
+use pilotlight_proto::fleet::v1::{self as fleet, coordinator_message::Message as ToAgent};
+
+use super::Outbound;
+
+/// The node's side of a session.
+pub trait Told: Send + Sync {
+    /// A new session: versions start over.
+    fn session_opened(&self);
+    /// The coordinator said something. Must not block.
+    fn take(&self, message: ToAgent, say: &Outbound);
+    /// The load since the last report.
+    fn report(&self) -> fleet::QueueReport;
+}

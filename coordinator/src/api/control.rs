@@ -1,0 +1,437 @@
+//! The control API: operators' requests, answered from the loop.
+
+use std::{pin::Pin, sync::Arc, time::Duration};
+
+use async_stream::try_stream;
+use futures::Stream;
+use jiff::Timestamp;
+use pilotlight_identity::{Authority, JoinToken, Role};
+use pilotlight_proto::{
+    control::v1::{self as control, control_server::Control},
+    fleet::v1::{self as fleet, coordinator_message::Message as ToAgent},
+};
+use tokio::sync::broadcast::error::RecvError;
+use tonic::{Request, Response, Status};
+
+use super::access::Access;
+use crate::{
+    autoscaler::{Defaults, ScalerConfig},
+    finding::Finding,
+    fleet::LogHub,
+    model::keys,
+    reconcile::{
+        Applied, CommandError, Handle,
+        commands::Change,
+        meter::UsageRecord,
+        view,
+        world::World,
+    },
+    spec::{self, ParseOptions},
+    store::{Store, StoreError, StoreExt as _, Transaction},
+};
+
+/// How long a join token may be used unless asked for otherwise, and at most.
+const TOKEN_LIFE: Duration = Duration::from_secs(3600);
+const TOKEN_LIFE_MOST: Duration = Duration::from_secs(24 * 3600);
+/// Largest manifest taken, bytes; etcd's own limit for a value is 1.5 MiB.
+const MANIFEST_MOST: usize = 1 << 20;
+
+type Answer<T> = Result<Response<T>, Status>;
+type Streamed<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+/// The gRPC service.
+pub struct ControlService {
+    /// The loop.
+    pub handle: Handle,
+    /// For tokens and usage.
+    pub store: Arc<dyn Store>,
+    /// For join tokens; none where access is open.
+    pub authority: Option<Arc<Authority>>,
+    /// Who may call.
+    pub access: Access,
+    /// Fleet-wide defaults that applied services are checked against.
+    pub scaling: Defaults,
+    /// Cell name.
+    pub cell: String,
+    /// Open log requests.
+    pub logs: Arc<LogHub>,
+}
+
+impl ControlService {
+    async fn apply_document(&self, document: spec::Document, dry_run: bool) -> Result<control::ApplyResult, Status> {
+        let mut result = control::ApplyResult {
+            document: document.index as u32,
+            kind: document.kind,
+            namespace: document.namespace,
+            name: document.name,
+            outcome: control::ApplyOutcome::Refused.into(),
+            findings: document.findings.iter().map(finding).collect(),
+        };
+        if let Some(spec::Resource::InferenceService(service)) = document.object {
+            let applied = self.handle.apply(*service, dry_run).await.map_err(status)?;
+            result.outcome = match applied {
+                Applied::Created => control::ApplyOutcome::Created,
+                Applied::Configured => control::ApplyOutcome::Configured,
+                Applied::Unchanged => control::ApplyOutcome::Unchanged,
+            }
+            .into();
+        }
+        Ok(result)
+    }
+
+    /// Looks at one service.
+    async fn look<T: Send + 'static>(
+        &self,
+        namespace: &str,
+        name: &str,
+        look: impl FnOnce(&World, &crate::reconcile::world::ServiceState, Timestamp) -> T + Send + 'static,
+    ) -> Result<T, Status> {
+        let key = format!("{namespace}/{name}");
+        let wanted = key.clone();
+        self.handle
+            .read(move |world, now| world.services.get(&wanted).map(|state| look(world, state, now)))
+            .await
+            .map_err(status)?
+            .ok_or_else(|| status(CommandError::NotFound(key)))
+    }
+}
+
+#[tonic::async_trait]
+impl Control for ControlService {
+    async fn apply(&self, request: Request<control::ApplyRequest>) -> Answer<control::ApplyResponse> {
+        self.access.operator(&request, Role::Operator)?;
+        let request = request.into_inner();
+        if request.manifest.len() > MANIFEST_MOST {
+            return Err(Status::invalid_argument(format!(
+                "manifest: {} bytes, at most {MANIFEST_MOST} are allowed",
+                request.manifest.len()
+            )));
+        }
+        let namespace = if request.namespace.is_empty() { "default" } else { &request.namespace };
+        let scaling = |annotations: &_, component: &_| match ScalerConfig::resolve(&self.scaling, annotations, component) {
+            Ok((_, warnings)) => warnings,
+            Err(findings) => findings,
+        };
+        let options = ParseOptions { default_namespace: namespace.to_owned(), strict: request.strict };
+        let mut results = Vec::new();
+        for document in spec::parse(&request.manifest, &options, &scaling) {
+            results.push(self.apply_document(document, request.dry_run).await?);
+        }
+        Ok(Response::new(control::ApplyResponse { results }))
+    }
+
+    async fn get(&self, request: Request<control::GetRequest>) -> Answer<control::GetResponse> {
+        self.access.operator(&request, Role::Viewer)?;
+        let request = request.into_inner();
+        let service = self.look(&request.namespace, &request.name, view::service).await?;
+        Ok(Response::new(control::GetResponse { service: Some(service) }))
+    }
+
+    async fn list(&self, request: Request<control::ListRequest>) -> Answer<control::ListResponse> {
+        self.access.operator(&request, Role::Viewer)?;
+        let services = services(&self.handle, request.into_inner().namespace, String::new()).await?;
+        Ok(Response::new(control::ListResponse { services }))
+    }
+
+    type WatchStream = Streamed<control::WatchResponse>;
+
+    async fn watch(&self, request: Request<control::WatchRequest>) -> Answer<Self::WatchStream> {
+        self.access.operator(&request, Role::Viewer)?;
+        let control::WatchRequest { namespace, name } = request.into_inner();
+        Ok(Response::new(Box::pin(watch(self.handle.clone(), namespace, name))))
+    }
+
+    async fn delete(&self, request: Request<control::DeleteRequest>) -> Answer<control::DeleteResponse> {
+        self.access.operator(&request, Role::Operator)?;
+        let request = request.into_inner();
+        self.handle.delete(format!("{}/{}", request.namespace, request.name)).await.map_err(status)?;
+        Ok(Response::new(control::DeleteResponse {}))
+    }
+
+    async fn describe(&self, request: Request<control::DescribeRequest>) -> Answer<control::DescribeResponse> {
+        self.access.operator(&request, Role::Viewer)?;
+        let request = request.into_inner();
+        Ok(Response::new(self.look(&request.namespace, &request.name, view::describe).await?))
+    }
+
+    async fn list_nodes(&self, request: Request<control::ListNodesRequest>) -> Answer<control::ListNodesResponse> {
+        self.access.operator(&request, Role::Viewer)?;
+        let nodes = self
+            .handle
+            .read(|world, now| world.nodes.values().map(|node| view::node(world, node, now)).collect())
+            .await
+            .map_err(status)?;
+        Ok(Response::new(control::ListNodesResponse { nodes }))
+    }
+
+    async fn list_revisions(
+        &self,
+        request: Request<control::ListRevisionsRequest>,
+    ) -> Answer<control::ListRevisionsResponse> {
+        self.access.operator(&request, Role::Viewer)?;
+        let request = request.into_inner();
+        let revisions = self
+            .handle
+            .read(move |world, _| {
+                let shown = world.revisions.values().filter(|state| {
+                    let record = &state.record;
+                    asked(&request.namespace, &record.namespace) && asked(&request.service, &record.service)
+                });
+                shown.map(|state| view::revision(world, state)).collect()
+            })
+            .await
+            .map_err(status)?;
+        Ok(Response::new(control::ListRevisionsResponse { revisions }))
+    }
+
+    async fn list_replicas(
+        &self,
+        request: Request<control::ListReplicasRequest>,
+    ) -> Answer<control::ListReplicasResponse> {
+        self.access.operator(&request, Role::Viewer)?;
+        let request = request.into_inner();
+        let replicas = self
+            .handle
+            .read(move |world, _| {
+                let shown = world.replicas.values().filter(|state| {
+                    let record = &state.record;
+                    asked(&request.namespace, &record.namespace) && asked(&request.service, &record.service)
+                });
+                shown.map(view::replica).collect()
+            })
+            .await
+            .map_err(status)?;
+        Ok(Response::new(control::ListReplicasResponse { replicas }))
+    }
+
+    async fn list_decisions(
+        &self,
+        request: Request<control::ListDecisionsRequest>,
+    ) -> Answer<control::ListDecisionsResponse> {
+        self.access.operator(&request, Role::Viewer)?;
+        let request = request.into_inner();
+        let limit = request.limit as usize;
+        let decisions = self
+            .look(&request.namespace, &request.name, move |world, state, _| view::decisions(world, state, limit))
+            .await?;
+        Ok(Response::new(control::ListDecisionsResponse { decisions }))
+    }
+
+    async fn list_usage(&self, request: Request<control::ListUsageRequest>) -> Answer<control::ListUsageResponse> {
+        self.access.operator(&request, Role::Viewer)?;
+        let request = request.into_inner();
+        let records = self.store.list_json::<UsageRecord>(keys::USAGE).await.map_err(unavailable)?;
+        let usage = records
+            .into_iter()
+            .map(usage)
+            .filter(|usage| asked(&request.namespace, &usage.namespace))
+            .filter(|usage| {
+                let hour = usage.hour.map_or(0, |hour| hour.seconds);
+                request.from.is_none_or(|from| hour >= from.seconds) && request.to.is_none_or(|to| hour < to.seconds)
+            })
+            .collect();
+        Ok(Response::new(control::ListUsageResponse { usage }))
+    }
+
+    type LogsStream = Streamed<control::LogsResponse>;
+
+    async fn logs(&self, request: Request<control::LogsRequest>) -> Answer<Self::LogsStream> {
+        self.access.operator(&request, Role::Viewer)?;
+        let request = request.into_inner();
+        let open = self.open_logs(&request).await?;
+        Ok(Response::new(Box::pin(futures::stream::select_all(open))))
+    }
+
+    async fn create_token(
+        &self,
+        request: Request<control::CreateTokenRequest>,
+    ) -> Answer<control::CreateTokenResponse> {
+        self.access.operator(&request, Role::Admin)?;
+        let authority = self.authority.as_ref().ok_or_else(|| {
+            Status::failed_precondition("this coordinator runs without TLS (`dev`); agents join it without a token")
+        })?;
+        let ttl = match request.into_inner().ttl {
+            None => TOKEN_LIFE,
+            Some(ttl) => Duration::try_from(ttl).map_err(|_| Status::invalid_argument("ttl: must not be negative"))?,
+        };
+        if ttl.is_zero() || ttl > TOKEN_LIFE_MOST {
+            return Err(Status::invalid_argument(format!("ttl: {ttl:?}, expected more than 0 and at most 24h")));
+        }
+        let expires_at = Timestamp::now() + ttl;
+        let (token, record) = JoinToken::generate(authority, expires_at.as_second());
+        let key = keys::token(token.id());
+        let write = Transaction::new().expect_absent(&key).put_json(&key, &record);
+        self.store.commit(write).await.map_err(unavailable)?;
+        Ok(Response::new(control::CreateTokenResponse {
+            token: token.to_string(),
+            expires_at: Some(view::timestamp(expires_at)),
+        }))
+    }
+
+    async fn get_version(&self, _: Request<control::GetVersionRequest>) -> Answer<control::GetVersionResponse> {
+        Ok(Response::new(control::GetVersionResponse {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            cell: self.cell.clone(),
+            store: self.store.kind().to_owned(),
+        }))
+    }
+}
+
+impl ControlService {
+    /// Asks the agents concerned for logs; one stream per replica.
+    async fn open_logs(&self, request: &control::LogsRequest) -> Result<Vec<Streamed<control::LogsResponse>>, Status> {
+        let wanted = request.replica.clone();
+        let sources = self
+            .look(&request.namespace, &request.name, move |world, state, _| {
+                let names = state
+                    .revisions
+                    .iter()
+                    .filter_map(|number| world.revisions.get(&state.record.revision_key(*number)))
+                    .flat_map(|revision| &revision.replicas)
+                    .filter(|name| asked(&wanted, name));
+                let session = |name: &String| {
+                    let replica = world.replicas.get(name)?;
+                    world.nodes.get(&replica.record.node)?.session.clone()
+                };
+                names.map(|name| (name.clone(), session(name))).collect::<Vec<_>>()
+            })
+            .await?;
+        if sources.is_empty() {
+            let which = if request.replica.is_empty() { &request.name } else { &request.replica };
+            return Err(Status::not_found(format!("{which} has no replica now; logs are kept with the replica")));
+        }
+        let mut streams: Vec<Streamed<control::LogsResponse>> = Vec::new();
+        for (replica, session) in sources {
+            let session = session.ok_or_else(|| Status::unavailable(format!("the node of {replica} is not connected")))?;
+            let (id, mut chunks) = self.logs.open();
+            let ask = fleet::LogRequest {
+                request_id: id,
+                replica: replica.clone(),
+                tail_lines: request.tail_lines,
+                follow: request.follow,
+                cancel: false,
+            };
+            if !session.tell(ToAgent::LogRequest(ask)) {
+                return Err(Status::unavailable(format!("the node of {replica} is not connected")));
+            }
+            let closing = CloseLog { logs: Arc::clone(&self.logs), session, id };
+            streams.push(Box::pin(try_stream! {
+                let _closing = closing;
+                while let Some(chunk) = chunks.recv().await {
+                    let end = chunk.end;
+                    yield control::LogsResponse { replica: replica.clone(), data: chunk.data, error: chunk.error };
+                    if end {
+                        break;
+                    }
+                }
+            }));
+        }
+        Ok(streams)
+    }
+}
+
+/// Tells the agent to stop when the reader hangs up.
+struct CloseLog {
+    logs: Arc<LogHub>,
+    session: crate::fleet::SessionHandle,
+    id: u64,
+}
+
+impl Drop for CloseLog {
+    fn drop(&mut self) {
+        self.logs.close(self.id);
+        let cancel = fleet::LogRequest { request_id: self.id, cancel: true, ..Default::default() };
+        // A session that is gone has stopped sending anyway.
+        let _ = self.session.tell(ToAgent::LogRequest(cancel));
+    }
+}
+
+/// The services of a namespace and name; empty means any.
+async fn services(handle: &Handle, namespace: String, name: String) -> Result<Vec<control::Service>, Status> {
+    handle
+        .read(move |world, now| {
+            let shown = world.services.values().filter(|state| {
+                let service = &state.record.service;
+                asked(&namespace, &service.namespace) && asked(&name, &service.name)
+            });
+            shown.map(|state| view::service(world, state, now)).collect()
+        })
+        .await
+        .map_err(status)
+}
+
+/// First what there is, then each change; a watcher that falls behind gets the whole list again.
+fn watch(
+    handle: Handle,
+    namespace: String,
+    name: String,
+) -> impl Stream<Item = Result<control::WatchResponse, Status>> + Send {
+    try_stream! {
+        let mut changes = handle.changes();
+        'list: loop {
+            for service in services(&handle, namespace.clone(), name.clone()).await? {
+                yield control::WatchResponse { deleted: false, service: Some(service) };
+            }
+            loop {
+                match changes.recv().await {
+                    Ok(Change::Updated(key)) => {
+                        let (of, called) = key.split_once('/').unwrap_or_default();
+                        if !asked(&namespace, of) || !asked(&name, called) {
+                            continue;
+                        }
+                        for service in services(&handle, of.to_owned(), called.to_owned()).await? {
+                            yield control::WatchResponse { deleted: false, service: Some(service) };
+                        }
+                    }
+                    Ok(Change::Deleted(service)) => {
+                        if asked(&namespace, &service.namespace) && asked(&name, &service.name) {
+                            yield control::WatchResponse { deleted: true, service: Some(*service) };
+                        }
+                    }
+                    Err(RecvError::Lagged(_)) => continue 'list,
+                    Err(RecvError::Closed) => break 'list,
+                }
+            }
+        }
+    }
+}
+
+/// Empty asks for all.
+fn asked(wanted: &str, is: &str) -> bool {
+    wanted.is_empty() || wanted == is
+}
+
+fn finding(finding: &Finding) -> control::Finding {
+    let (line, column) = finding.position.unwrap_or_default();
+    control::Finding {
+        error: finding.is_error(),
+        field: finding.field.clone(),
+        value: finding.value.clone(),
+        message: finding.message.clone(),
+        line,
+        column,
+    }
+}
+
+fn usage(record: UsageRecord) -> control::Usage {
+    let duration = |millis| crate::reconcile::routes::duration(Duration::from_millis(millis));
+    control::Usage {
+        replica_time: Some(duration(record.replica_ms)),
+        gpu_time: Some(duration(record.gpu_ms)),
+        hour: Some(view::timestamp(record.hour)),
+        namespace: record.namespace,
+        service: record.service,
+        gpu_class: record.gpu_class,
+    }
+}
+
+fn status(error: CommandError) -> Status {
+    match &error {
+        CommandError::NotFound(_) => Status::not_found(error.to_string()),
+        CommandError::Store(_) | CommandError::Stopping => Status::unavailable(error.to_string()),
+    }
+}
+
+fn unavailable(error: StoreError) -> Status {
+    Status::unavailable(error.to_string())
+}

@@ -1,0 +1,157 @@
+//! One gRPC stream per agent: authenticates it, reads what it says, writes what the loop tells it.
+
+use std::{
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use futures::Stream;
+use pilotlight_identity::Member;
+use pilotlight_proto::fleet::v1::{
+    self as fleet, AgentMessage, CoordinatorMessage, agent_message::Message as FromAgent,
+    coordinator_message::Message as ToAgent,
+};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::{Request, Response, Status, Streaming};
+use tracing::{info, warn};
+
+use super::LogHub;
+use crate::{
+    api::access::Access,
+    reconcile::{Handle, commands::Input},
+};
+
+/// Messages an agent may fall behind before its session is ended; it then reconnects and gets
+/// everything anew, which is cheaper than a queue that grows.
+const MESSAGES_WAITING: usize = 256;
+/// An agent that opens a stream and says nothing is let go after this time.
+const HELLO_WITHIN: Duration = Duration::from_secs(10);
+
+/// The loop's end of a session.
+#[derive(Debug, Clone)]
+pub struct SessionHandle {
+    /// Node name, as certified.
+    pub node: String,
+    /// Tells sessions of one node apart; grows.
+    pub id: u64,
+    outbound: mpsc::Sender<Result<CoordinatorMessage, Status>>,
+    closed: CancellationToken,
+}
+
+impl SessionHandle {
+    /// Tells the agent something. False where the agent is too far behind or gone: the session ends.
+    #[must_use]
+    pub fn tell(&self, message: ToAgent) -> bool {
+        let sent = self.outbound.try_send(Ok(CoordinatorMessage { message: Some(message) })).is_ok();
+        if !sent {
+            self.close();
+        }
+        sent
+    }
+
+    /// Ends the session.
+    pub fn close(&self) {
+        self.closed.cancel();
+    }
+}
+
+/// The gRPC service.
+pub struct FleetService {
+    handle: Handle,
+    logs: Arc<LogHub>,
+    access: Access,
+    next_session: AtomicU64,
+    stopping: CancellationToken,
+}
+
+impl FleetService {
+    /// Serves sessions until `stopping`.
+    pub fn new(handle: Handle, logs: Arc<LogHub>, access: Access, stopping: CancellationToken) -> Self {
+        Self { handle, logs, access, next_session: AtomicU64::new(1), stopping }
+    }
+}
+
+#[tonic::async_trait]
+impl fleet::fleet_server::Fleet for FleetService {
+    type SessionStream = Pin<Box<dyn Stream<Item = Result<CoordinatorMessage, Status>> + Send>>;
+
+    async fn session(
+        &self,
+        request: Request<Streaming<AgentMessage>>,
+    ) -> Result<Response<Self::SessionStream>, Status> {
+        let caller = self.access.caller(&request)?;
+        let mut inbound = request.into_inner();
+        let first = tokio::time::timeout(HELLO_WITHIN, inbound.message())
+            .await
+            .map_err(|_| Status::deadline_exceeded("no hello within 10 s"))??;
+        let Some(FromAgent::Hello(hello)) = first.and_then(|first| first.message) else {
+            return Err(Status::invalid_argument("the first message of a session must be hello"));
+        };
+        self.access.check_node(caller.as_ref(), &hello.node_name)?;
+
+        let (outbound, receiver) = mpsc::channel(MESSAGES_WAITING);
+        let session = SessionHandle {
+            node: hello.node_name.clone(),
+            id: self.next_session.fetch_add(1, Ordering::Relaxed),
+            outbound,
+            closed: self.stopping.child_token(),
+        };
+        info!(node = %session.node, session = session.id, version = %hello.agent_version, "agent connected");
+        let stopped = |_| Status::unavailable("the coordinator is stopping");
+        self.handle
+            .send(Input::Connected { session: session.clone(), hello: Box::new(hello) })
+            .await
+            .map_err(stopped)?;
+        tokio::spawn(listen(inbound, session, self.handle.clone(), Arc::clone(&self.logs)));
+        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+    }
+}
+
+/// Reads what the agent says until either side ends the session.
+async fn listen(mut inbound: Streaming<AgentMessage>, session: SessionHandle, handle: Handle, logs: Arc<LogHub>) {
+    loop {
+        let message = tokio::select! {
+            () = session.closed.cancelled() => break,
+            message = inbound.message() => message,
+        };
+        match message {
+            Ok(Some(AgentMessage { message: Some(FromAgent::LogChunk(chunk)) })) => logs.deliver(chunk),
+            Ok(Some(AgentMessage { message: Some(message) })) => {
+                let input = Input::Heard { node: session.node.clone(), session: session.id, message };
+                if handle.send(input).await.is_err() {
+                    break;
+                }
+            }
+            // A message kind that this version does not know: a newer agent.
+            Ok(Some(AgentMessage { message: None })) => {}
+            Ok(None) => break,
+            Err(status) => {
+                warn!(node = %session.node, %status, "session broke");
+                break;
+            }
+        }
+    }
+    session.close();
+    info!(node = %session.node, session = session.id, "agent disconnected");
+    // The loop may have ended first; then nobody needs to know.
+    let _ = handle.send(Input::Disconnected { node: session.node, session: session.id }).await;
+}
+
+impl Access {
+    /// Refuses a session that speaks for another node than its certificate names.
+    fn check_node(&self, caller: Option<&Member>, node: &str) -> Result<(), Status> {
+        match caller {
+            None => Ok(()),
+            Some(Member::Node(name)) if name == node => Ok(()),
+            Some(other) => Err(Status::permission_denied(format!(
+                "hello names node {node:?}, but the certificate is for {other}"
+            ))),
+        }
+    }
+}

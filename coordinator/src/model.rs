@@ -1,0 +1,151 @@
+//! The records that make up desired state, and where each is kept in the store.
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use crate::spec::{InferenceService, RevisionTemplate};
+
+/// `<namespace>/<name>` of an InferenceService.
+pub type ServiceKey = String;
+/// `<namespace>/<revision>`, as in the fleet protocol.
+pub type RevisionKey = String;
+
+/// An applied InferenceService.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ServiceRecord {
+    /// Unique over time: a service that is deleted and applied again gets another.
+    pub uid: String,
+    /// Grows by one with each change of the spec; from 1.
+    pub generation: u64,
+    /// When it was first applied.
+    pub created_at: Timestamp,
+    /// Number of the newest revision; revisions are named `<service>-predictor-<number>`.
+    pub latest_revision: u32,
+    /// Number of the newest revision that has ever been ready; it takes the traffic.
+    pub latest_ready: Option<u32>,
+    /// What was applied.
+    pub service: InferenceService,
+}
+
+impl ServiceRecord {
+    /// `<namespace>/<name>`.
+    pub fn key(&self) -> ServiceKey {
+        format!("{}/{}", self.service.namespace, self.service.name)
+    }
+
+    /// Name of this service's revision `number`, as Knative names them.
+    pub fn revision_name(&self, number: u32) -> String {
+        format!("{}-predictor-{number:05}", self.service.name)
+    }
+
+    /// Key of this service's revision `number`.
+    pub fn revision_key(&self, number: u32) -> RevisionKey {
+        format!("{}/{}", self.service.namespace, self.revision_name(number))
+    }
+}
+
+/// One immutable version of a service's predictor.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct RevisionRecord {
+    /// Namespace.
+    pub namespace: String,
+    /// `<service>-predictor-<number>`.
+    pub name: String,
+    /// The InferenceService it belongs to.
+    pub service: String,
+    /// From 1.
+    pub number: u32,
+    /// Generation of the service that made it.
+    pub generation: u64,
+    /// When it was made.
+    pub created_at: Timestamp,
+    /// True once it has reached its initial scale; never unset.
+    pub been_ready: bool,
+    /// What its replicas run.
+    pub template: RevisionTemplate,
+}
+
+impl RevisionRecord {
+    /// `<namespace>/<revision>`.
+    pub fn key(&self) -> RevisionKey {
+        format!("{}/{}", self.namespace, self.name)
+    }
+
+    /// `<namespace>/<service>`.
+    pub fn service_key(&self) -> ServiceKey {
+        format!("{}/{}", self.namespace, self.service)
+    }
+}
+
+/// A replica that shall exist, and where.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReplicaRecord {
+    /// `<revision>-<suffix>`, unique for ever.
+    pub name: String,
+    /// Namespace.
+    pub namespace: String,
+    /// The InferenceService it belongs to.
+    pub service: String,
+    /// Key of its revision.
+    pub revision: RevisionKey,
+    /// The node that runs it.
+    pub node: String,
+    /// The GPUs it holds there.
+    pub gpu_indices: Vec<u32>,
+    /// Product of those GPUs, for metering; empty without GPUs.
+    pub gpu_class: String,
+    /// When it was placed.
+    pub created_at: Timestamp,
+    /// True: it takes no new request, finishes, and stops.
+    pub draining: bool,
+}
+
+/// A node that has joined.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct NodeRecord {
+    /// Node name.
+    pub name: String,
+    /// When it was first seen.
+    pub joined_at: Timestamp,
+}
+
+/// Keys in the store. Prefixes end in `/`, so that no name is a prefix of another's.
+pub mod keys {
+    /// All services.
+    pub const SERVICES: &str = "services/";
+    /// All revisions.
+    pub const REVISIONS: &str = "revisions/";
+    /// All replicas.
+    pub const REPLICAS: &str = "replicas/";
+    /// All nodes.
+    pub const NODES: &str = "nodes/";
+    /// All join tokens.
+    pub const TOKENS: &str = "tokens/";
+    /// Metered usage, by hour.
+    pub const USAGE: &str = "usage/";
+    /// Up to when usage has been written.
+    pub const USAGE_CURSOR: &str = "usage-cursor";
+    /// The cell's certificate authority.
+    pub const AUTHORITY: &str = "authority";
+
+    /// One service.
+    pub fn service(key: &str) -> String {
+        format!("{SERVICES}{key}")
+    }
+    /// One revision.
+    pub fn revision(key: &str) -> String {
+        format!("{REVISIONS}{key}")
+    }
+    /// One replica.
+    pub fn replica(name: &str) -> String {
+        format!("{REPLICAS}{name}")
+    }
+    /// One node.
+    pub fn node(name: &str) -> String {
+        format!("{NODES}{name}")
+    }
+    /// One join token.
+    pub fn token(id: &str) -> String {
+        format!("{TOKENS}{id}")
+    }
+}

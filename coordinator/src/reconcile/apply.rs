@@ -1,0 +1,171 @@
+//! Applying and deleting services.
+
+use jiff::Timestamp;
+use tracing::info;
+
+use super::{
+    commands::{Applied, Change, CommandError},
+    run::{Reconciler, insert_revision},
+    view,
+    world::{Event, ServiceState},
+};
+use crate::{
+    autoscaler::ScalerConfig,
+    model::{RevisionRecord, ServiceRecord, keys},
+    spec::InferenceService,
+    store::Transaction,
+};
+
+/// Revisions kept of one service beside those that have replicas or take traffic.
+const REVISIONS_KEPT: usize = 10;
+
+impl Reconciler {
+    /// Stores a service; a changed template makes a new revision.
+    pub(super) async fn apply(
+        &mut self,
+        service: InferenceService,
+        dry_run: bool,
+        now: Timestamp,
+    ) -> Result<Applied, CommandError> {
+        let key = format!("{}/{}", service.namespace, service.name);
+        let former = self.world.services.get(&key).map(|state| &state.record);
+        if former.is_some_and(|former| former.service == service) {
+            return Ok(Applied::Unchanged);
+        }
+        let outcome = if former.is_some() { Applied::Configured } else { Applied::Created };
+        if dry_run {
+            return Ok(outcome);
+        }
+        let (record, revision) = self.next(former, service, now);
+        let mut write = Transaction::new().put_json(&keys::service(&key), &record);
+        if let Some(revision) = &revision {
+            write = write.put_json(&keys::revision(&revision.key()), revision);
+        }
+        let expired = self.expired(&record);
+        for number in &expired {
+            write = write.delete(&keys::revision(&record.revision_key(*number)));
+        }
+        self.commit(write).await?;
+
+        let state = self.world.services.entry(key.clone()).or_insert_with(|| ServiceState::new(record.clone()));
+        state.record = record;
+        for number in expired {
+            state.revisions.remove(&number);
+            let gone = state.record.revision_key(number);
+            self.world.revisions.remove(&gone);
+        }
+        if let Some(revision) = revision {
+            self.begin(revision, now);
+        }
+        info!(service = %key, ?outcome, "applied");
+        self.dirty.services.insert(key);
+        Ok(outcome)
+    }
+
+    /// The service's next record, and the revision that it makes, if its template differs.
+    fn next(
+        &self,
+        former: Option<&ServiceRecord>,
+        service: InferenceService,
+        now: Timestamp,
+    ) -> (ServiceRecord, Option<RevisionRecord>) {
+        let template = service.predictor.template.clone();
+        let mut record = match former {
+            Some(former) => ServiceRecord { generation: former.generation + 1, service, ..former.clone() },
+            None => ServiceRecord {
+                uid: uuid::Uuid::new_v4().to_string(),
+                generation: 1,
+                created_at: now,
+                latest_revision: 0,
+                latest_ready: None,
+                service,
+            },
+        };
+        let latest = self.world.revisions.get(&record.revision_key(record.latest_revision));
+        if latest.is_some_and(|latest| latest.record.template == template) {
+            return (record, None);
+        }
+        record.latest_revision += 1;
+        // Knative: a revision that is born at zero needs no replica to prove itself.
+        let starts_at_zero = ScalerConfig::resolve(
+            &self.world.settings.scaling,
+            &template.annotations,
+            &template.scaling,
+        )
+        .is_ok_and(|(config, _)| config.initial_scale() == 0 && config.min_scale() == 0);
+        if starts_at_zero {
+            record.latest_ready = Some(record.latest_revision);
+        }
+        let revision = RevisionRecord {
+            namespace: record.service.namespace.clone(),
+            name: record.revision_name(record.latest_revision),
+            service: record.service.name.clone(),
+            number: record.latest_revision,
+            generation: record.generation,
+            created_at: now,
+            been_ready: starts_at_zero,
+            template,
+        };
+        (record, Some(revision))
+    }
+
+    /// Old revisions past the limit that hold nothing and take no traffic.
+    fn expired(&self, record: &ServiceRecord) -> Vec<u32> {
+        let Some(state) = self.world.services.get(&record.key()) else { return Vec::new() };
+        let idle = state.revisions.iter().copied().filter(|number| {
+            *number != record.latest_revision
+                && Some(*number) != record.latest_ready
+                && self.world.revisions.get(&record.revision_key(*number)).is_none_or(|r| r.replicas.is_empty())
+        });
+        let mut idle: Vec<u32> = idle.collect();
+        idle.truncate(idle.len().saturating_sub(REVISIONS_KEPT));
+        idle
+    }
+
+    /// A new revision starts with its initial scale.
+    fn begin(&mut self, record: RevisionRecord, now: Timestamp) {
+        let key = record.key();
+        let service = record.service_key();
+        let object = format!("Revision/{}", record.name);
+        insert_revision(&mut self.world, record);
+        if let Some(revision) = self.world.revisions.get_mut(&key) {
+            revision.wanted = revision.scaling.initial_scale().max(revision.scaling.min_scale());
+        }
+        let message = "made from the applied spec".to_owned();
+        self.world.note(&service, Event { time: now, warning: false, reason: "RevisionCreated", object, message });
+        self.dirty.revision(&self.world, &key);
+    }
+
+    /// Deletes a service and its revisions; its replicas drain.
+    pub(super) async fn delete(&mut self, key: &str, now: Timestamp) -> Result<(), CommandError> {
+        let Some(state) = self.world.services.get(key) else {
+            return Err(CommandError::NotFound(key.to_owned()));
+        };
+        let last = view::service(&self.world, state, now);
+        let revisions: Vec<_> = state.revisions.iter().map(|number| state.record.revision_key(*number)).collect();
+        let mut write = Transaction::new().delete(&keys::service(key));
+        for revision in &revisions {
+            write = write.delete(&keys::revision(revision));
+        }
+        self.commit(write).await?;
+        self.world.services.remove(key);
+        for revision in revisions {
+            match self.world.revisions.get_mut(&revision) {
+                Some(state) if state.replicas.is_empty() => {
+                    self.world.revisions.remove(&revision);
+                }
+                // Stays in memory until its last replica has drained.
+                Some(state) => {
+                    state.wanted = 0;
+                    self.dirty.revisions.insert(revision);
+                }
+                None => {}
+            }
+        }
+        info!(service = %key, "deleted");
+        self.dirty.services.insert(key.to_owned());
+        // Nobody may be watching.
+        let _ = self.changes.send(Change::Deleted(Box::new(last)));
+        Ok(())
+    }
+}

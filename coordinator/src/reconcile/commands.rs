@@ -1,0 +1,128 @@
+//! What operators and agents ask of the loop, as messages; [`Handle`] is how they send them.
+
+use pilotlight_proto::fleet::v1 as fleet;
+use tokio::sync::{broadcast, mpsc, oneshot};
+
+use super::world::World;
+use crate::{fleet::SessionHandle, model::ServiceKey, spec::InferenceService, store::StoreError};
+
+/// Inputs that may wait for the loop; senders wait beyond that.
+const INPUTS_WAITING: usize = 4096;
+/// Changes a slow watcher may fall behind; beyond that it starts over with a full list.
+const CHANGES_KEPT: usize = 1024;
+
+/// A message to the loop.
+pub enum Input {
+    /// An agent opened a session. An older session of the same node ends.
+    Connected { session: SessionHandle, hello: Box<fleet::Hello> },
+    /// A session ended.
+    Disconnected { node: String, session: u64 },
+    /// An agent said something.
+    Heard { node: String, session: u64, message: fleet::agent_message::Message },
+    /// An operator applies a service.
+    Apply { service: Box<InferenceService>, dry_run: bool, reply: oneshot::Sender<Result<Applied, CommandError>> },
+    /// An operator deletes a service.
+    Delete { key: ServiceKey, reply: oneshot::Sender<Result<(), CommandError>> },
+    /// Someone looks at the world.
+    Read(Box<dyn FnOnce(&World, jiff::Timestamp) + Send>),
+}
+
+/// What an apply did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Applied {
+    /// There was no such service.
+    Created,
+    /// The service was changed.
+    Configured,
+    /// Nothing differed.
+    Unchanged,
+}
+
+/// Why a command was not carried out.
+#[derive(Debug, thiserror::Error)]
+pub enum CommandError {
+    /// No such service.
+    #[error("inferenceservice {0} not found")]
+    NotFound(ServiceKey),
+    /// The store refused or could not be reached; nothing was changed.
+    #[error("nothing was changed: {0}")]
+    Store(#[from] StoreError),
+    /// The coordinator is stopping.
+    #[error("the coordinator is stopping")]
+    Stopping,
+}
+
+/// A change that watchers are told of.
+#[derive(Debug, Clone)]
+pub enum Change {
+    /// The service is new or looks different now.
+    Updated(ServiceKey),
+    /// The service is gone; what it was.
+    Deleted(Box<pilotlight_proto::control::v1::Service>),
+}
+
+/// The loop's address. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Handle {
+    inputs: mpsc::Sender<Input>,
+    changes: broadcast::Sender<Change>,
+}
+
+impl Handle {
+    /// A handle, and the loop's ends of it.
+    pub fn new() -> (Self, mpsc::Receiver<Input>, broadcast::Sender<Change>) {
+        let (inputs, receiver) = mpsc::channel(INPUTS_WAITING);
+        let (changes, _) = broadcast::channel(CHANGES_KEPT);
+        (Self { inputs, changes: changes.clone() }, receiver, changes)
+    }
+
+    /// Sends an input, waiting while the loop is behind.
+    ///
+    /// # Errors
+    /// The loop has ended.
+    pub async fn send(&self, input: Input) -> Result<(), CommandError> {
+        self.inputs.send(input).await.map_err(|_| CommandError::Stopping)
+    }
+
+    /// Stores a validated service and makes a revision if its template changed.
+    ///
+    /// # Errors
+    /// The store refused or could not be reached, or the loop has ended.
+    pub async fn apply(&self, service: InferenceService, dry_run: bool) -> Result<Applied, CommandError> {
+        let (reply, answer) = oneshot::channel();
+        self.send(Input::Apply { service: Box::new(service), dry_run, reply }).await?;
+        answer.await.map_err(|_| CommandError::Stopping)?
+    }
+
+    /// Deletes a service; its replicas drain.
+    ///
+    /// # Errors
+    /// There is no such service, the store could not be reached, or the loop has ended.
+    pub async fn delete(&self, key: ServiceKey) -> Result<(), CommandError> {
+        let (reply, answer) = oneshot::channel();
+        self.send(Input::Delete { key, reply }).await?;
+        answer.await.map_err(|_| CommandError::Stopping)?
+    }
+
+    /// Looks at the world between two steps of the loop.
+    ///
+    /// # Errors
+    /// The loop has ended.
+    pub async fn read<T: Send + 'static>(
+        &self,
+        look: impl FnOnce(&World, jiff::Timestamp) -> T + Send + 'static,
+    ) -> Result<T, CommandError> {
+        let (reply, answer) = oneshot::channel();
+        self.send(Input::Read(Box::new(move |world, now| {
+            // The asker may have hung up; then nobody needs the answer.
+            let _ = reply.send(look(world, now));
+        })))
+        .await?;
+        answer.await.map_err(|_| CommandError::Stopping)
+    }
+
+    /// Changes from now on.
+    pub fn changes(&self) -> broadcast::Receiver<Change> {
+        self.changes.subscribe()
+    }
+}

@@ -1,0 +1,198 @@
+//! What agents say, put into the world. Returns what has to be looked at again.
+
+use std::collections::BTreeSet;
+
+use jiff::Timestamp;
+use pilotlight_proto::fleet::v1::{self as fleet, ReplicaPhase, agent_message::Message};
+use pilotlight_telemetry::TraceContext;
+
+use super::{
+    clock::scaler_time,
+    record::{Entry, Recorder},
+    world::{Event, World},
+};
+use crate::{
+    autoscaler::Sample,
+    model::{RevisionKey, ServiceKey},
+};
+
+/// What has changed since the loop last acted.
+#[derive(Debug, Default)]
+pub struct Dirty {
+    /// Revisions whose replicas have to be planned.
+    pub revisions: BTreeSet<RevisionKey>,
+    /// Revisions whose next decision should not wait for the tick.
+    pub urgent: BTreeSet<RevisionKey>,
+    /// Services whose routes or status may have changed.
+    pub services: BTreeSet<ServiceKey>,
+    /// Nodes whose assignment may have changed.
+    pub nodes: BTreeSet<String>,
+    /// True where the list of nodes has changed.
+    pub peers: bool,
+}
+
+impl Dirty {
+    /// A revision's replicas changed: plan it, and show its service anew.
+    pub fn revision(&mut self, world: &World, key: &str) {
+        self.revisions.insert(key.to_owned());
+        if let Some(revision) = world.revisions.get(key) {
+            self.services.insert(revision.record.service_key());
+        }
+    }
+
+    /// Capacity came free: whoever waits for a place is planned again.
+    pub fn waiting_for_a_place(&mut self, world: &World) {
+        let waiting = world.revisions.iter().filter(|(_, revision)| revision.unplaced.is_some());
+        self.revisions.extend(waiting.map(|(key, _)| key.clone()));
+    }
+}
+
+/// Takes in one message of one node.
+pub fn hear(
+    world: &mut World,
+    node: &str,
+    message: Message,
+    now: Timestamp,
+    recorder: &mut Recorder,
+    dirty: &mut Dirty,
+) {
+    if let Some(state) = world.nodes.get_mut(node) {
+        state.last_seen = now;
+    }
+    match message {
+        Message::Inventory(inventory) => {
+            if let Some(state) = world.nodes.get_mut(node) {
+                state.inventory = Some(inventory);
+            }
+            dirty.waiting_for_a_place(world);
+        }
+        Message::QueueReport(report) => queue_report(world, node, report, now, recorder, dirty),
+        Message::Demand(demand) => demanded(world, node, demand, now, recorder, dirty),
+        Message::ReplicaStatuses(statuses) => statuses_of(world, node, statuses, now, dirty),
+        // Sessions handle these themselves.
+        Message::Hello(_) | Message::LogChunk(_) => {}
+    }
+}
+
+fn queue_report(
+    world: &mut World,
+    node: &str,
+    report: fleet::QueueReport,
+    now: Timestamp,
+    recorder: &mut Recorder,
+    dirty: &mut Dirty,
+) {
+    let interval = report.interval.and_then(|i| std::time::Duration::try_from(i).ok()).unwrap_or_default();
+    for load in report.revisions {
+        for replica in &load.replicas {
+            if let Some(state) = world.replicas.get_mut(&replica.replica) {
+                state.running = replica.running;
+            }
+        }
+        let Some(revision) = world.revisions.get_mut(&load.revision) else { continue };
+        let waited = if load.queue_depth == 0 {
+            revision.waiting.remove(node).is_some()
+        } else {
+            revision.waiting.insert(node.to_owned(), load.queue_depth) != Some(load.queue_depth)
+        };
+        if waited {
+            dirty.services.insert(revision.record.service_key());
+        }
+        let sample = Sample::of_report(&load, interval);
+        let wakes = revision.wanted == 0 && sample.average_concurrency > 0.0;
+        if let Some(scaler) = &mut revision.scaler {
+            recorder.write(now, &load.revision, || Entry::Sample { sample: sample.clone() });
+            scaler.record(scaler_time(now), &sample);
+        }
+        if wakes {
+            dirty.urgent.insert(load.revision);
+        }
+    }
+}
+
+/// A request waits for a revision with no ready replica: decide now, as part of its trace.
+fn demanded(
+    world: &mut World,
+    node: &str,
+    demand: fleet::Demand,
+    now: Timestamp,
+    recorder: &mut Recorder,
+    dirty: &mut Dirty,
+) {
+    let Some(revision) = world.revisions.get_mut(&demand.revision) else { return };
+    revision.waiting.insert(node.to_owned(), demand.waiting);
+    dirty.services.insert(revision.record.service_key());
+    if revision.wanted > 0 {
+        return;
+    }
+    revision.trace = TraceContext { traceparent: demand.traceparent, tracestate: demand.tracestate };
+    if let Some(scaler) = &mut revision.scaler {
+        recorder.write(now, &demand.revision, || Entry::Poke);
+        scaler.poke(scaler_time(now));
+    }
+    dirty.urgent.insert(demand.revision);
+}
+
+/// The whole truth about one node's replicas.
+fn statuses_of(world: &mut World, node: &str, statuses: fleet::ReplicaStatuses, now: Timestamp, dirty: &mut Dirty) {
+    let Some(state) = world.nodes.get_mut(node) else { return };
+    if !state.heard {
+        state.heard = true;
+        dirty.nodes.insert(node.to_owned());
+    }
+    let mut unreported = state.replicas.clone();
+    for status in statuses.replicas {
+        unreported.remove(&status.replica);
+        match world.replicas.get(&status.replica) {
+            Some(replica) if replica.record.node == node => took(world, status, now, dirty),
+            // Runs there, but is wanted elsewhere or not at all: the assignment says so.
+            _ => {
+                dirty.nodes.insert(node.to_owned());
+            }
+        }
+    }
+    for name in unreported {
+        let Some(replica) = world.replicas.get_mut(&name) else { continue };
+        let revision = replica.record.revision.clone();
+        // A draining replica that its agent no longer knows has ended.
+        let ended = replica.record.draining;
+        if replica.status.take().is_some() || ended {
+            if ended {
+                replica.status = Some(fleet::ReplicaStatus {
+                    replica: name,
+                    revision: revision.clone(),
+                    phase: ReplicaPhase::Stopped.into(),
+                    ..Default::default()
+                });
+            }
+            dirty.revision(world, &revision);
+        }
+    }
+}
+
+/// One replica's new status.
+fn took(world: &mut World, status: fleet::ReplicaStatus, now: Timestamp, dirty: &mut Dirty) {
+    let Some(replica) = world.replicas.get_mut(&status.replica) else { return };
+    if replica.status.as_ref() == Some(&status) {
+        return;
+    }
+    let before = replica.phase();
+    let phase = status.phase();
+    let revision = replica.record.revision.clone();
+    let service = format!("{}/{}", replica.record.namespace, replica.record.service);
+    let name = status.replica.clone();
+    let message = status.message.clone();
+    replica.status = Some(status);
+    dirty.revision(world, &revision);
+    if before == phase {
+        return;
+    }
+    let (warning, reason, message) = match phase {
+        ReplicaPhase::Starting => (false, "Started", "process started, waiting for readiness".to_owned()),
+        ReplicaPhase::Ready => (false, "Ready", "takes requests".to_owned()),
+        ReplicaPhase::Failed => (true, "Failed", message),
+        ReplicaPhase::Stopped => (false, "Stopped", "drained and stopped".to_owned()),
+        ReplicaPhase::Unspecified | ReplicaPhase::Pending | ReplicaPhase::Draining => return,
+    };
+    world.note(&service, Event { time: now, warning, reason, object: format!("Replica/{name}"), message });
+}

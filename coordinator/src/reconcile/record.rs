@@ -1,0 +1,94 @@
+//! Writes down what the autoscaler was told and what it decided, so that a run can be replayed.
+
+use std::{
+    fs::File,
+    io::{BufWriter, Write as _},
+    path::Path,
+};
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use tracing::error;
+
+use crate::autoscaler::{Decision, Observation, Sample, ScalerConfig};
+
+/// One line of a recording.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Line {
+    /// When.
+    pub at: Timestamp,
+    /// `<namespace>/<revision>`.
+    pub revision: String,
+    /// What.
+    #[serde(flatten)]
+    pub entry: Entry,
+}
+
+/// What the autoscaler of one revision was told or decided.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "camelCase")]
+pub enum Entry {
+    /// A scaler was made.
+    New {
+        /// Its settings.
+        config: ScalerConfig,
+        /// Ready replicas at that time.
+        ready: Option<u32>,
+    },
+    /// One agent's report.
+    Sample {
+        /// As given to `Scaler::record`.
+        sample: Sample,
+    },
+    /// A first request waited.
+    Poke,
+    /// A decision.
+    Decide {
+        /// What was seen.
+        observation: Observation,
+        /// What followed.
+        decision: Decision,
+    },
+}
+
+/// Writes lines, or nothing where no file was asked for.
+#[derive(Debug, Default)]
+pub struct Recorder {
+    file: Option<BufWriter<File>>,
+}
+
+impl Recorder {
+    /// Records into a new file.
+    ///
+    /// # Errors
+    /// The file cannot be made.
+    pub fn create(path: &Path) -> std::io::Result<Self> {
+        Ok(Self { file: Some(BufWriter::new(File::create(path)?)) })
+    }
+
+    /// Writes one entry; `entry` is only made where somebody records.
+    pub fn write(&mut self, at: Timestamp, revision: &str, entry: impl FnOnce() -> Entry) {
+        let Some(file) = &mut self.file else { return };
+        let line = Line { at, revision: revision.to_owned(), entry: entry() };
+        let written = serde_json::to_writer(&mut *file, &line).map_err(std::io::Error::from);
+        self.check(written.and_then(|()| self.newline()));
+    }
+
+    /// Brings buffered lines to the file.
+    pub fn flush(&mut self) {
+        let flushed = self.file.as_mut().map_or(Ok(()), BufWriter::flush);
+        self.check(flushed);
+    }
+
+    fn newline(&mut self) -> std::io::Result<()> {
+        self.file.as_mut().map_or(Ok(()), |file| file.write_all(b"\n"))
+    }
+
+    /// A recording with a hole would mislead: it ends at the first error.
+    fn check(&mut self, result: std::io::Result<()>) {
+        if let Err(error) = result {
+            error!(%error, "the recording ends here");
+            self.file = None;
+        }
+    }
+}

@@ -1,0 +1,579 @@
+//! The loop: takes inputs one at a time, lets the pure functions decide, writes, then tells.
+//!
+//! It is the only writer of services, revisions and replicas. What is in memory is changed only after
+//! the store has taken it, so that a failed write leaves nothing half done: the same revisions are
+//! simply planned again at the next tick.
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+use jiff::Timestamp;
+use pilotlight_proto::fleet::v1::{self as fleet, coordinator_message::Message as ToAgent};
+use pilotlight_telemetry::TraceContext;
+use tokio::{
+    sync::{broadcast, mpsc},
+    time::MissedTickBehavior,
+};
+use tokio_util::sync::CancellationToken;
+use tracing::{Instrument as _, error, info, info_span, warn};
+
+use super::{
+    clock::Clock,
+    commands::{Change, Input},
+    meter::{Meter, UsageRecord},
+    observe::{self, Dirty},
+    plan::{self, Create, Gone, Plan},
+    record::Recorder,
+    routes, scale,
+    world::{Event, NodeState, RevisionState, ServiceState, Settings, World},
+};
+use crate::{
+    autoscaler::ScalerConfig,
+    fleet::SessionHandle,
+    model::{NodeRecord, ReplicaRecord, RevisionRecord, ServiceRecord, keys},
+    store::{Store, StoreError, StoreExt as _, Transaction},
+};
+
+/// Time between writes of usage.
+const METER_INTERVAL: Duration = Duration::from_secs(60);
+/// Inputs handled before the loop acts on them together.
+const INPUTS_AT_ONCE: usize = 256;
+/// Writes in one transaction; etcd takes 128 operations by default, compares included.
+const WRITES_AT_ONCE: usize = 50;
+
+/// The loop and all it owns.
+pub struct Reconciler {
+    pub(super) world: World,
+    pub(super) store: Arc<dyn Store>,
+    pub(super) clock: Clock,
+    pub(super) dirty: Dirty,
+    pub(super) changes: broadcast::Sender<Change>,
+    recorder: Recorder,
+    meter: Meter,
+    metered_at: Timestamp,
+    routes_version: u64,
+    tick: Duration,
+    report_interval: Duration,
+    inputs: mpsc::Receiver<Input>,
+}
+
+/// What the loop is made with.
+pub struct Setup {
+    /// Where desired state is kept.
+    pub store: Arc<dyn Store>,
+    /// What holds for every service.
+    pub settings: Settings,
+    /// Time between decisions.
+    pub tick: Duration,
+    /// What agents are told to report at.
+    pub report_interval: Duration,
+    /// Where the autoscaler's inputs are written down.
+    pub recorder: Recorder,
+    /// The loop's end of a `Handle`.
+    pub inputs: mpsc::Receiver<Input>,
+    /// Where watchers are told of changes.
+    pub changes: broadcast::Sender<Change>,
+}
+
+impl Reconciler {
+    /// Reads the whole desired state.
+    ///
+    /// # Errors
+    /// The store cannot be reached, or holds a record that cannot be read.
+    pub async fn load(setup: Setup) -> Result<Self, StoreError> {
+        let clock = Clock::start();
+        let now = clock.now();
+        let store = setup.store;
+        let mut world = World::new(setup.settings);
+        for record in store.list_json::<NodeRecord>(keys::NODES).await? {
+            world.nodes.insert(record.name.clone(), NodeState::unheard(record, now));
+        }
+        for record in store.list_json::<ServiceRecord>(keys::SERVICES).await? {
+            world.services.insert(record.key(), ServiceState::new(record));
+        }
+        for record in store.list_json::<RevisionRecord>(keys::REVISIONS).await? {
+            insert_revision(&mut world, record);
+        }
+        for record in store.list_json::<ReplicaRecord>(keys::REPLICAS).await? {
+            let key = record.revision.clone();
+            let counts = !record.draining;
+            world.insert_replica(record, TraceContext::default());
+            if let Some(revision) = world.revisions.get_mut(&key) {
+                revision.wanted += u32::from(counts);
+            }
+        }
+        let cursor = store.get_json::<Timestamp>(keys::USAGE_CURSOR).await?.unwrap_or(now);
+        let usage = store.list_json::<UsageRecord>(keys::USAGE).await?;
+        info!(
+            services = world.services.len(),
+            replicas = world.replicas.len(),
+            nodes = world.nodes.len(),
+            "desired state loaded"
+        );
+        Ok(Self {
+            world,
+            store,
+            clock,
+            dirty: Dirty::default(),
+            changes: setup.changes,
+            recorder: setup.recorder,
+            meter: Meter::resume(cursor, usage),
+            metered_at: now,
+            routes_version: 0,
+            tick: setup.tick,
+            report_interval: setup.report_interval,
+            inputs: setup.inputs,
+        })
+    }
+
+    /// Runs until stopped.
+    pub async fn run(mut self, stopping: CancellationToken) {
+        let mut ticks = tokio::time::interval(self.tick);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                () = stopping.cancelled() => break,
+                _ = ticks.tick() => self.on_tick().await,
+                input = self.inputs.recv() => {
+                    let Some(input) = input else { break };
+                    self.take(input).await;
+                    for _ in 1..INPUTS_AT_ONCE {
+                        let Ok(input) = self.inputs.try_recv() else { break };
+                        self.take(input).await;
+                    }
+                }
+            }
+            self.act().await;
+        }
+        self.write_usage(self.clock.now()).await;
+        self.recorder.flush();
+    }
+
+    async fn take(&mut self, input: Input) {
+        let now = self.clock.now();
+        match input {
+            Input::Connected { session, hello } => self.connected(session, *hello, now).await,
+            Input::Disconnected { node, session } => self.disconnected(&node, session, now),
+            Input::Heard { node, session, message } => {
+                let current = self.world.nodes.get(&node).and_then(|node| node.session.as_ref());
+                if current.is_some_and(|current| current.id == session) {
+                    observe::hear(&mut self.world, &node, message, now, &mut self.recorder, &mut self.dirty);
+                }
+            }
+            Input::Apply { service, dry_run, reply } => {
+                // The asker may have hung up; the apply holds all the same.
+                let _ = reply.send(self.apply(*service, dry_run, now).await);
+            }
+            Input::Delete { key, reply } => {
+                let _ = reply.send(self.delete(&key, now).await);
+            }
+            Input::Read(look) => look(&self.world, now),
+        }
+    }
+
+    async fn connected(&mut self, session: SessionHandle, hello: fleet::Hello, now: Timestamp) {
+        let name = session.node.clone();
+        if !self.world.nodes.contains_key(&name) {
+            let record = NodeRecord { name: name.clone(), joined_at: now };
+            let write = Transaction::new().put_json(&keys::node(&name), &record);
+            if let Err(error) = self.commit(write).await {
+                warn!(node = %name, %error, "cannot record the node; it has to connect again");
+                session.close();
+                return;
+            }
+            self.world.nodes.insert(name.clone(), NodeState::unheard(record, now));
+        }
+        let welcome = fleet::Welcome {
+            cell: self.world.settings.cell.clone(),
+            report_interval: Some(routes::duration(self.report_interval)),
+            node_lease: Some(routes::duration(self.world.settings.node_lease)),
+        };
+        let told = session.tell(ToAgent::Welcome(welcome)) && session.tell(ToAgent::Routes(self.all_routes()));
+        let Some(node) = self.world.nodes.get_mut(&name) else { return };
+        if let Some(former) = node.session.take() {
+            former.close();
+        }
+        node.last_seen = now;
+        node.hello = hello;
+        node.session = told.then_some(session);
+        self.dirty.nodes.insert(name);
+        self.dirty.peers = true;
+    }
+
+    fn disconnected(&mut self, name: &str, session: u64, now: Timestamp) {
+        let Some(node) = self.world.nodes.get_mut(name) else { return };
+        if node.session.as_ref().is_some_and(|current| current.id == session) {
+            node.session = None;
+            node.last_seen = now;
+        }
+    }
+
+    async fn on_tick(&mut self) {
+        let now = self.clock.now();
+        let keys: Vec<_> = self.world.revisions.keys().cloned().collect();
+        for key in keys {
+            if scale::decide(&mut self.world, &key, now, &mut self.recorder) {
+                self.dirty.revision(&self.world, &key);
+            }
+        }
+        // Wishes that are open, and replicas on nodes that may have been lost meanwhile.
+        self.dirty.waiting_for_a_place(&self.world);
+        let lost = self.world.nodes.values().filter(|node| node.lost(self.world.settings.node_lease, now));
+        let orphans = lost.flat_map(|node| &node.replicas).filter_map(|name| self.world.replicas.get(name));
+        let orphaned: Vec<_> = orphans.map(|replica| replica.record.revision.clone()).collect();
+        self.dirty.revisions.extend(orphaned);
+        if super::world::since(self.metered_at, now) >= METER_INTERVAL {
+            self.write_usage(now).await;
+        }
+        self.recorder.flush();
+    }
+
+    /// Acts on all that has changed.
+    async fn act(&mut self) {
+        let now = self.clock.now();
+        for key in std::mem::take(&mut self.dirty.urgent) {
+            let trace = self.world.revisions.get(&key).map(|revision| revision.trace.clone()).unwrap_or_default();
+            let span = info_span!("autoscaler.decide", otel.kind = "internal", revision = %key);
+            pilotlight_telemetry::set_parent(&span, &trace);
+            let changed = span.in_scope(|| scale::decide(&mut self.world, &key, now, &mut self.recorder));
+            if changed {
+                if let Some(revision) = self.world.revisions.get_mut(&key) {
+                    revision.trace = TraceContext::of(&span);
+                }
+                self.dirty.revision(&self.world, &key);
+            }
+        }
+        self.promote(now).await;
+        if !self.dirty.revisions.is_empty() {
+            self.replan(now).await;
+        }
+        self.push();
+        self.publish();
+    }
+
+    /// Revisions that have reached their initial scale take the traffic.
+    async fn promote(&mut self, now: Timestamp) {
+        let mut promoted = Vec::new();
+        for key in &self.dirty.revisions {
+            let Some(revision) = self.world.revisions.get(key) else { continue };
+            let needed = revision.scaling.initial_scale().max(revision.scaling.min_scale()).max(1);
+            if !revision.record.been_ready && self.world.counts(revision).ready >= needed {
+                promoted.push(key.clone());
+            }
+        }
+        for key in promoted {
+            if let Err(error) = self.promote_one(&key, now).await {
+                warn!(revision = %key, %error, "cannot record that the revision is ready; will be tried again");
+                self.dirty.revisions.insert(key);
+            }
+        }
+    }
+
+    async fn promote_one(&mut self, key: &str, now: Timestamp) -> Result<(), StoreError> {
+        let Some(revision) = self.world.revisions.get(key) else { return Ok(()) };
+        let mut record = revision.record.clone();
+        record.been_ready = true;
+        let service_key = record.service_key();
+        let Some(service) = self.world.services.get(&service_key) else { return Ok(()) };
+        let former = service.record.latest_ready;
+        let mut service_record = service.record.clone();
+        service_record.latest_ready = former.max(Some(record.number));
+        let write = Transaction::new()
+            .put_json(&keys::revision(key), &record)
+            .put_json(&keys::service(&service_key), &service_record);
+        self.commit(write).await?;
+        let name = record.name.clone();
+        if let Some(revision) = self.world.revisions.get_mut(key) {
+            revision.record = record;
+        }
+        if let Some(service) = self.world.services.get_mut(&service_key) {
+            service.record = service_record;
+        }
+        self.world.note(
+            &service_key,
+            Event {
+                time: now,
+                warning: false,
+                reason: "RevisionReady",
+                object: format!("Revision/{name}"),
+                message: "takes the service's traffic".into(),
+            },
+        );
+        self.dirty.services.insert(service_key);
+        Ok(())
+    }
+
+    async fn replan(&mut self, now: Timestamp) {
+        let revisions = std::mem::take(&mut self.dirty.revisions);
+        let mut plan = plan::plan(&self.world, &revisions, now);
+        if !self.world.settled(now) {
+            plan.drain.clear();
+        }
+        for (key, why) in std::mem::take(&mut plan.unplaced) {
+            self.note_unplaced(&key, why, now);
+        }
+        if plan.is_empty() {
+            return;
+        }
+        if let Err(error) = self.carry_out(plan, now).await {
+            error!(%error, "cannot write the plan; will be planned again");
+            self.dirty.revisions.extend(revisions);
+        }
+    }
+
+    fn note_unplaced(&mut self, key: &str, why: Option<String>, now: Timestamp) {
+        let Some(revision) = self.world.revisions.get_mut(key) else { return };
+        if revision.unplaced == why {
+            return;
+        }
+        let service = revision.record.service_key();
+        let object = format!("Revision/{}", revision.record.name);
+        revision.unplaced.clone_from(&why);
+        if let Some(message) = why {
+            self.world.note(&service, Event { time: now, warning: true, reason: "FailedScheduling", object, message });
+        }
+        self.dirty.services.insert(service);
+    }
+
+    /// Writes the plan in steps that each hold on their own, and changes the world after each.
+    async fn carry_out(&mut self, plan: Plan, now: Timestamp) -> Result<(), StoreError> {
+        for gone in plan.forget.chunks(WRITES_AT_ONCE) {
+            let write = gone.iter().fold(Transaction::new(), |write, (name, _)| write.delete(&keys::replica(name)));
+            self.commit(write).await?;
+            for (name, why) in gone {
+                self.forget(name, *why, now);
+            }
+        }
+        for names in plan.drain.chunks(WRITES_AT_ONCE) {
+            let mut write = Transaction::new();
+            for record in names.iter().filter_map(|name| self.world.replicas.get(name)).map(|r| &r.record) {
+                let drained = ReplicaRecord { draining: true, ..record.clone() };
+                write = write.put_json(&keys::replica(&record.name), &drained);
+            }
+            self.commit(write).await?;
+            for name in names {
+                self.drain(name, now);
+            }
+        }
+        for creates in plan.create.chunks(WRITES_AT_ONCE) {
+            let records: Vec<_> = creates.iter().filter_map(|create| self.record_of(create, now)).collect();
+            let write = records.iter().fold(Transaction::new(), |write, record| {
+                let key = keys::replica(&record.name);
+                write.expect_absent(&key).put_json(&key, record)
+            });
+            let span = info_span!("placement.assign", otel.kind = "internal", replicas = records.len());
+            self.commit(write).instrument(span).await?;
+            for record in records {
+                self.place(record, now);
+            }
+        }
+        Ok(())
+    }
+
+    fn record_of(&self, create: &Create, now: Timestamp) -> Option<ReplicaRecord> {
+        let revision = &self.world.revisions.get(&create.revision)?.record;
+        let inventory = self.world.nodes.get(&create.node)?.inventory.as_ref()?;
+        let first = create.gpu_indices.first();
+        let gpu = first.and_then(|index| inventory.gpus.iter().find(|gpu| gpu.index == *index));
+        let suffix = uuid::Uuid::new_v4().simple().to_string();
+        Some(ReplicaRecord {
+            name: format!("{}-{}", revision.name, &suffix[..8]),
+            namespace: revision.namespace.clone(),
+            service: revision.service.clone(),
+            revision: create.revision.clone(),
+            node: create.node.clone(),
+            gpu_indices: create.gpu_indices.clone(),
+            gpu_class: gpu.map(|gpu| gpu.product.clone()).unwrap_or_default(),
+            created_at: now,
+            draining: false,
+        })
+    }
+
+    fn place(&mut self, record: ReplicaRecord, now: Timestamp) {
+        let trace = self.world.revisions.get(&record.revision).map(|r| r.trace.clone()).unwrap_or_default();
+        let service = format!("{}/{}", record.namespace, record.service);
+        let message = format!("placed on node {} with GPUs {:?}", record.node, record.gpu_indices);
+        let object = format!("Replica/{}", record.name);
+        self.world.note(&service, Event { time: now, warning: false, reason: "Scheduled", object, message });
+        self.dirty.nodes.insert(record.node.clone());
+        self.dirty.services.insert(service);
+        self.world.insert_replica(record, trace);
+    }
+
+    fn drain(&mut self, name: &str, now: Timestamp) {
+        let Some(replica) = self.world.replicas.get_mut(name) else { return };
+        replica.record.draining = true;
+        let service = format!("{}/{}", replica.record.namespace, replica.record.service);
+        self.dirty.nodes.insert(replica.record.node.clone());
+        let object = format!("Replica/{name}");
+        let message = "takes no new requests, then stops".to_owned();
+        self.world.note(&service, Event { time: now, warning: false, reason: "Draining", object, message });
+        self.dirty.services.insert(service);
+    }
+
+    fn forget(&mut self, name: &str, why: Gone, now: Timestamp) {
+        let Some(record) = self.world.remove_replica(name) else { return };
+        self.meter.close(&record, now);
+        let service = format!("{}/{}", record.namespace, record.service);
+        if why == Gone::NodeLost {
+            let message = format!("node {} is silent for longer than its lease", record.node);
+            let object = format!("Replica/{name}");
+            self.world.note(&service, Event { time: now, warning: true, reason: "NodeLost", object, message });
+        }
+        self.dirty.nodes.insert(record.node);
+        self.dirty.services.insert(service);
+        // Its place is free now.
+        self.dirty.waiting_for_a_place(&self.world);
+        self.tidy_up(&record.revision);
+    }
+
+    /// A deleted service's revision leaves memory with its last replica.
+    fn tidy_up(&mut self, key: &str) {
+        let Some(revision) = self.world.revisions.get(key) else { return };
+        let orphaned = !self.world.services.contains_key(&revision.record.service_key());
+        if orphaned && revision.replicas.is_empty() {
+            self.world.revisions.remove(key);
+        }
+    }
+
+    async fn write_usage(&mut self, now: Timestamp) {
+        for replica in self.world.replicas.values() {
+            self.meter.account(&replica.record, now);
+        }
+        let records: Vec<_> = self.meter.unwritten().cloned().collect();
+        // The cursor goes last: a crash before it counts some time again rather than losing it, and
+        // totals are absolute, so that writing them twice is harmless.
+        for chunk in records.chunks(WRITES_AT_ONCE) {
+            let write = chunk.iter().fold(Transaction::new(), |write, record| write.put_json(&record.key(), record));
+            if let Err(error) = self.commit(write).await {
+                warn!(%error, "cannot write usage; will be tried again");
+                return;
+            }
+        }
+        let cursor = Transaction::new().put_json(keys::USAGE_CURSOR, &now);
+        if !records.is_empty() && self.commit(cursor).await.is_ok() {
+            self.meter.written(now);
+        }
+        self.metered_at = now;
+    }
+
+    pub(super) async fn commit(&self, write: Transaction) -> Result<(), StoreError> {
+        if write.is_empty() {
+            return Ok(());
+        }
+        self.store.commit(write).await.map(drop)
+    }
+
+    fn all_routes(&self) -> fleet::Routes {
+        fleet::Routes {
+            version: self.routes_version,
+            full: true,
+            services: self.world.services.values().map(|s| routes::service_route(&self.world, s)).collect(),
+            removed: Vec::new(),
+            nodes: routes::peer_nodes(&self.world),
+        }
+    }
+
+    /// Tells agents what has changed: assignments to the nodes concerned, routes to all.
+    fn push(&mut self) {
+        let mut fallen_behind = Vec::new();
+        for name in std::mem::take(&mut self.dirty.nodes) {
+            let Some(node) = self.world.nodes.get_mut(&name) else { continue };
+            node.assignment_version += 1;
+            let node = &self.world.nodes[&name];
+            // An agent that has not told what it runs is not yet told what to run: its replicas may
+            // be from before, and the store may know better only after the next message.
+            if let (Some(session), true) = (&node.session, node.heard) {
+                let assignment = routes::assignment(&self.world, node);
+                if !session.tell(ToAgent::Assignment(assignment)) {
+                    fallen_behind.push(name);
+                }
+            }
+        }
+        if self.dirty.services.is_empty() && !self.dirty.peers {
+            return self.end_sessions(fallen_behind);
+        }
+        self.dirty.peers = false;
+        self.routes_version += 1;
+        let mut update = fleet::Routes {
+            version: self.routes_version,
+            full: false,
+            services: Vec::new(),
+            removed: Vec::new(),
+            nodes: routes::peer_nodes(&self.world),
+        };
+        for key in &self.dirty.services {
+            match self.world.services.get(key) {
+                Some(service) => update.services.push(routes::service_route(&self.world, service)),
+                None => update.removed.push(key.clone()),
+            }
+        }
+        for (name, node) in &self.world.nodes {
+            let Some(session) = &node.session else { continue };
+            if !session.tell(ToAgent::Routes(update.clone())) {
+                fallen_behind.push(name.clone());
+            }
+        }
+        self.end_sessions(fallen_behind);
+    }
+
+    fn end_sessions(&mut self, nodes: Vec<String>) {
+        for name in nodes {
+            warn!(node = %name, "agent is too far behind; it has to connect again");
+            if let Some(node) = self.world.nodes.get_mut(&name) {
+                node.session = None;
+            }
+        }
+    }
+
+    /// Tells watchers.
+    fn publish(&mut self) {
+        for key in std::mem::take(&mut self.dirty.services) {
+            if self.world.services.contains_key(&key) {
+                // Nobody may be watching.
+                let _ = self.changes.send(Change::Updated(key));
+            }
+        }
+    }
+}
+
+impl ServiceState {
+    /// A service whose revisions are not yet known.
+    pub fn new(record: ServiceRecord) -> Self {
+        Self { record, revisions: Default::default(), events: Default::default() }
+    }
+}
+
+/// Puts a revision into the world and its service's index.
+pub(super) fn insert_revision(world: &mut World, record: RevisionRecord) {
+    let scaling = scaling_of(world, &record);
+    if let Some(service) = world.services.get_mut(&record.service_key()) {
+        service.revisions.insert(record.number);
+    }
+    let state = RevisionState {
+        scaling,
+        scaler: None,
+        wanted: 0,
+        decisions: Default::default(),
+        replicas: Default::default(),
+        unplaced: None,
+        waiting: BTreeMap::new(),
+        trace: TraceContext::default(),
+        record,
+    };
+    world.revisions.insert(state.record.key(), state);
+}
+
+/// The autoscaler's settings for a revision. They were validated when the service was applied; fleet
+/// defaults that have changed since may contradict them, and then the defaults alone hold.
+fn scaling_of(world: &World, record: &RevisionRecord) -> ScalerConfig {
+    let template = &record.template;
+    let defaults = &world.settings.scaling;
+    match ScalerConfig::resolve(defaults, &template.annotations, &template.scaling) {
+        Ok((config, _)) => config,
+        Err(findings) => {
+            let reasons: Vec<_> = findings.iter().map(ToString::to_string).collect();
+            error!(revision = %record.key(), ?reasons, "stored scaling settings are not valid; using the defaults");
+            ScalerConfig::of_defaults(defaults)
+        }
+    }
+}

@@ -1,0 +1,290 @@
+//! The world as operators see it. Pure.
+
+use std::collections::BTreeMap;
+
+use jiff::Timestamp;
+use pilotlight_proto::{
+    control::v1 as control,
+    fleet::v1::{self as fleet, ReplicaPhase},
+};
+
+use super::{
+    routes,
+    world::{Event, NodeState, ReplicaState, RevisionState, ServiceState, World},
+};
+use crate::{
+    autoscaler::Decision,
+    spec::{self, Condition, ConditionStatus, StatusView, TrafficTarget},
+};
+
+/// A service, with its object in KServe's shape.
+pub fn service(world: &World, state: &ServiceState, now: Timestamp) -> control::Service {
+    let record = &state.record;
+    let routed = world.routed(state);
+    let latest = world.revisions.get(&record.revision_key(record.latest_revision));
+    let counts = routed.map(|revision| world.counts(revision)).unwrap_or_default();
+    let status = status(world, state, now);
+    let ready = status.conditions.iter().find(|condition| condition.kind == "Ready");
+    let spec = &record.service;
+    control::Service {
+        namespace: spec.namespace.clone(),
+        name: spec.name.clone(),
+        url: status.url.clone(),
+        ready: ready.map(|c| c.status.to_string()).unwrap_or_default(),
+        reason: ready.map(|c| c.reason.clone()).unwrap_or_default(),
+        message: ready.map(|c| c.message.clone()).unwrap_or_default(),
+        latest_created_revision: record.revision_name(record.latest_revision),
+        latest_ready_revision: record.latest_ready.map(|n| record.revision_name(n)).unwrap_or_default(),
+        ready_replicas: counts.ready,
+        starting_replicas: counts.starting,
+        desired_replicas: routed.map_or(0, |revision| revision.wanted),
+        min_replicas: latest.map_or(0, |revision| revision.scaling.min_scale()),
+        max_replicas: latest.map_or(0, |revision| revision.scaling.max_scale()),
+        created_at: Some(timestamp(record.created_at)),
+        queue_depth: state
+            .revisions
+            .iter()
+            .filter_map(|number| world.revisions.get(&record.revision_key(*number)))
+            .flat_map(|revision| revision.waiting.values())
+            .sum(),
+        object_json: spec::to_object(spec, &status).to_string(),
+    }
+}
+
+/// The service's address as clients use it.
+pub fn url(world: &World, namespace: &str, name: &str) -> String {
+    let host = routes::hosts(world, namespace, name).swap_remove(0);
+    match world.settings.ingress_port {
+        80 => format!("http://{host}"),
+        port => format!("http://{host}:{port}"),
+    }
+}
+
+fn status(world: &World, state: &ServiceState, now: Timestamp) -> StatusView {
+    let record = &state.record;
+    let latest = world.revisions.get(&record.revision_key(record.latest_revision));
+    let predictor = predictor_condition(world, latest, now);
+    // A newer revision that fails leaves the last good one serving: its route stays ready.
+    let routable = record.latest_ready.is_some();
+    let ingress = if routable {
+        Condition::of("IngressReady", ConditionStatus::True, "", "")
+    } else {
+        Condition::of("IngressReady", ConditionStatus::Unknown, "PredictorNotReady", "no revision has been ready yet")
+    };
+    let mut ready = predictor.clone();
+    ready.kind = "Ready".into();
+    let counts = latest.map(|revision| world.counts(revision)).unwrap_or_default();
+    let routed = world.routed(state);
+    StatusView {
+        uid: record.uid.clone(),
+        generation: record.generation,
+        created_at: record.created_at,
+        url: url(world, &record.service.namespace, &record.service.name),
+        conditions: vec![ready, predictor, ingress],
+        latest_created_revision: record.revision_name(record.latest_revision),
+        latest_ready_revision: record.latest_ready.map(|number| record.revision_name(number)),
+        traffic: routed
+            .filter(|_| routable)
+            .map(|revision| TrafficTarget {
+                revision_name: revision.record.name.clone(),
+                percent: 100,
+                latest_revision: revision.record.number == record.latest_revision,
+                tag: None,
+            })
+            .into_iter()
+            .collect(),
+        ready_copies: counts.ready,
+        total_copies: counts.ready + counts.starting,
+    }
+}
+
+/// Whether the newest revision can serve, and if not, why.
+fn predictor_condition(world: &World, latest: Option<&RevisionState>, _now: Timestamp) -> Condition {
+    let kind = "PredictorReady";
+    let Some(revision) = latest else {
+        return Condition::of(kind, ConditionStatus::Unknown, "RevisionMissing", "no revision yet");
+    };
+    let failed = revision
+        .replicas
+        .iter()
+        .filter_map(|name| world.replicas.get(name))
+        .find(|replica| replica.phase() == ReplicaPhase::Failed);
+    let counts = world.counts(revision);
+    if counts.ready == 0 {
+        if let Some(status) = failed.and_then(|replica| replica.status.as_ref()) {
+            return Condition::of(kind, ConditionStatus::False, &status.reason, &status.message);
+        }
+        if let Some(why) = &revision.unplaced {
+            return Condition::of(kind, ConditionStatus::False, "Unschedulable", why);
+        }
+    }
+    if revision.record.been_ready {
+        return Condition::of(kind, ConditionStatus::True, "", "");
+    }
+    Condition::of(kind, ConditionStatus::Unknown, "Deploying", "waiting for the first replica to be ready")
+}
+
+/// A revision.
+pub fn revision(world: &World, state: &RevisionState) -> control::Revision {
+    let record = &state.record;
+    let counts = world.counts(state);
+    let routed = world
+        .services
+        .get(&record.service_key())
+        .and_then(|service| world.routed(service))
+        .is_some_and(|routed| routed.record.number == record.number);
+    control::Revision {
+        namespace: record.namespace.clone(),
+        name: record.name.clone(),
+        service: record.service.clone(),
+        generation: record.generation,
+        ready: record.been_ready,
+        message: state.unplaced.clone().unwrap_or_default(),
+        traffic_percent: if routed { 100 } else { 0 },
+        ready_replicas: counts.ready,
+        desired_replicas: state.wanted,
+        created_at: Some(timestamp(record.created_at)),
+    }
+}
+
+/// A replica.
+pub fn replica(state: &ReplicaState) -> control::Replica {
+    let record = &state.record;
+    let status = state.status.clone().unwrap_or_default();
+    let revision = record.revision.split_once('/').map_or(record.revision.as_str(), |(_, name)| name);
+    control::Replica {
+        namespace: record.namespace.clone(),
+        name: record.name.clone(),
+        service: record.service.clone(),
+        revision: revision.to_owned(),
+        node: record.node.clone(),
+        gpu_indices: record.gpu_indices.clone(),
+        phase: phase_name(record.draining, state.phase()).to_owned(),
+        message: status.message,
+        restarts: status.restarts,
+        created_at: Some(timestamp(record.created_at)),
+        ready_at: status.ready_at,
+        pid: status.pid,
+        adopted: status.adopted,
+    }
+}
+
+fn phase_name(draining: bool, phase: ReplicaPhase) -> &'static str {
+    match phase {
+        ReplicaPhase::Stopped => "Stopped",
+        _ if draining => "Draining",
+        ReplicaPhase::Unspecified | ReplicaPhase::Pending => "Pending",
+        ReplicaPhase::Starting => "Starting",
+        ReplicaPhase::Ready => "Ready",
+        ReplicaPhase::Draining => "Draining",
+        ReplicaPhase::Failed => "Failed",
+    }
+}
+
+/// A node with its GPUs and who holds them.
+pub fn node(world: &World, state: &NodeState, now: Timestamp) -> control::Node {
+    let inventory = state.inventory.clone().unwrap_or_default();
+    let mut holders = BTreeMap::new();
+    for replica in state.replicas.iter().filter_map(|name| world.replicas.get(name)) {
+        holders.extend(replica.record.gpu_indices.iter().map(|index| (*index, replica.record.name.clone())));
+    }
+    let state_name = match state {
+        _ if state.session.is_some() => "Ready",
+        _ if state.lost(world.settings.node_lease, now) => "Lost",
+        _ => "Unknown",
+    };
+    control::Node {
+        name: state.record.name.clone(),
+        state: state_name.to_owned(),
+        agent_version: state.hello.agent_version.clone(),
+        peer_address: state.hello.peer_address.clone(),
+        ingress_address: state.hello.ingress_address.clone(),
+        gpus: inventory.gpus.iter().map(|gpu| node_gpu(gpu, &holders)).collect(),
+        labels: inventory.labels,
+        simulated: inventory.simulated,
+        cpu_cores: inventory.cpu_cores,
+        memory_bytes: inventory.memory_bytes,
+        last_seen: Some(timestamp(state.last_seen)),
+    }
+}
+
+fn node_gpu(gpu: &fleet::Gpu, holders: &BTreeMap<u32, String>) -> control::NodeGpu {
+    control::NodeGpu {
+        index: gpu.index,
+        product: gpu.product.clone(),
+        memory_bytes: gpu.memory_bytes,
+        replica: holders.get(&gpu.index).cloned().unwrap_or_default(),
+    }
+}
+
+/// A scaling decision.
+pub fn decision(revision: &str, time: Timestamp, decision: &Decision) -> control::Decision {
+    control::Decision {
+        time: Some(timestamp(time)),
+        revision: revision.to_owned(),
+        ready: decision.ready,
+        desired: decision.desired,
+        applied: decision.applied,
+        stable_value: decision.stable_value,
+        panic_value: decision.panic_value,
+        target: decision.target,
+        panic: decision.panic,
+        excess_burst_capacity: decision.excess_burst_capacity,
+        reason: decision.reasons.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "),
+    }
+}
+
+/// The last decisions of all revisions of a service, oldest first; `limit` 0 is all.
+pub fn decisions(world: &World, state: &ServiceState, limit: usize) -> Vec<control::Decision> {
+    let mut all: Vec<_> = state
+        .revisions
+        .iter()
+        .filter_map(|number| world.revisions.get(&state.record.revision_key(*number)))
+        .flat_map(|revision| revision.decisions.iter().map(|(at, made)| (*at, &revision.record.name, made)))
+        .collect();
+    all.sort_by_key(|(at, ..)| *at);
+    let skip = if limit == 0 { 0 } else { all.len().saturating_sub(limit) };
+    all.into_iter().skip(skip).map(|(at, name, made)| decision(name, at, made)).collect()
+}
+
+/// An event.
+pub fn event(event: &Event) -> control::Event {
+    control::Event {
+        time: Some(timestamp(event.time)),
+        r#type: if event.warning { "Warning" } else { "Normal" }.to_owned(),
+        reason: event.reason.to_owned(),
+        object: event.object.clone(),
+        message: event.message.clone(),
+    }
+}
+
+/// Everything about a service.
+pub fn describe(world: &World, state: &ServiceState, now: Timestamp) -> control::DescribeResponse {
+    let revisions: Vec<_> = state
+        .revisions
+        .iter()
+        .filter_map(|number| world.revisions.get(&state.record.revision_key(*number)))
+        .collect();
+    control::DescribeResponse {
+        service: Some(service(world, state, now)),
+        replicas: revisions
+            .iter()
+            .flat_map(|revision| &revision.replicas)
+            .filter_map(|name| world.replicas.get(name))
+            .map(replica)
+            .collect(),
+        revisions: revisions.iter().map(|state| revision(world, state)).collect(),
+        decisions: decisions(world, state, 20),
+        events: state.events.iter().map(event).collect(),
+    }
+}
+
+/// A protobuf timestamp.
+pub fn timestamp(time: Timestamp) -> prost_types::Timestamp {
+    let nanos = time.as_nanosecond();
+    let second = 1_000_000_000;
+    prost_types::Timestamp {
+        seconds: nanos.div_euclid(second) as i64,
+        nanos: nanos.rem_euclid(second) as i32,
+    }
+}

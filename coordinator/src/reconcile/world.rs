@@ -1,0 +1,271 @@
+//! All that the coordinator knows: desired state as stored, and what agents last said, in memory.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    time::Duration,
+};
+
+use jiff::Timestamp;
+use pilotlight_proto::fleet::v1 as fleet;
+use pilotlight_telemetry::TraceContext;
+
+use crate::{
+    autoscaler::{Decision, Defaults, Scaler, ScalerConfig},
+    fleet::SessionHandle,
+    model::{NodeRecord, ReplicaRecord, RevisionKey, RevisionRecord, ServiceKey, ServiceRecord},
+};
+
+/// Decisions kept per revision for `describe`.
+pub const DECISIONS_KEPT: usize = 50;
+/// Events kept per service for `describe`.
+pub const EVENTS_KEPT: usize = 50;
+
+/// The whole state of one cell.
+#[derive(Debug)]
+pub struct World {
+    /// What holds for every service.
+    pub settings: Settings,
+    /// Applied services.
+    pub services: BTreeMap<ServiceKey, ServiceState>,
+    /// Their revisions.
+    pub revisions: BTreeMap<RevisionKey, RevisionState>,
+    /// Replicas that shall exist, by name.
+    pub replicas: BTreeMap<String, ReplicaState>,
+    /// Nodes that have joined, by name.
+    pub nodes: BTreeMap<String, NodeState>,
+}
+
+/// What holds for every service of the cell.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// Cell name.
+    pub cell: String,
+    /// Host suffix.
+    pub domain: String,
+    /// Port that clients use.
+    pub ingress_port: u16,
+    /// Requests one gateway may hold per revision.
+    pub queue_limit: u32,
+    /// Fleet-wide autoscaler defaults.
+    pub scaling: Defaults,
+    /// Silence after which a node is lost.
+    pub node_lease: Duration,
+}
+
+/// One service.
+#[derive(Debug)]
+pub struct ServiceState {
+    /// As stored.
+    pub record: ServiceRecord,
+    /// Numbers of its revisions that still exist.
+    pub revisions: BTreeSet<u32>,
+    /// What happened lately, oldest first.
+    pub events: VecDeque<Event>,
+}
+
+/// Something that happened to a service, in the shape of Kubernetes' events.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Event {
+    /// When.
+    pub time: Timestamp,
+    /// True for `Warning`, false for `Normal`.
+    pub warning: bool,
+    /// CamelCase.
+    pub reason: &'static str,
+    /// `<kind>/<name>`.
+    pub object: String,
+    /// For people.
+    pub message: String,
+}
+
+/// One revision.
+#[derive(Debug)]
+pub struct RevisionState {
+    /// As stored.
+    pub record: RevisionRecord,
+    /// Resolved from the revision's annotations and the fleet's defaults.
+    pub scaling: ScalerConfig,
+    /// Made at the first decision after the fleet has settled.
+    pub scaler: Option<Scaler>,
+    /// Replicas that the last decision asks for.
+    pub wanted: u32,
+    /// The last decisions, oldest first.
+    pub decisions: VecDeque<(Timestamp, Decision)>,
+    /// Its replicas, draining ones included.
+    pub replicas: BTreeSet<String>,
+    /// Why some wanted replicas have no place, empty where all have.
+    pub unplaced: Option<String>,
+    /// Requests waiting for it, by node, as last reported.
+    pub waiting: BTreeMap<String, u64>,
+    /// Trace of the request that woke it, until a replica has been started for it.
+    pub trace: TraceContext,
+}
+
+/// One replica.
+#[derive(Debug)]
+pub struct ReplicaState {
+    /// As stored.
+    pub record: ReplicaRecord,
+    /// What its agent last said of it; `None` until then.
+    pub status: Option<fleet::ReplicaStatus>,
+    /// Requests running on it, as last reported.
+    pub running: u64,
+    /// Trace of the decision that made it.
+    pub trace: TraceContext,
+}
+
+/// One node.
+#[derive(Debug)]
+pub struct NodeState {
+    /// As stored.
+    pub record: NodeRecord,
+    /// The open session, if there is one.
+    pub session: Option<SessionHandle>,
+    /// What it said of itself when it connected.
+    pub hello: fleet::Hello,
+    /// What it has; `None` until it said so.
+    pub inventory: Option<fleet::Inventory>,
+    /// True once its agent has told, in this coordinator's life, what runs there.
+    pub heard: bool,
+    /// When a message last came.
+    pub last_seen: Timestamp,
+    /// Replicas placed there.
+    pub replicas: BTreeSet<String>,
+    /// Version of the last assignment sent.
+    pub assignment_version: u64,
+}
+
+impl NodeState {
+    /// A node that is known but has not been heard from.
+    pub fn unheard(record: NodeRecord, now: Timestamp) -> Self {
+        Self {
+            record,
+            session: None,
+            hello: fleet::Hello::default(),
+            inventory: None,
+            heard: false,
+            last_seen: now,
+            replicas: BTreeSet::new(),
+            assignment_version: 0,
+        }
+    }
+
+    /// True where nobody is connected and the lease has run out.
+    pub fn lost(&self, lease: Duration, now: Timestamp) -> bool {
+        self.session.is_none() && since(self.last_seen, now) > lease
+    }
+}
+
+impl ReplicaState {
+    /// The phase last reported; unspecified before the first report.
+    pub fn phase(&self) -> fleet::ReplicaPhase {
+        self.status.as_ref().map_or(fleet::ReplicaPhase::Unspecified, fleet::ReplicaStatus::phase)
+    }
+
+    /// True where it takes requests.
+    pub fn ready(&self) -> bool {
+        !self.record.draining && self.phase() == fleet::ReplicaPhase::Ready
+    }
+}
+
+/// How many replicas of a revision are in which state.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Take requests.
+    pub ready: u32,
+    /// Placed, not ready yet (starting, failing, or not yet reported).
+    pub starting: u32,
+    /// Finish and leave.
+    pub draining: u32,
+}
+
+impl World {
+    /// An empty cell.
+    pub fn new(settings: Settings) -> Self {
+        Self {
+            settings,
+            services: BTreeMap::new(),
+            revisions: BTreeMap::new(),
+            replicas: BTreeMap::new(),
+            nodes: BTreeMap::new(),
+        }
+    }
+
+    /// Counts the replicas of a revision.
+    pub fn counts(&self, revision: &RevisionState) -> Counts {
+        let mut counts = Counts::default();
+        for replica in revision.replicas.iter().filter_map(|name| self.replicas.get(name)) {
+            match () {
+                () if replica.record.draining => counts.draining += 1,
+                () if replica.ready() => counts.ready += 1,
+                () => counts.starting += 1,
+            }
+        }
+        counts
+    }
+
+    /// The revision that takes a service's traffic: the newest that was ever ready, else the newest.
+    pub fn routed<'a>(&'a self, service: &ServiceState) -> Option<&'a RevisionState> {
+        let number = service.record.latest_ready.unwrap_or(service.record.latest_revision);
+        self.revisions.get(&service.record.revision_key(number))
+    }
+
+    /// True where the revision takes traffic or is the one being rolled out (Knative's reachability).
+    pub fn reachable(&self, revision: &RevisionState) -> bool {
+        self.services.get(&revision.record.service_key()).is_some_and(|service| {
+            let record = &service.record;
+            revision.record.number == record.latest_revision || Some(revision.record.number) == record.latest_ready
+        })
+    }
+
+    /// True once every known node has told what runs there, or its lease has run out. Before that
+    /// nothing may be scaled down, since replicas that run may not have been reported yet.
+    pub fn settled(&self, now: Timestamp) -> bool {
+        self.nodes.values().all(|node| node.heard || node.lost(self.settings.node_lease, now))
+    }
+
+    /// Puts a replica into the world and its indices.
+    pub fn insert_replica(&mut self, record: ReplicaRecord, trace: TraceContext) {
+        if let Some(revision) = self.revisions.get_mut(&record.revision) {
+            revision.replicas.insert(record.name.clone());
+        }
+        if let Some(node) = self.nodes.get_mut(&record.node) {
+            node.replicas.insert(record.name.clone());
+        }
+        self.replicas.insert(record.name.clone(), ReplicaState { record, status: None, running: 0, trace });
+    }
+
+    /// Takes a replica out of the world and its indices.
+    pub fn remove_replica(&mut self, name: &str) -> Option<ReplicaRecord> {
+        let replica = self.replicas.remove(name)?;
+        if let Some(revision) = self.revisions.get_mut(&replica.record.revision) {
+            revision.replicas.remove(name);
+        }
+        if let Some(node) = self.nodes.get_mut(&replica.record.node) {
+            node.replicas.remove(name);
+        }
+        Some(replica.record)
+    }
+
+    /// Notes an event of a service; the oldest go when there are too many. An event that only repeats
+    /// the newest one replaces it.
+    pub fn note(&mut self, service: &str, event: Event) {
+        let Some(service) = self.services.get_mut(service) else { return };
+        let events = &mut service.events;
+        if events
+            .back()
+            .is_some_and(|last| last.reason == event.reason && last.object == event.object && last.message == event.message)
+        {
+            events.pop_back();
+        }
+        events.push_back(event);
+        while events.len() > EVENTS_KEPT {
+            events.pop_front();
+        }
+    }
+}
+
+/// Time from `earlier` to `later`, zero where the order is the other way.
+pub fn since(earlier: Timestamp, later: Timestamp) -> Duration {
+    Duration::try_from(later.duration_since(earlier)).unwrap_or(Duration::ZERO)
+}

@@ -1,0 +1,287 @@
+//! Puts a coordinator together and runs it.
+
+use std::{net::SocketAddr, path::Path, sync::Arc, time::Duration};
+
+use pilotlight_identity::{Authority, Credentials, LiveIdentity, Member, Role};
+use pilotlight_proto::{
+    FILE_DESCRIPTOR_SET, control::v1::control_server::ControlServer,
+    fleet::v1::{enrollment_server::EnrollmentServer, fleet_server::FleetServer},
+};
+use tokio::net::TcpListener;
+use tokio_stream::wrappers::TcpListenerStream;
+use tokio_util::sync::CancellationToken;
+use tonic::{service::Routes, transport::Server};
+use tracing::{error, info};
+
+use crate::{
+    api::{ControlService, access::Access},
+    autoscaler::Defaults,
+    config::{Config, Security, StoreConfig},
+    fleet::{FleetService, LogHub, enrollment::EnrollmentService},
+    leader,
+    model::keys,
+    reconcile::{Handle, Reconciler, record::Recorder, run::Setup, world::Settings},
+    store::{Store, StoreError, StoreExt as _, Transaction, embedded::EmbeddedStore, etcd::EtcdStore},
+};
+
+/// How long a leader's claim outlives its process; a successor waits this long after a crash.
+const LEADER_TTL: Duration = Duration::from_secs(5);
+/// Certificates of the coordinator and its first operator; renewed at each start.
+const COORDINATOR_LIFETIME: Duration = Duration::from_secs(365 * 24 * 3600);
+/// Directory below the data directory for the first operator's certificate.
+const OPERATOR_DIR: &str = "operator";
+
+/// Why a coordinator could not start or go on.
+#[derive(Debug, thiserror::Error)]
+pub enum CoordinatorError {
+    /// Plaintext is for this machine alone.
+    #[error("listen: {0} is not a loopback address; without TLS only loopback is allowed")]
+    PlaintextOffLoopback(SocketAddr),
+    /// The data directory cannot be made.
+    #[error("data-dir: {0}: {1}")]
+    DataDir(std::path::PathBuf, std::io::Error),
+    /// An address cannot be listened on.
+    #[error("{what}: cannot listen on {address}: {error}")]
+    Listen {
+        /// Which setting.
+        what: &'static str,
+        /// Its value.
+        address: SocketAddr,
+        /// Why.
+        error: std::io::Error,
+    },
+    /// The recording cannot be made.
+    #[error("record: {0}")]
+    Record(std::io::Error),
+    /// Certificates cannot be made or read.
+    #[error(transparent)]
+    Identity(#[from] pilotlight_identity::IdentityError),
+    /// The store cannot be used.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The gRPC server failed.
+    #[error("grpc: {0}")]
+    Grpc(#[from] tonic::transport::Error),
+    /// Another coordinator has taken over.
+    #[error("leadership of cell {0} was lost; another coordinator leads now")]
+    LeadershipLost(String),
+}
+
+/// Runs a coordinator until `stopping`.
+///
+/// # Errors
+/// A setting cannot be used, the store cannot be reached at the start, or leadership is lost.
+pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), CoordinatorError> {
+    if matches!(config.security, Security::Plaintext) && !config.listen.ip().is_loopback() {
+        return Err(CoordinatorError::PlaintextOffLoopback(config.listen));
+    }
+    std::fs::create_dir_all(&config.data_dir)
+        .map_err(|error| CoordinatorError::DataDir(config.data_dir.clone(), error))?;
+    let listener = listen("listen", config.listen).await?;
+    let http = listen("listen-http", config.listen_http).await?;
+    let store = open_store(&config).await?;
+
+    let metrics = pilotlight_telemetry::Metrics::new("pilotlight-coordinator", env!("CARGO_PKG_VERSION"));
+    let leading = tokio_util::sync::CancellationToken::new();
+    let ready = leading.clone();
+    let status = pilotlight_telemetry::http_router(&metrics, move || ready.is_cancelled());
+    let http_stopping = stopping.clone();
+    tokio::spawn(async move {
+        let serve = axum::serve(http, status).with_graceful_shutdown(http_stopping.cancelled_owned());
+        if let Err(error) = serve.await {
+            error!(%error, "status listener ended");
+        }
+    });
+
+    let identity = config.listen.to_string();
+    let leadership = tokio::select! {
+        leadership = leader::campaign(Arc::clone(&store), &identity, LEADER_TTL) => leadership?,
+        () = stopping.cancelled() => return Ok(()),
+    };
+    info!(cell = %config.cell, store = store.kind(), "leading");
+    let outcome = lead(&config, leadership.fenced(), listener, &leading, &leadership, stopping).await;
+    leadership.resign().await;
+    outcome
+}
+
+/// Serves as the leader until `stopping`, or until leadership is lost.
+async fn lead(
+    config: &Config,
+    store: Arc<dyn Store>,
+    listener: TcpListener,
+    leading: &CancellationToken,
+    leadership: &leader::Leadership,
+    stopping: CancellationToken,
+) -> Result<(), CoordinatorError> {
+    // Whatever ends the loop ends the server, and the other way round.
+    let ending = stopping.child_token();
+    let (access, authority) = match &config.security {
+        Security::Plaintext => (Access::Open, None),
+        Security::Mtls { ca, .. } => {
+            let ca = ca.as_ref().map(|(certificate, key)| (certificate.as_path(), key.as_path()));
+            (Access::Certified, Some(Arc::new(authority(&store, &config.cell, ca).await?)))
+        }
+    };
+    let (handle, inputs, changes) = Handle::new();
+    let recorder = match &config.record {
+        Some(path) => Recorder::create(path).map_err(CoordinatorError::Record)?,
+        None => Recorder::default(),
+    };
+    let setup = Setup {
+        store: Arc::clone(&store),
+        settings: settings(config),
+        tick: config.tick,
+        report_interval: config.report_interval,
+        recorder,
+        inputs,
+        changes,
+    };
+    let reconciler = Reconciler::load(setup).await?;
+    let looping = tokio::spawn(reconciler.run(ending.clone()));
+    leading.cancel();
+
+    let services = services(config, &store, handle, access, authority.clone(), &ending).await;
+    let server = Server::builder()
+        .http2_keepalive_interval(Some(Duration::from_secs(10)))
+        .trace_fn(|request| tracing::debug_span!("grpc", path = request.uri().path()))
+        .add_routes(services);
+    let serving = async {
+        match (&config.security, authority) {
+            (Security::Mtls { names, .. }, Some(authority)) => {
+                let live = own_identity(config, &authority, names)?;
+                let incoming = pilotlight_identity::accept_tls(listener, live.server_config_optional_client(&[b"h2"])?);
+                server.serve_with_incoming_shutdown(incoming, ending.cancelled()).await?;
+            }
+            _ => {
+                let incoming = TcpListenerStream::new(listener);
+                server.serve_with_incoming_shutdown(incoming, ending.cancelled()).await?;
+            }
+        }
+        Ok(())
+    };
+    let outcome = tokio::select! {
+        outcome = serving => outcome,
+        () = leadership.lost() => Err(CoordinatorError::LeadershipLost(config.cell.clone())),
+    };
+    ending.cancel();
+    if let Err(error) = looping.await {
+        error!(%error, "the loop ended badly");
+    }
+    outcome
+}
+
+async fn services(
+    config: &Config,
+    store: &Arc<dyn Store>,
+    handle: Handle,
+    access: Access,
+    authority: Option<Arc<Authority>>,
+    ending: &CancellationToken,
+) -> Routes {
+    let logs = Arc::new(LogHub::default());
+    let control = ControlService {
+        handle: handle.clone(),
+        store: Arc::clone(store),
+        authority: authority.clone(),
+        access,
+        scaling: scaling_defaults(),
+        cell: config.cell.clone(),
+        logs: Arc::clone(&logs),
+    };
+    let fleet = FleetService::new(handle, logs, access, ending.clone());
+    let (health, health_service) = tonic_health::server::health_reporter();
+    health.set_serving::<ControlServer<ControlService>>().await;
+    health.set_serving::<FleetServer<FleetService>>().await;
+    let mut routes = Routes::new(health_service)
+        .add_service(ControlServer::new(control))
+        .add_service(FleetServer::new(fleet));
+    if let Some(authority) = authority {
+        let enrollment = EnrollmentService::new(authority, Arc::clone(store), access);
+        routes = routes.add_service(EnrollmentServer::new(enrollment));
+    }
+    let reflection = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .build_v1();
+    match reflection {
+        Ok(reflection) => routes.add_service(reflection),
+        Err(error) => {
+            error!(%error, "no gRPC reflection");
+            routes
+        }
+    }
+}
+
+fn settings(config: &Config) -> Settings {
+    Settings {
+        cell: config.cell.clone(),
+        domain: config.domain.clone(),
+        ingress_port: config.ingress_port,
+        queue_limit: config.queue_limit,
+        scaling: scaling_defaults(),
+        node_lease: config.node_lease,
+    }
+}
+
+/// CoreWeave's values; and a service may be born at zero, since GPUs are dear.
+fn scaling_defaults() -> Defaults {
+    Defaults { allow_zero_initial_scale: true, ..Defaults::default() }
+}
+
+async fn listen(what: &'static str, address: SocketAddr) -> Result<TcpListener, CoordinatorError> {
+    TcpListener::bind(address).await.map_err(|error| CoordinatorError::Listen { what, address, error })
+}
+
+async fn open_store(config: &Config) -> Result<Arc<dyn Store>, CoordinatorError> {
+    Ok(match &config.store {
+        StoreConfig::Embedded => Arc::new(EmbeddedStore::open(&config.data_dir.join("state.redb"))?),
+        StoreConfig::Etcd(etcd) => {
+            Arc::new(EtcdStore::connect(etcd, &format!("/pilotlight/{}/", config.cell)).await?)
+        }
+    })
+}
+
+/// The operator's own authority, else the cell's, which the first coordinator makes.
+async fn authority(
+    store: &Arc<dyn Store>,
+    cell: &str,
+    own: Option<(&Path, &Path)>,
+) -> Result<Authority, CoordinatorError> {
+    if let Some((certificate, key)) = own {
+        return Ok(Authority::load(cell, certificate, key)?);
+    }
+    if let Some(pem) = store.get_json::<AuthorityRecord>(keys::AUTHORITY).await? {
+        return Ok(Authority::from_pem(cell, &pem.certificate_pem, &pem.key_pem)?);
+    }
+    let authority = Authority::generate(cell)?;
+    let record = AuthorityRecord {
+        certificate_pem: authority.certificate_pem().to_owned(),
+        key_pem: authority.key_pem(),
+    };
+    let write = Transaction::new().expect_absent(keys::AUTHORITY).put_json(keys::AUTHORITY, &record);
+    store.commit(write).await?;
+    info!(cell, "made the cell's certificate authority");
+    Ok(authority)
+}
+
+/// The authority as stored. Whoever can read the store can sign: protect it.
+#[derive(serde::Serialize, serde::Deserialize)]
+struct AuthorityRecord {
+    certificate_pem: String,
+    key_pem: String,
+}
+
+/// The coordinator's own certificate, and one for its first operator, written where the CLI finds it.
+fn own_identity(
+    config: &Config,
+    authority: &Authority,
+    names: &[String],
+) -> Result<Arc<LiveIdentity>, CoordinatorError> {
+    let operator = Member::operator("admin", Role::Admin)?;
+    let issued = authority.issue(&operator, &[], COORDINATOR_LIFETIME)?;
+    let directory = config.data_dir.join(OPERATOR_DIR);
+    issued.save(&directory)?;
+    info!(directory = %directory.display(), "operator's certificate written; use it by --credentials");
+    let own: Credentials = authority.issue(&Member::Coordinator, names, COORDINATOR_LIFETIME)?;
+    Ok(LiveIdentity::new(&config.cell, own)?)
+}

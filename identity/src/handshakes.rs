@@ -1,0 +1,173 @@
+//! Who may talk to whom, over real handshakes.
+
+use std::{os::unix::fs::PermissionsExt as _, time::SystemTime};
+
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+use super::*;
+
+const HOUR: Duration = Duration::from_secs(3600);
+
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+
+use futures::StreamExt as _;
+use rustls::{ClientConfig, ServerConfig};
+use tokio::net::TcpListener;
+
+fn live(authority: &Authority, member: &Member) -> Arc<LiveIdentity> {
+    LiveIdentity::new(&authority.issue(member, &[], HOUR).unwrap()).unwrap()
+}
+
+fn node(name: &str) -> Member {
+    Member::node(name).unwrap()
+}
+
+/// Serves one greeting per connection, with the caller's identity.
+async fn serve(config: ServerConfig) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        let mut connections = std::pin::pin!(accept_tls(listener, config));
+        while let Some(Ok(mut stream)) = connections.next().await {
+            let caller = member_of(&stream).map_or_else(|error| error.to_string(), |member| member.to_string());
+            // The client may have hung up: it decides, not the server.
+            let _ = stream.write_all(caller.as_bytes()).await;
+            let _ = stream.shutdown().await;
+        }
+    });
+    address
+}
+
+async fn greet(address: SocketAddr, expected: &Member, config: ClientConfig) -> io::Result<String> {
+    let mut stream = connect_tls(&address.to_string(), expected, Arc::new(config)).await?;
+    let mut greeting = String::new();
+    stream.read_to_string(&mut greeting).await?;
+    Ok(greeting)
+}
+
+#[tokio::test]
+async fn members_of_a_cell_know_each_other() {
+    let authority = Authority::generate("main").unwrap();
+    let address = serve(live(&authority, &node("a")).server_config(&[b"h2"]).unwrap()).await;
+    let client = live(&authority, &node("b"));
+    let greeting = greet(address, &node("a"), client.client_config(&[b"h2"]).unwrap()).await.unwrap();
+    assert_eq!(greeting, "node b");
+    let other_name = greet(address, &node("c"), client.client_config(&[b"h2"]).unwrap()).await;
+    assert!(other_name.is_err(), "a is not c");
+}
+
+#[tokio::test]
+async fn strangers_and_other_cells_are_refused() {
+    let (ours, theirs) = (Authority::generate("main").unwrap(), Authority::generate("main").unwrap());
+    let strict = serve(live(&ours, &node("a")).server_config(&[]).unwrap()).await;
+    let open = serve(live(&ours, &Member::Coordinator).server_config_optional_client(&[]).unwrap()).await;
+
+    let foreign = live(&theirs, &node("b")).client_config(&[]).unwrap();
+    assert!(greet(strict, &node("a"), foreign).await.is_err(), "the client must not trust our server");
+
+    // A client that trusts us but shows another cell's certificate, or none.
+    let mut mixed = theirs.issue(&node("b"), &[], HOUR).unwrap();
+    mixed.ca_pem = ours.certificate_pem().to_owned();
+    let mixed = LiveIdentity::new(&mixed).unwrap();
+    assert!(greet(strict, &node("a"), mixed.client_config(&[]).unwrap()).await.is_err());
+    assert!(greet(open, &Member::Coordinator, mixed.client_config(&[]).unwrap()).await.is_err());
+
+    let nobody = || {
+        let mut roots = rustls::RootCertStore::empty();
+        let ours = ours.issue(&node("x"), &[], HOUR).unwrap().authorities().unwrap();
+        roots.add(ours[0].clone()).unwrap();
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let config = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
+        config.with_root_certificates(roots).with_no_client_auth()
+    };
+    assert!(greet(strict, &node("a"), nobody()).await.is_err());
+    let greeting = greet(open, &Member::Coordinator, nobody()).await.unwrap();
+    assert_eq!(greeting, "certificate: none was presented");
+}
+
+#[tokio::test]
+async fn an_expired_certificate_is_refused() {
+    let authority = Authority::generate("main").unwrap();
+    let address = serve(live(&authority, &node("a")).server_config(&[]).unwrap()).await;
+    let long_ago = SystemTime::now() - HOUR * 3;
+    let expired = LiveIdentity::new(&authority.issue_at(&node("b"), &[], HOUR, long_ago).unwrap()).unwrap();
+    assert!(greet(address, &node("a"), expired.client_config(&[]).unwrap()).await.is_err());
+}
+
+#[tokio::test]
+async fn a_renewed_certificate_is_used_without_a_restart() {
+    let authority = Authority::generate("main").unwrap();
+    let long_ago = SystemTime::now() - HOUR * 3;
+    let server = LiveIdentity::new(&authority.issue_at(&node("a"), &[], HOUR, long_ago).unwrap()).unwrap();
+    let address = serve(server.server_config(&[]).unwrap()).await;
+    let client = live(&authority, &node("b"));
+    assert!(greet(address, &node("a"), client.client_config(&[]).unwrap()).await.is_err());
+    let (key_pem, csr_pem) = new_csr().unwrap();
+    let certificate_pem = authority.sign(&csr_pem, &node("a"), NODE_LIFETIME, SystemTime::now()).unwrap();
+    let ca_pem = authority.certificate_pem().to_owned();
+    server.replace(&Credentials { certificate_pem, key_pem, ca_pem }).unwrap();
+    assert_eq!(greet(address, &node("a"), client.client_config(&[]).unwrap()).await.unwrap(), "node b");
+}
+
+#[tokio::test]
+async fn joining_trusts_only_the_pinned_authority() {
+    let (ours, theirs) = (Authority::generate("main").unwrap(), Authority::generate("main").unwrap());
+    let address = serve(live(&ours, &Member::Coordinator).server_config_optional_client(&[b"h2"]).unwrap()).await;
+    let pinned = |authority: &Authority| transport::pinned_config(authority.pin()).unwrap();
+    assert!(greet(address, &Member::Coordinator, pinned(&ours)).await.is_ok());
+    let error = greet(address, &Member::Coordinator, pinned(&theirs)).await.unwrap_err().to_string();
+    assert!(error.contains("join token"), "{error}");
+    // A node of the right cell is not the coordinator.
+    let node_server = serve(live(&ours, &node("a")).server_config_optional_client(&[b"h2"]).unwrap()).await;
+    assert!(greet(node_server, &Member::Coordinator, pinned(&ours)).await.is_err());
+}
+
+#[test]
+fn a_request_gets_only_the_names_that_the_signer_sets() {
+    let authority = Authority::generate("main").unwrap();
+    let key = rcgen::KeyPair::generate().unwrap();
+    let wish = rcgen::CertificateParams::new(vec!["coordinator.pilotlight.internal".to_owned()]).unwrap();
+    let csr_pem = wish.serialize_request(&key).unwrap().pem().unwrap();
+    let certificate_pem = authority.sign(&csr_pem, &node("b"), HOUR, SystemTime::now()).unwrap();
+    let credentials =
+        Credentials { certificate_pem, key_pem: key.serialize_pem(), ca_pem: authority.certificate_pem().to_owned() };
+    let chain = credentials.chain().unwrap();
+    assert_eq!(Member::from_certificate(&chain[0]).unwrap(), node("b"));
+    assert!(!String::from_utf8_lossy(&chain[0]).contains("coordinator."));
+    assert!(authority.check_csr("nonsense").is_err());
+}
+
+#[test]
+fn credentials_go_through_a_directory_and_the_key_is_private() {
+    let directory = tempfile::tempdir().unwrap();
+    let authority = Authority::generate("main").unwrap();
+    let credentials = authority.issue(&node("a"), &["localhost".into(), "127.0.0.1".into()], HOUR).unwrap();
+    assert!(!Credentials::exist(directory.path()));
+    credentials.save(directory.path()).unwrap();
+    assert_eq!(Credentials::load(directory.path()).unwrap(), credentials);
+    let mode = std::fs::metadata(directory.path().join("key.pem")).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+    std::fs::write(directory.path().join("cert.pem"), "nonsense").unwrap();
+    assert!(Credentials::load(directory.path()).unwrap_err().to_string().contains("certificate"));
+    let missing = Credentials::load(&directory.path().join("none")).unwrap_err().to_string();
+    assert!(missing.contains("cert.pem"), "{missing}");
+}
+
+#[test]
+fn two_thirds_of_a_life_are_over_at_renewal() {
+    let authority = Authority::generate("main").unwrap();
+    let credentials = authority.issue(&node("a"), &[], HOUR).unwrap();
+    let (from, until) = credentials.validity().unwrap();
+    let renew = credentials.renew_at().unwrap();
+    assert_eq!(renew.duration_since(from).unwrap() * 3, until.duration_since(from).unwrap() * 2);
+}
+
+#[test]
+fn an_authority_of_ones_own_is_checked() {
+    let (a, b) = (Authority::generate("main").unwrap(), Authority::generate("main").unwrap());
+    let mixed = Authority::from_pem("main", a.certificate_pem(), &b.key_pem()).unwrap_err().to_string();
+    assert!(mixed.contains("does not belong"), "{mixed}");
+    let leaf = a.issue(&node("a"), &[], HOUR).unwrap();
+    let leaf = Authority::from_pem("main", &leaf.certificate_pem, &leaf.key_pem).unwrap_err().to_string();
+    assert!(leaf.contains("not a CA"), "{leaf}");
+}

@@ -1,0 +1,130 @@
+//! Join tokens: short-lived, used once, and bound to one authority.
+
+use std::{fmt, str::FromStr};
+
+use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
+use ring::{digest, rand::SecureRandom as _, rand::SystemRandom};
+use serde::{Deserialize, Serialize};
+
+use crate::{Authority, IdentityError};
+
+const PREFIX: &str = "plt1";
+
+/// A token as handed to an agent: `plt1.<id>.<secret>.<pin>`.
+#[derive(Clone, PartialEq, Eq)]
+pub struct JoinToken {
+    id: String,
+    secret: [u8; 24],
+    pin: [u8; 32],
+}
+
+/// What is kept of a token; the secret itself is not.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TokenRecord {
+    /// Public part of the token.
+    pub id: String,
+    /// SHA-256 of the secret, base64. The secret is random, so that no salt is needed.
+    pub secret_sha256: String,
+    /// Seconds since the Unix epoch after which the token is void.
+    pub expires_at: i64,
+}
+
+impl JoinToken {
+    /// Makes a token for an authority's cell, and what to keep of it.
+    ///
+    /// # Errors
+    /// There is no randomness.
+    pub fn generate(authority: &Authority, expires_at: i64) -> Result<(Self, TokenRecord), IdentityError> {
+        let random = SystemRandom::new();
+        let (mut id, mut secret) = ([0; 8], [0; 24]);
+        let filled = random.fill(&mut id).and_then(|()| random.fill(&mut secret));
+        filled.map_err(|_| IdentityError::Token("the system has no randomness"))?;
+        let token = Self { id: URL_SAFE_NO_PAD.encode(id), secret, pin: authority.pin() };
+        let record = TokenRecord { id: token.id.clone(), secret_sha256: token.secret_sha256(), expires_at };
+        Ok((token, record))
+    }
+
+    /// Public part, by which the record is found.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// SHA-256 of the authority's certificate.
+    pub fn pin(&self) -> [u8; 32] {
+        self.pin
+    }
+
+    fn secret_sha256(&self) -> String {
+        URL_SAFE_NO_PAD.encode(digest::digest(&digest::SHA256, &self.secret))
+    }
+}
+
+impl TokenRecord {
+    /// True where this is the token and it is still valid at `now` (seconds since the Unix epoch).
+    pub fn admits(&self, token: &JoinToken, now: i64) -> bool {
+        // Hashes are compared, so that how long it takes says nothing about the secret.
+        now < self.expires_at && self.id == token.id && self.secret_sha256 == token.secret_sha256()
+    }
+}
+
+impl fmt::Display for JoinToken {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (secret, pin) = (URL_SAFE_NO_PAD.encode(self.secret), URL_SAFE_NO_PAD.encode(self.pin));
+        write!(f, "{PREFIX}.{}.{secret}.{pin}", self.id)
+    }
+}
+
+impl fmt::Debug for JoinToken {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("JoinToken").field("id", &self.id).finish_non_exhaustive()
+    }
+}
+
+impl FromStr for JoinToken {
+    type Err = IdentityError;
+
+    fn from_str(text: &str) -> Result<Self, IdentityError> {
+        let [prefix, id, secret, pin] = text.trim().split('.').collect::<Vec<_>>()[..] else {
+            return Err(IdentityError::Token("it has not four parts"));
+        };
+        if prefix != PREFIX {
+            return Err(IdentityError::Token("it does not begin with plt1"));
+        }
+        if id.is_empty() || !id.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_') {
+            return Err(IdentityError::Token("its id holds other characters than letters, digits, - and _"));
+        }
+        let secret = part(secret).ok_or(IdentityError::Token("its secret is damaged"))?;
+        let pin = part(pin).ok_or(IdentityError::Token("its pin is damaged"))?;
+        Ok(Self { id: id.to_owned(), secret, pin })
+    }
+}
+
+fn part<const N: usize>(text: &str) -> Option<[u8; N]> {
+    URL_SAFE_NO_PAD.decode(text).ok()?.try_into().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_token_goes_through_text_and_only_its_record_admits_it() {
+        let authority = Authority::generate("main").unwrap();
+        let (token, record) = JoinToken::generate(&authority, 100).unwrap();
+        let (other, _) = JoinToken::generate(&authority, 100).unwrap();
+        assert_eq!(token.to_string().parse::<JoinToken>().unwrap(), token);
+        assert!(record.admits(&token, 99) && !record.admits(&token, 100) && !record.admits(&other, 99));
+        let forged = JoinToken { secret: [7; 24], ..token.clone() };
+        assert!(!record.admits(&forged, 99));
+        assert!(!format!("{token:?}{record:?}").contains(&URL_SAFE_NO_PAD.encode(token.secret)));
+    }
+
+    #[test]
+    fn damaged_tokens_say_what_is_wrong() {
+        let cases = [("", "four parts"), ("a.b.c.d", "plt1"), ("plt1.a/b.c.d", "id"), ("plt1.a.!.d", "secret")];
+        for (text, part) in cases {
+            let error = text.parse::<JoinToken>().unwrap_err().to_string();
+            assert!(error.contains(part) && error.contains("token create"), "{text}: {error}");
+        }
+    }
+}

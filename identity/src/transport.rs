@@ -1,0 +1,233 @@
+//! TLS for gRPC and between agents: connecting, accepting, and who is at the other end.
+
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+
+use futures::{Stream, StreamExt as _, stream::FuturesUnordered};
+use hyper_util::rt::TokioIo;
+use rustls::{
+    ClientConfig, DigitallySignedStruct, RootCertStore, ServerConfig, SignatureScheme,
+    client::{
+        WebPkiServerVerifier,
+        danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
+    },
+    crypto::{verify_tls12_signature, verify_tls13_signature},
+    pki_types::{CertificateDer, ServerName, UnixTime},
+};
+use tokio::net::{TcpListener, TcpStream};
+use tokio_rustls::{TlsAcceptor, TlsConnector, client, server};
+use tonic::{
+    Request,
+    transport::{Channel, Endpoint, Uri, server::TcpConnectInfo, server::TlsConnectInfo},
+};
+use tower::service_fn;
+use tracing::debug;
+
+use crate::{IdentityError, LiveIdentity, Member, authority, live::provider};
+
+const CONNECT_WITHIN: Duration = Duration::from_secs(5);
+const HANDSHAKE_WITHIN: Duration = Duration::from_secs(10);
+/// Handshakes at the same time; further connections wait in the kernel's queue.
+const HANDSHAKES: usize = 256;
+/// A peer that is silent is asked; one that does not answer is gone.
+const KEEP_ALIVE: Duration = Duration::from_secs(10);
+
+/// Whom a connection trusts, and what it shows of itself.
+#[derive(Debug, Clone)]
+pub enum Trust {
+    /// Nobody and nothing: plaintext.
+    Plaintext,
+    /// The cell's authority; shows the member's certificate.
+    Cell(Arc<LiveIdentity>),
+    /// Only an authority with this SHA-256; shows nothing. For joining.
+    Pinned([u8; 32]),
+}
+
+/// A gRPC channel to the coordinator at `address`. Connects when it is first used, and again as needed.
+///
+/// # Errors
+/// The address is no URL, or its scheme does not fit `trust`.
+pub fn channel(address: &str, trust: &Trust) -> Result<Channel, IdentityError> {
+    let bad = |reason: &str| IdentityError::Address { address: address.to_owned(), reason: reason.to_owned() };
+    let uri: Uri = address.parse().map_err(|error: http::uri::InvalidUri| bad(&error.to_string()))?;
+    let plaintext = matches!(trust, Trust::Plaintext);
+    match uri.scheme_str() {
+        Some("http") if plaintext => {}
+        Some("https") if !plaintext => {}
+        Some("http") => return Err(bad("plaintext, but there is a certificate or token to use")),
+        Some("https") => return Err(bad("https needs credentials")),
+        _ => return Err(bad("there is no scheme")),
+    }
+    let authority = uri.authority().map(|authority| authority.as_str().to_owned()).ok_or_else(|| bad("there is no host"))?;
+    if uri.port_u16().is_none() {
+        return Err(bad("there is no port"));
+    }
+    // The connector below does TLS by itself; tonic must see plain HTTP/2.
+    let plain = Uri::builder().scheme("http").authority(authority.clone()).path_and_query("/").build();
+    let endpoint = Endpoint::from(plain.map_err(|error| bad(&error.to_string()))?)
+        .connect_timeout(CONNECT_WITHIN)
+        .http2_keep_alive_interval(KEEP_ALIVE)
+        .keep_alive_timeout(KEEP_ALIVE)
+        .keep_alive_while_idle(true)
+        .tcp_nodelay(true);
+    let config = match trust {
+        Trust::Plaintext => return Ok(endpoint.connect_lazy()),
+        Trust::Cell(identity) => identity.client_config(&[b"h2"])?,
+        Trust::Pinned(pin) => pinned_config(*pin)?,
+    };
+    let config = Arc::new(config);
+    Ok(endpoint.connect_with_connector_lazy(service_fn(move |_: Uri| {
+        let (config, authority) = (Arc::clone(&config), authority.clone());
+        async move { connect_tls(&authority, &Member::Coordinator, config).await.map(TokioIo::new) }
+    })))
+}
+
+/// Connects to `address` (host:port), where `member` must be.
+///
+/// # Errors
+/// The connection or the handshake failed, or took longer than 10 s.
+pub async fn connect_tls(
+    address: &str,
+    member: &Member,
+    config: Arc<ClientConfig>,
+) -> io::Result<client::TlsStream<TcpStream>> {
+    let name = ServerName::try_from(member.dns_name()).map_err(io::Error::other)?;
+    let connecting = async {
+        let stream = TcpStream::connect(address).await?;
+        stream.set_nodelay(true)?;
+        TlsConnector::from(config).connect(name, stream).await
+    };
+    tokio::time::timeout(HANDSHAKE_WITHIN, connecting)
+        .await
+        .map_err(|_| io::Error::new(io::ErrorKind::TimedOut, format!("{address}: no TLS handshake within 10 s")))?
+}
+
+/// Accepts TLS connections. A slow or failing handshake holds up nobody else and ends nothing.
+pub fn accept_tls(
+    listener: TcpListener,
+    config: ServerConfig,
+) -> impl Stream<Item = io::Result<server::TlsStream<TcpStream>>> {
+    let acceptor = TlsAcceptor::from(Arc::new(config));
+    async_stream::stream! {
+        let mut handshakes = FuturesUnordered::new();
+        loop {
+            tokio::select! {
+                accepted = listener.accept(), if handshakes.len() < HANDSHAKES => match accepted {
+                    Ok((stream, peer)) => handshakes.push(handshake(acceptor.clone(), stream, peer)),
+                    Err(error) => {
+                        // Out of file descriptors, mostly; a pause lets connections end.
+                        debug!(%error, "cannot accept");
+                        tokio::time::sleep(Duration::from_millis(50)).await;
+                    }
+                },
+                Some(stream) = handshakes.next() => {
+                    if let Some(stream) = stream {
+                        yield Ok(stream);
+                    }
+                }
+            }
+        }
+    }
+}
+
+async fn handshake(
+    acceptor: TlsAcceptor,
+    stream: TcpStream,
+    peer: SocketAddr,
+) -> Option<server::TlsStream<TcpStream>> {
+    // Without it only latency suffers.
+    let _ = stream.set_nodelay(true);
+    match tokio::time::timeout(HANDSHAKE_WITHIN, acceptor.accept(stream)).await {
+        Ok(Ok(stream)) => Some(stream),
+        Ok(Err(error)) => {
+            debug!(%peer, %error, "TLS handshake refused");
+            None
+        }
+        Err(_) => {
+            debug!(%peer, "no TLS handshake within 10 s");
+            None
+        }
+    }
+}
+
+/// The member at the other end of a gRPC call.
+///
+/// # Errors
+/// There was no certificate, or it names no member.
+pub fn peer_of<T>(request: &Request<T>) -> Result<Member, IdentityError> {
+    let info = request.extensions().get::<TlsConnectInfo<TcpConnectInfo>>();
+    let certificates = info.and_then(TlsConnectInfo::peer_certs);
+    first(certificates.as_ref().map(|certificates| certificates.as_slice()))
+}
+
+/// The member at the other end of an accepted connection.
+///
+/// # Errors
+/// There was no certificate, or it names no member.
+pub fn member_of(stream: &server::TlsStream<TcpStream>) -> Result<Member, IdentityError> {
+    first(stream.get_ref().1.peer_certificates())
+}
+
+fn first(certificates: Option<&[CertificateDer<'_>]>) -> Result<Member, IdentityError> {
+    let certificate = certificates.and_then(<[_]>::first);
+    Member::from_certificate(certificate.ok_or_else(|| IdentityError::Member("none was presented".into()))?)
+}
+
+pub(crate) fn pinned_config(pin: [u8; 32]) -> Result<ClientConfig, IdentityError> {
+    let mut config = ClientConfig::builder_with_provider(provider())
+        .with_safe_default_protocol_versions()?
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(Pinned { pin }))
+        .with_no_client_auth();
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    Ok(config)
+}
+
+/// Trusts a chain that the pinned authority, which must be part of it, has signed.
+#[derive(Debug)]
+struct Pinned {
+    pin: [u8; 32],
+}
+
+impl ServerCertVerifier for Pinned {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        server_name: &ServerName<'_>,
+        ocsp_response: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        let authority = intermediates.iter().find(|certificate| authority::pin(certificate) == self.pin);
+        let authority = authority.ok_or_else(|| {
+            rustls::Error::General("the coordinator's authority is not the one that made the join token".into())
+        })?;
+        let mut roots = RootCertStore::empty();
+        roots.add(authority.clone().into_owned())?;
+        let verifier = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider())
+            .build()
+            .map_err(|error| rustls::Error::General(error.to_string()))?;
+        verifier.verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now)
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls12_signature(message, certificate, signature, &provider().signature_verification_algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls13_signature(message, certificate, signature, &provider().signature_verification_algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        provider().signature_verification_algorithms.supported_schemes()
+    }
+}
