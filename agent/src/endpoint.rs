@@ -25,6 +25,8 @@ pub struct LocalReplica {
 pub trait Endpoints: Send + Sync + 'static {
     /// The replica is ready: give it requests.
     fn ready(&self, replica: LocalReplica);
+    /// Its probe fails: it gives no new slots until it is ready again.
+    fn not_ready(&self, replica: &str);
     /// The replica gives no new slots; those in use go on.
     fn drain(&self, replica: &str);
     /// Resolves when a draining (or unknown) replica runs no request any more.

@@ -1,9 +1,11 @@
 //! The records that make up desired state, and where each is kept in the store.
 
+use std::time::Duration;
+
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use crate::spec::{InferenceService, RevisionTemplate};
+use crate::spec::{InferenceService, RevisionTemplate, Scaling};
 
 /// `<namespace>/<name>` of an InferenceService.
 pub type ServiceKey = String;
@@ -61,6 +63,10 @@ pub struct RevisionRecord {
     pub created_at: Timestamp,
     /// True once it has reached its initial scale; never unset.
     pub been_ready: bool,
+    /// Replica bounds, target and concurrency; may change without a new revision.
+    pub scaling: Scaling,
+    /// Longest time a request may take; may change without a new revision.
+    pub timeout: Duration,
     /// What its replicas run.
     pub template: RevisionTemplate,
 }

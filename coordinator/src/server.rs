@@ -283,5 +283,5 @@ fn own_identity(
     issued.save(&directory)?;
     info!(directory = %directory.display(), "operator's certificate written; use it by --credentials");
     let own: Credentials = authority.issue(&Member::Coordinator, names, COORDINATOR_LIFETIME)?;
-    Ok(LiveIdentity::new(&config.cell, own)?)
+    Ok(LiveIdentity::new(&own)?)
 }

@@ -1,1 +1,108 @@
 //! The edge: takes requests, finds their service, holds and forwards them.
+//!
+//! In the order a request meets them: [`ingress`] (listener, limits), [`routes`] (which service and
+//! revision), [`hold`] (waits for a slot, tries again), [`forward`] (to a replica here or to the node that
+//! has it). [`peer`] is the other end: requests that come from other nodes' gateways.
+
+pub mod answer;
+pub mod body;
+pub mod forward;
+pub mod hold;
+pub mod ingress;
+pub mod metrics;
+pub mod peer;
+pub mod routes;
+#[cfg(test)]
+mod tests;
+
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use tokio::time::Instant;
+
+pub use forward::{Connect, PeerStream};
+pub use metrics::GatewayMetrics;
+pub use routes::RouteTable;
+
+use crate::sidecar::{Demands, Sidecar};
+use forward::Forwarder;
+
+/// What the data path is made with.
+pub struct Setup {
+    /// This node.
+    pub node: String,
+    /// Largest request body, bytes.
+    pub max_request_body: u64,
+    /// Connects to other nodes.
+    pub connect: Arc<dyn Connect>,
+    /// Where demands go.
+    pub demands: Demands,
+    /// Counters and times.
+    pub metrics: GatewayMetrics,
+}
+
+/// The whole data path of one node.
+pub struct DataPath {
+    pub(crate) node: String,
+    pub(crate) max_request_body: u64,
+    pub(crate) demands: Demands,
+    pub(crate) sidecar: Arc<Sidecar>,
+    pub(crate) routes: RouteTable,
+    pub(crate) forwarder: Forwarder,
+    pub(crate) metrics: GatewayMetrics,
+    connect: Arc<dyn Connect>,
+    bindings: Mutex<std::collections::BTreeMap<String, peer::Binding>>,
+    reported: Mutex<Instant>,
+}
+
+impl DataPath {
+    /// Puts it together; it serves once listeners are given to it.
+    pub fn new(setup: Setup) -> Arc<Self> {
+        let sidecar = Sidecar::new();
+        Arc::new(Self {
+            routes: RouteTable::new(Arc::clone(&sidecar)),
+            forwarder: Forwarder::new(Arc::clone(&setup.connect)),
+            node: setup.node,
+            max_request_body: setup.max_request_body,
+            demands: setup.demands,
+            metrics: setup.metrics,
+            connect: setup.connect,
+            bindings: Mutex::default(),
+            reported: Mutex::new(Instant::now()),
+            sidecar,
+        })
+    }
+
+    /// This node's replicas.
+    pub fn sidecar(&self) -> &Arc<Sidecar> {
+        &self.sidecar
+    }
+
+    /// Takes in routes, and opens and closes streams to other nodes accordingly.
+    pub fn apply_routes(self: &Arc<Self>, routes: pilotlight_proto::fleet::v1::Routes) {
+        let nodes = self.routes.apply(&self.node, routes);
+        self.forwarder.addresses(&nodes);
+        let mut bindings = self.bindings.lock().unwrap_or_else(PoisonError::into_inner);
+        bindings.retain(|node, binding| nodes.get(node).is_some_and(|address| binding.address() == address));
+        for (node, address) in nodes.iter().filter(|(node, _)| **node != self.node) {
+            bindings.entry(node.clone()).or_insert_with(|| {
+                peer::Binding::open(node, address, Arc::clone(&self.sidecar), Arc::clone(&self.connect))
+            });
+        }
+    }
+
+    /// A new session has begun: routes of any version are taken next.
+    pub fn session_opened(&self) {
+        self.routes.session_opened();
+    }
+
+    /// The load since the last report.
+    pub fn report(&self) -> pilotlight_proto::fleet::v1::QueueReport {
+        let now = Instant::now();
+        let mut reported = self.reported.lock().unwrap_or_else(PoisonError::into_inner);
+        let interval: Duration = now.duration_since(std::mem::replace(&mut *reported, now));
+        self.sidecar.report(interval)
+    }
+}

@@ -1,6 +1,6 @@
 //! The control API: operators' requests, answered from the loop.
 
-use std::{pin::Pin, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, pin::Pin, sync::Arc, time::Duration};
 
 use async_stream::try_stream;
 use futures::Stream;
@@ -84,12 +84,12 @@ impl ControlService {
         &self,
         namespace: &str,
         name: &str,
-        look: impl FnOnce(&World, &crate::reconcile::world::ServiceState, Timestamp) -> T + Send + 'static,
+        look: impl FnOnce(&World, &crate::reconcile::world::ServiceState) -> T + Send + 'static,
     ) -> Result<T, Status> {
         let key = format!("{namespace}/{name}");
         let wanted = key.clone();
         self.handle
-            .read(move |world, now| world.services.get(&wanted).map(|state| look(world, state, now)))
+            .read(move |world, _| world.services.get(&wanted).map(|state| look(world, state)))
             .await
             .map_err(status)?
             .ok_or_else(|| status(CommandError::NotFound(key)))
@@ -108,13 +108,18 @@ impl Control for ControlService {
             )));
         }
         let namespace = if request.namespace.is_empty() { "default" } else { &request.namespace };
-        let scaling = |annotations: &_, component: &_| match ScalerConfig::resolve(&self.scaling, annotations, component) {
+        let defaults = self.scaling.clone();
+        let scaling = move |annotations: &BTreeMap<String, String>, component: &spec::Scaling| match ScalerConfig::resolve(&defaults, annotations, component) {
             Ok((_, warnings)) => warnings,
             Err(findings) => findings,
         };
-        let options = ParseOptions { default_namespace: namespace.to_owned(), strict: request.strict };
+        // Parsed as a whole before anything is awaited: the check of scaling is not to be sent elsewhere.
+        let documents = spec::parse(
+            &request.manifest,
+            ParseOptions { default_namespace: namespace, strict: request.strict, validate_scaling: &scaling },
+        );
         let mut results = Vec::new();
-        for document in spec::parse(&request.manifest, &options, &scaling) {
+        for document in documents {
             results.push(self.apply_document(document, request.dry_run).await?);
         }
         Ok(Response::new(control::ApplyResponse { results }))
@@ -212,7 +217,7 @@ impl Control for ControlService {
         let request = request.into_inner();
         let limit = request.limit as usize;
         let decisions = self
-            .look(&request.namespace, &request.name, move |world, state, _| view::decisions(world, state, limit))
+            .look(&request.namespace, &request.name, move |world, state| view::decisions(world, state, limit))
             .await?;
         Ok(Response::new(control::ListDecisionsResponse { decisions }))
     }
@@ -258,7 +263,8 @@ impl Control for ControlService {
             return Err(Status::invalid_argument(format!("ttl: {ttl:?}, expected more than 0 and at most 24h")));
         }
         let expires_at = Timestamp::now() + ttl;
-        let (token, record) = JoinToken::generate(authority, expires_at.as_second());
+        let (token, record) = JoinToken::generate(authority, expires_at.as_second())
+            .map_err(|error| Status::internal(error.to_string()))?;
         let key = keys::token(token.id());
         let write = Transaction::new().expect_absent(&key).put_json(&key, &record);
         self.store.commit(write).await.map_err(unavailable)?;
@@ -282,7 +288,7 @@ impl ControlService {
     async fn open_logs(&self, request: &control::LogsRequest) -> Result<Vec<Streamed<control::LogsResponse>>, Status> {
         let wanted = request.replica.clone();
         let sources = self
-            .look(&request.namespace, &request.name, move |world, state, _| {
+            .look(&request.namespace, &request.name, move |world, state| {
                 let names = state
                     .revisions
                     .iter()
@@ -349,12 +355,12 @@ impl Drop for CloseLog {
 /// The services of a namespace and name; empty means any.
 async fn services(handle: &Handle, namespace: String, name: String) -> Result<Vec<control::Service>, Status> {
     handle
-        .read(move |world, now| {
+        .read(move |world, _| {
             let shown = world.services.values().filter(|state| {
                 let service = &state.record.service;
                 asked(&namespace, &service.namespace) && asked(&name, &service.name)
             });
-            shown.map(|state| view::service(world, state, now)).collect()
+            shown.map(|state| view::service(world, state)).collect()
         })
         .await
         .map_err(status)

@@ -13,7 +13,7 @@ use tracing::{info, warn};
 use crate::{
     api::access::Access,
     model::keys,
-    store::{Store, StoreError, StoreExt as _, Transaction},
+    store::{Store, StoreError, Transaction},
 };
 
 /// One message for every unusable token, so that guessing learns nothing.

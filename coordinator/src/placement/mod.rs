@@ -107,7 +107,7 @@ impl PlacementRequest {
             cpu_millis: resources.cpu_millis,
             memory_bytes: resources.memory_bytes,
             node_selector: template.node_selector.clone(),
-            required_affinity: template.required_affinity.clone(),
+            required_affinity: template.node_affinity.clone(),
         }
     }
 }

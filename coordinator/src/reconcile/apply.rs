@@ -5,7 +5,7 @@ use tracing::info;
 
 use super::{
     commands::{Applied, Change, CommandError},
-    run::{Reconciler, insert_revision},
+    run::{Reconciler, insert_revision, scaling_of},
     view,
     world::{Event, ServiceState},
 };
@@ -38,9 +38,7 @@ impl Reconciler {
         }
         let (record, revision) = self.next(former, service, now);
         let mut write = Transaction::new().put_json(&keys::service(&key), &record);
-        if let Some(revision) = &revision {
-            write = write.put_json(&keys::revision(&revision.key()), revision);
-        }
+        write = write.put_json(&keys::revision(&revision.key()), &revision);
         let expired = self.expired(&record);
         for number in &expired {
             write = write.delete(&keys::revision(&record.revision_key(*number)));
@@ -54,21 +52,22 @@ impl Reconciler {
             let gone = state.record.revision_key(number);
             self.world.revisions.remove(&gone);
         }
-        if let Some(revision) = revision {
-            self.begin(revision, now);
+        match self.world.revisions.contains_key(&revision.key()) {
+            true => self.amend(revision),
+            false => self.begin(revision, now),
         }
         info!(service = %key, ?outcome, "applied");
         self.dirty.services.insert(key);
         Ok(outcome)
     }
 
-    /// The service's next record, and the revision that it makes, if its template differs.
+    /// The service's next record, and its newest revision, which is a new one where the template differs.
     fn next(
         &self,
         former: Option<&ServiceRecord>,
         service: InferenceService,
         now: Timestamp,
-    ) -> (ServiceRecord, Option<RevisionRecord>) {
+    ) -> (ServiceRecord, RevisionRecord) {
         let template = service.predictor.template.clone();
         let mut record = match former {
             Some(former) => ServiceRecord { generation: former.generation + 1, service, ..former.clone() },
@@ -82,17 +81,19 @@ impl Reconciler {
             },
         };
         let latest = self.world.revisions.get(&record.revision_key(record.latest_revision));
-        if latest.is_some_and(|latest| latest.record.template == template) {
-            return (record, None);
+        if let Some(latest) = latest.filter(|latest| latest.record.template == template) {
+            // The same template: the revision stays, with what may change in it.
+            let predictor = &record.service.predictor;
+            let (scaling, timeout) = (predictor.scaling.clone(), predictor.timeout);
+            let revision = RevisionRecord { scaling, timeout, ..latest.record.clone() };
+            return (record, revision);
         }
         record.latest_revision += 1;
         // Knative: a revision that is born at zero needs no replica to prove itself.
-        let starts_at_zero = ScalerConfig::resolve(
-            &self.world.settings.scaling,
-            &template.annotations,
-            &template.scaling,
-        )
-        .is_ok_and(|(config, _)| config.initial_scale() == 0 && config.min_scale() == 0);
+        let predictor = &record.service.predictor;
+        let (scaling, timeout) = (predictor.scaling.clone(), predictor.timeout);
+        let starts_at_zero = ScalerConfig::resolve(&self.world.settings.scaling, &template.annotations, &scaling)
+            .is_ok_and(|(config, _)| config.initial_scale() == 0 && config.min_scale() == 0);
         if starts_at_zero {
             record.latest_ready = Some(record.latest_revision);
         }
@@ -104,9 +105,27 @@ impl Reconciler {
             generation: record.generation,
             created_at: now,
             been_ready: starts_at_zero,
+            scaling,
+            timeout,
             template,
         };
-        (record, Some(revision))
+        (record, revision)
+    }
+
+    /// A revision goes on with other bounds, target, concurrency or timeout.
+    fn amend(&mut self, record: RevisionRecord) {
+        let key = record.key();
+        let scaling = scaling_of(&self.world, &record);
+        if let Some(revision) = self.world.revisions.get_mut(&key) {
+            revision.record = record;
+            revision.scaling = scaling.clone();
+            if let Some(scaler) = &mut revision.scaler {
+                scaler.reconfigure(scaling);
+            }
+            let nodes = revision.replicas.iter().filter_map(|name| self.world.replicas.get(name));
+            self.dirty.nodes.extend(nodes.map(|replica| replica.record.node.clone()));
+            self.dirty.urgent.insert(key);
+        }
     }
 
     /// Old revisions past the limit that hold nothing and take no traffic.
@@ -137,11 +156,11 @@ impl Reconciler {
     }
 
     /// Deletes a service and its revisions; its replicas drain.
-    pub(super) async fn delete(&mut self, key: &str, now: Timestamp) -> Result<(), CommandError> {
+    pub(super) async fn delete(&mut self, key: &str) -> Result<(), CommandError> {
         let Some(state) = self.world.services.get(key) else {
             return Err(CommandError::NotFound(key.to_owned()));
         };
-        let last = view::service(&self.world, state, now);
+        let last = view::service(&self.world, state);
         let revisions: Vec<_> = state.revisions.iter().map(|number| state.record.revision_key(*number)).collect();
         let mut write = Transaction::new().delete(&keys::service(key));
         for revision in &revisions {

@@ -14,15 +14,44 @@ const CHANGES_KEPT: usize = 1024;
 /// A message to the loop.
 pub enum Input {
     /// An agent opened a session. An older session of the same node ends.
-    Connected { session: SessionHandle, hello: Box<fleet::Hello> },
+    Connected {
+        /// The session.
+        session: SessionHandle,
+        /// Its first message.
+        hello: Box<fleet::Hello>,
+    },
     /// A session ended.
-    Disconnected { node: String, session: u64 },
+    Disconnected {
+        /// Node name.
+        node: String,
+        /// Session number.
+        session: u64,
+    },
     /// An agent said something.
-    Heard { node: String, session: u64, message: fleet::agent_message::Message },
+    Heard {
+        /// Node name.
+        node: String,
+        /// Session number.
+        session: u64,
+        /// What.
+        message: fleet::agent_message::Message,
+    },
     /// An operator applies a service.
-    Apply { service: Box<InferenceService>, dry_run: bool, reply: oneshot::Sender<Result<Applied, CommandError>> },
+    Apply {
+        /// Validated.
+        service: Box<InferenceService>,
+        /// Only say what would happen.
+        dry_run: bool,
+        /// Where the answer goes.
+        reply: oneshot::Sender<Result<Applied, CommandError>>,
+    },
     /// An operator deletes a service.
-    Delete { key: ServiceKey, reply: oneshot::Sender<Result<(), CommandError>> },
+    Delete {
+        /// Which.
+        key: ServiceKey,
+        /// Where the answer goes.
+        reply: oneshot::Sender<Result<(), CommandError>>,
+    },
     /// Someone looks at the world.
     Read(Box<dyn FnOnce(&World, jiff::Timestamp) + Send>),
 }

@@ -101,7 +101,7 @@ fn queue_report(
         let sample = Sample::of_report(&load, interval);
         let wakes = revision.wanted == 0 && sample.average_concurrency > 0.0;
         if let Some(scaler) = &mut revision.scaler {
-            recorder.write(now, &load.revision, || Entry::Sample { sample: sample.clone() });
+            recorder.write(now, &load.revision, || Entry::Sample { sample });
             scaler.record(scaler_time(now), &sample);
         }
         if wakes {

@@ -71,17 +71,14 @@ impl Recorder {
         let Some(file) = &mut self.file else { return };
         let line = Line { at, revision: revision.to_owned(), entry: entry() };
         let written = serde_json::to_writer(&mut *file, &line).map_err(std::io::Error::from);
-        self.check(written.and_then(|()| self.newline()));
+        let written = written.and_then(|()| file.write_all(b"\n"));
+        self.check(written);
     }
 
     /// Brings buffered lines to the file.
     pub fn flush(&mut self) {
         let flushed = self.file.as_mut().map_or(Ok(()), BufWriter::flush);
         self.check(flushed);
-    }
-
-    fn newline(&mut self) -> std::io::Result<()> {
-        self.file.as_mut().map_or(Ok(()), |file| file.write_all(b"\n"))
     }
 
     /// A recording with a hole would mislead: it ends at the first error.

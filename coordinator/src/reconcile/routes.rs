@@ -5,7 +5,7 @@ use std::time::Duration;
 use pilotlight_proto::fleet::v1 as fleet;
 
 use super::world::{NodeState, RevisionState, ServiceState, World};
-use crate::spec::{ProbeHandler, RevisionTemplate};
+use crate::spec::{Probe, ProbeHandler, RevisionTemplate};
 
 /// The host names of a service: `<name>.<namespace>.<domain>`, and KServe's name of its predictor.
 pub fn hosts(world: &World, namespace: &str, name: &str) -> Vec<String> {
@@ -25,13 +25,13 @@ pub fn service_route(world: &World, service: &ServiceState) -> fleet::ServiceRou
 }
 
 fn revision_route(world: &World, revision: &RevisionState, traffic_percent: u32) -> fleet::RevisionRoute {
-    let template = &revision.record.template;
+    let record = &revision.record;
     fleet::RevisionRoute {
-        revision: revision.record.key(),
+        revision: record.key(),
         traffic_percent,
         tag: String::new(),
-        container_concurrency: template.container_concurrency,
-        timeout: Some(duration(template.timeout)),
+        container_concurrency: record.scaling.container_concurrency as u32,
+        timeout: Some(duration(record.timeout)),
         queue_limit: world.settings.queue_limit,
         replicas: revision
             .replicas
@@ -67,16 +67,16 @@ pub fn assignment(world: &World, node: &NodeState) -> fleet::Assignment {
         .filter_map(|name| world.replicas.get(name))
         .filter_map(|replica| {
             let revision = world.revisions.get(&replica.record.revision)?;
-            let template = &revision.record.template;
+            let revision = &revision.record;
             Some(fleet::ReplicaAssignment {
                 replica: replica.record.name.clone(),
                 revision: replica.record.revision.clone(),
                 namespace: replica.record.namespace.clone(),
                 service: replica.record.service.clone(),
-                container: Some(container(template)),
+                container: Some(container(&revision.template)),
                 gpu_indices: replica.record.gpu_indices.clone(),
-                container_concurrency: template.container_concurrency,
-                timeout: Some(duration(template.timeout)),
+                container_concurrency: revision.scaling.container_concurrency as u32,
+                timeout: Some(duration(revision.timeout)),
                 draining: replica.record.draining,
                 traceparent: replica.trace.traceparent.clone(),
                 tracestate: replica.trace.tracestate.clone(),
@@ -88,7 +88,44 @@ pub fn assignment(world: &World, node: &NodeState) -> fleet::Assignment {
 
 /// The resolved main container, as agents get it.
 fn container(template: &RevisionTemplate) -> fleet::ContainerSpec {
-    template.to_container_spec()
+    let container = &template.container;
+    let env = container.env.iter().map(|var| fleet::EnvVar { name: var.name.clone(), value: var.value.clone() });
+    fleet::ContainerSpec {
+        image: container.image.clone(),
+        command: container.command.clone(),
+        args: container.args.clone(),
+        env: env.collect(),
+        working_dir: container.working_dir.clone(),
+        port: container.port.map_or(0, u32::from),
+        h2c: container.h2c,
+        readiness_probe: Some(probe(&container.readiness)),
+        termination_grace_period: Some(duration(template.termination_grace_period)),
+    }
+}
+
+fn probe(probe: &Probe) -> fleet::Probe {
+    use fleet::probe::Handler;
+    let number = |port: &Option<u16>| port.map_or(0, u32::from);
+    let handler = match &probe.handler {
+        ProbeHandler::HttpGet { path, port, headers } => Handler::HttpGet(fleet::HttpGet {
+            path: path.clone(),
+            port: number(port),
+            headers: headers.clone().into_iter().collect(),
+        }),
+        ProbeHandler::TcpSocket { port } => Handler::TcpSocket(fleet::TcpSocket { port: number(port) }),
+        ProbeHandler::Exec { command } => Handler::Exec(fleet::Exec { command: command.clone() }),
+        ProbeHandler::Grpc { port, service } => {
+            Handler::Grpc(fleet::Grpc { port: number(port), service: service.clone() })
+        }
+    };
+    fleet::Probe {
+        handler: Some(handler),
+        initial_delay: Some(duration(probe.initial_delay)),
+        period: Some(duration(probe.period)),
+        timeout: Some(duration(probe.timeout)),
+        success_threshold: probe.success_threshold,
+        failure_threshold: probe.failure_threshold,
+    }
 }
 
 /// A protobuf duration. Durations here are config values, far below protobuf's limit.

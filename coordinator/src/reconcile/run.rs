@@ -164,7 +164,7 @@ impl Reconciler {
                 let _ = reply.send(self.apply(*service, dry_run, now).await);
             }
             Input::Delete { key, reply } => {
-                let _ = reply.send(self.delete(&key, now).await);
+                let _ = reply.send(self.delete(&key).await);
             }
             Input::Read(look) => look(&self.world, now),
         }
@@ -565,10 +565,9 @@ pub(super) fn insert_revision(world: &mut World, record: RevisionRecord) {
 
 /// The autoscaler's settings for a revision. They were validated when the service was applied; fleet
 /// defaults that have changed since may contradict them, and then the defaults alone hold.
-fn scaling_of(world: &World, record: &RevisionRecord) -> ScalerConfig {
-    let template = &record.template;
+pub(super) fn scaling_of(world: &World, record: &RevisionRecord) -> ScalerConfig {
     let defaults = &world.settings.scaling;
-    match ScalerConfig::resolve(defaults, &template.annotations, &template.scaling) {
+    match ScalerConfig::resolve(defaults, &record.template.annotations, &record.scaling) {
         Ok((config, _)) => config,
         Err(findings) => {
             let reasons: Vec<_> = findings.iter().map(ToString::to_string).collect();

@@ -1,19 +1,13 @@
 //! Runs the autoscaler for one revision and keeps what it decided.
 
-use std::collections::BTreeSet;
-
 use jiff::Timestamp;
 
 use super::{
     clock::scaler_time,
-    plan,
     record::{Entry, Recorder},
     world::{DECISIONS_KEPT, World},
 };
-use crate::{
-    autoscaler::{Observation, Scaler},
-    placement,
-};
+use crate::autoscaler::{Observation, Sample, Scaler};
 
 /// Decides how many replicas a revision shall have. True where that has changed.
 ///
@@ -30,15 +24,13 @@ pub fn decide(world: &mut World, key: &str, now: Timestamp, recorder: &mut Recor
             return false;
         }
     }
-    let capacity = revision.scaling.wants_capacity().then(|| capacity(world, key, now));
     let observation = Observation {
         ready: Some(counts.ready),
-        starting: counts.starting,
-        draining: counts.draining,
         current: revision.wanted,
         reachable,
-        capacity,
+        initial_scale_reached: revision.record.been_ready,
     };
+    let listening = settled && counts.ready + counts.starting > 0;
     let Some(revision) = world.revisions.get_mut(key) else { return false };
     let time = scaler_time(now);
     let scaler = match &mut revision.scaler {
@@ -53,8 +45,15 @@ pub fn decide(world: &mut World, key: &str, now: Timestamp, recorder: &mut Recor
             none.insert(scaler)
         }
     };
+    if listening {
+        // Agents report what there is. Knative's collector scrapes each replica and so hears of nothing,
+        // too: an idle revision has load zero, not no load.
+        let silence = Sample::default();
+        recorder.write(now, key, || Entry::Sample { sample: silence });
+        scaler.record(time, &silence);
+    }
     let decision = scaler.decide(time, &observation);
-    recorder.write(now, key, || Entry::Decide { observation: observation.clone(), decision: decision.clone() });
+    recorder.write(now, key, || Entry::Decide { observation, decision: decision.clone() });
     let changed = decision.applied != revision.wanted;
     revision.wanted = decision.applied;
     // Quiet repetitions would push out the decisions that explain something.
@@ -65,12 +64,4 @@ pub fn decide(world: &mut World, key: &str, now: Timestamp, recorder: &mut Recor
         }
     }
     changed
-}
-
-/// How many replicas of this revision the fleet's GPUs could hold, those that it has included.
-fn capacity(world: &World, key: &str, now: Timestamp) -> u32 {
-    let Some(revision) = world.revisions.get(key) else { return 0 };
-    let own: BTreeSet<&str> = revision.replicas.iter().map(String::as_str).collect();
-    let fleet = plan::fleet_view(world, &own, now);
-    placement::capacity(&fleet, &plan::request(revision, 0))
 }

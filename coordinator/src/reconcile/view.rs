@@ -14,25 +14,27 @@ use super::{
 };
 use crate::{
     autoscaler::Decision,
-    spec::{self, Condition, ConditionStatus, StatusView, TrafficTarget},
+    spec::{
+        self, Condition, ConditionStatus, FailureInfo, ModelState, ModelStatus, StatusView, TrafficTarget, TransitionStatus,
+    },
 };
 
 /// A service, with its object in KServe's shape.
-pub fn service(world: &World, state: &ServiceState, now: Timestamp) -> control::Service {
+pub fn service(world: &World, state: &ServiceState) -> control::Service {
     let record = &state.record;
     let routed = world.routed(state);
     let latest = world.revisions.get(&record.revision_key(record.latest_revision));
     let counts = routed.map(|revision| world.counts(revision)).unwrap_or_default();
-    let status = status(world, state, now);
-    let ready = status.conditions.iter().find(|condition| condition.kind == "Ready");
+    let status = status(world, state);
+    let ready = status.ready();
     let spec = &record.service;
     control::Service {
         namespace: spec.namespace.clone(),
         name: spec.name.clone(),
-        url: status.url.clone(),
-        ready: ready.map(|c| c.status.to_string()).unwrap_or_default(),
-        reason: ready.map(|c| c.reason.clone()).unwrap_or_default(),
-        message: ready.map(|c| c.message.clone()).unwrap_or_default(),
+        url: url(world, &spec.namespace, &spec.name),
+        ready: ready.status.to_string(),
+        reason: ready.reason,
+        message: ready.message,
         latest_created_revision: record.revision_name(record.latest_revision),
         latest_ready_revision: record.latest_ready.map(|n| record.revision_name(n)).unwrap_or_default(),
         ready_replicas: counts.ready,
@@ -60,68 +62,108 @@ pub fn url(world: &World, namespace: &str, name: &str) -> String {
     }
 }
 
-fn status(world: &World, state: &ServiceState, now: Timestamp) -> StatusView {
+fn status(world: &World, state: &ServiceState) -> StatusView {
     let record = &state.record;
     let latest = world.revisions.get(&record.revision_key(record.latest_revision));
-    let predictor = predictor_condition(world, latest, now);
+    let predictor_ready = predictor_condition(world, record.created_at, latest);
     // A newer revision that fails leaves the last good one serving: its route stays ready.
     let routable = record.latest_ready.is_some();
-    let ingress = if routable {
-        Condition::of("IngressReady", ConditionStatus::True, "", "")
+    let ingress_ready = if routable {
+        condition(ConditionStatus::True, "", "", record.created_at)
     } else {
-        Condition::of("IngressReady", ConditionStatus::Unknown, "PredictorNotReady", "no revision has been ready yet")
+        let message = "no revision has been ready yet";
+        condition(ConditionStatus::Unknown, "PredictorNotReady", message, record.created_at)
     };
-    let mut ready = predictor.clone();
-    ready.kind = "Ready".into();
-    let counts = latest.map(|revision| world.counts(revision)).unwrap_or_default();
-    let routed = world.routed(state);
+    let address = url(world, &record.service.namespace, &record.service.name);
+    let name = |number| record.revision_name(number);
+    let traffic = world.routed(state).filter(|_| routable).map(|revision| TrafficTarget {
+        revision: revision.record.name.clone(),
+        percent: 100,
+        latest: revision.record.number == record.latest_revision,
+        tag: String::new(),
+        url: None,
+    });
     StatusView {
         uid: record.uid.clone(),
         generation: record.generation,
+        observed_generation: record.generation,
         created_at: record.created_at,
-        url: url(world, &record.service.namespace, &record.service.name),
-        conditions: vec![ready, predictor, ingress],
-        latest_created_revision: record.revision_name(record.latest_revision),
-        latest_ready_revision: record.latest_ready.map(|number| record.revision_name(number)),
-        traffic: routed
-            .filter(|_| routable)
-            .map(|revision| TrafficTarget {
-                revision_name: revision.record.name.clone(),
-                percent: 100,
-                latest_revision: revision.record.number == record.latest_revision,
-                tag: None,
-            })
-            .into_iter()
-            .collect(),
-        ready_copies: counts.ready,
-        total_copies: counts.ready + counts.starting,
+        url: routable.then(|| address.clone()),
+        address_url: routable.then_some(address),
+        predictor_ready,
+        ingress_ready,
+        stopped: None,
+        latest_created_revision: name(record.latest_revision),
+        latest_ready_revision: record.latest_ready.map(name).unwrap_or_default(),
+        latest_rolledout_revision: record.latest_ready.map(name).unwrap_or_default(),
+        previous_rolledout_revision: String::new(),
+        traffic: traffic.into_iter().collect(),
+        model: model_status(world, record.latest_ready.is_some(), latest),
     }
 }
 
+fn condition(status: ConditionStatus, reason: &str, message: &str, since: Timestamp) -> Condition {
+    Condition { status, reason: reason.to_owned(), message: message.to_owned(), last_transition: since }
+}
+
+/// The newest replica of a revision that has failed, and what its agent says.
+fn failure<'a>(world: &'a World, revision: &'a RevisionState) -> Option<(&'a ReplicaState, &'a fleet::ReplicaStatus)> {
+    let replicas = revision.replicas.iter().filter_map(|name| world.replicas.get(name));
+    let failed = replicas.filter(|replica| replica.phase() == ReplicaPhase::Failed);
+    let newest = failed.max_by_key(|replica| replica.record.created_at)?;
+    newest.status.as_ref().map(|status| (newest, status))
+}
+
 /// Whether the newest revision can serve, and if not, why.
-fn predictor_condition(world: &World, latest: Option<&RevisionState>, _now: Timestamp) -> Condition {
-    let kind = "PredictorReady";
+fn predictor_condition(world: &World, since: Timestamp, latest: Option<&RevisionState>) -> Condition {
     let Some(revision) = latest else {
-        return Condition::of(kind, ConditionStatus::Unknown, "RevisionMissing", "no revision yet");
+        return condition(ConditionStatus::Unknown, "RevisionMissing", "no revision yet", since);
     };
-    let failed = revision
-        .replicas
-        .iter()
-        .filter_map(|name| world.replicas.get(name))
-        .find(|replica| replica.phase() == ReplicaPhase::Failed);
-    let counts = world.counts(revision);
-    if counts.ready == 0 {
-        if let Some(status) = failed.and_then(|replica| replica.status.as_ref()) {
-            return Condition::of(kind, ConditionStatus::False, &status.reason, &status.message);
+    let since = revision.record.created_at;
+    if world.counts(revision).ready == 0 {
+        if let Some((_, status)) = failure(world, revision) {
+            return condition(ConditionStatus::False, &status.reason, &status.message, since);
         }
         if let Some(why) = &revision.unplaced {
-            return Condition::of(kind, ConditionStatus::False, "Unschedulable", why);
+            return condition(ConditionStatus::False, "Unschedulable", why, since);
         }
     }
     if revision.record.been_ready {
-        return Condition::of(kind, ConditionStatus::True, "", "");
+        return condition(ConditionStatus::True, "", "", since);
     }
-    Condition::of(kind, ConditionStatus::Unknown, "Deploying", "waiting for the first replica to be ready")
+    condition(ConditionStatus::Unknown, "Deploying", "waiting for the first replica to be ready", since)
+}
+
+fn model_status(world: &World, serves: bool, latest: Option<&RevisionState>) -> ModelStatus {
+    let counts = latest.map(|revision| world.counts(revision)).unwrap_or_default();
+    let failed = latest.and_then(|revision| failure(world, revision).map(|failure| (revision, failure)));
+    let target = match latest {
+        _ if counts.ready > 0 => ModelState::Loaded,
+        _ if failed.is_some() => ModelState::FailedToLoad,
+        _ if counts.starting > 0 => ModelState::Loading,
+        Some(revision) if revision.wanted == 0 && revision.record.been_ready => ModelState::Standby,
+        _ => ModelState::Pending,
+    };
+    let transition = match target {
+        ModelState::FailedToLoad => TransitionStatus::BlockedByFailedLoad,
+        ModelState::Loaded | ModelState::Standby => TransitionStatus::UpToDate,
+        ModelState::Loading | ModelState::Pending => TransitionStatus::InProgress,
+    };
+    ModelStatus {
+        transition,
+        active: serves.then_some(if target == ModelState::FailedToLoad { ModelState::Standby } else { target }),
+        target,
+        failed_copies: u32::from(failed.is_some()),
+        total_copies: counts.ready,
+        last_failure: failed.map(|(revision, (replica, status))| FailureInfo {
+            reason: "ModelLoadFailed".to_owned(),
+            message: status.message.clone(),
+            location: replica.record.name.clone(),
+            revision: revision.record.name.clone(),
+            time: replica.record.created_at,
+            exit_code: status.exit_code,
+        }),
+    }
 }
 
 /// A revision.
@@ -259,14 +301,14 @@ pub fn event(event: &Event) -> control::Event {
 }
 
 /// Everything about a service.
-pub fn describe(world: &World, state: &ServiceState, now: Timestamp) -> control::DescribeResponse {
+pub fn describe(world: &World, state: &ServiceState) -> control::DescribeResponse {
     let revisions: Vec<_> = state
         .revisions
         .iter()
         .filter_map(|number| world.revisions.get(&state.record.revision_key(*number)))
         .collect();
     control::DescribeResponse {
-        service: Some(service(world, state, now)),
+        service: Some(service(world, state)),
         replicas: revisions
             .iter()
             .flat_map(|revision| &revision.replicas)

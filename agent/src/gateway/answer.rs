@@ -1,0 +1,120 @@
+//! The gateway's own answers: small JSON, with what to do.
+
+use bytes::Bytes;
+use http::{HeaderValue, Response, StatusCode, header};
+use http_body_util::{BodyExt as _, Full, combinators::UnsyncBoxBody};
+use serde_json::{Map, Value, json};
+
+/// Any error of a body.
+pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
+/// Any body.
+pub type Body = UnsyncBoxBody<Bytes, BoxError>;
+
+/// Why the gateway answers by itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Answer {
+    /// No service has this host or path.
+    UnknownService {
+        /// Host asked for.
+        host: String,
+        /// Path asked for.
+        path: String,
+        /// Some that are known.
+        known: Vec<String>,
+    },
+    /// The service has no revision yet.
+    NoRevision {
+        /// `<namespace>/<name>`.
+        service: String,
+    },
+    /// The request's body is too large.
+    BodyTooLarge {
+        /// Bytes allowed.
+        limit: u64,
+    },
+    /// As many requests wait as may.
+    QueueFull {
+        /// That many.
+        limit: usize,
+    },
+    /// No answer in time.
+    Timeout {
+        /// Seconds allowed.
+        seconds: u64,
+        /// True where it never got a slot.
+        waiting: bool,
+    },
+    /// The replica could not be reached, or broke off before it answered.
+    BadGateway {
+        /// Why.
+        reason: String,
+    },
+    /// Upgrades are not passed on.
+    Upgrade,
+}
+
+impl Answer {
+    /// Status code.
+    pub fn status(&self) -> StatusCode {
+        match self {
+            Self::UnknownService { .. } => StatusCode::NOT_FOUND,
+            Self::BodyTooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::QueueFull { .. } | Self::NoRevision { .. } => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Timeout { .. } => StatusCode::GATEWAY_TIMEOUT,
+            Self::BadGateway { .. } => StatusCode::BAD_GATEWAY,
+            Self::Upgrade => StatusCode::NOT_IMPLEMENTED,
+        }
+    }
+
+    fn reason(&self) -> &'static str {
+        match self {
+            Self::UnknownService { .. } => "UnknownService",
+            Self::NoRevision { .. } => "NoRevision",
+            Self::BodyTooLarge { .. } => "BodyTooLarge",
+            Self::QueueFull { .. } => "QueueFull",
+            Self::Timeout { .. } => "Timeout",
+            Self::BadGateway { .. } => "BadGateway",
+            Self::Upgrade => "UpgradeNotSupported",
+        }
+    }
+
+    fn message(&self) -> String {
+        match self {
+            Self::UnknownService { host, path, .. } => format!("no service for host {host:?} and path {path:?}"),
+            Self::NoRevision { service } => format!("service {service} has no revision that takes traffic yet"),
+            Self::BodyTooLarge { limit } => format!("request body is larger than {limit} bytes"),
+            Self::QueueFull { limit } => format!("{limit} requests wait for this service already"),
+            Self::Timeout { seconds, waiting: true } => format!("no replica was free within {seconds} s"),
+            Self::Timeout { seconds, waiting: false } => format!("the replica did not answer within {seconds} s"),
+            Self::BadGateway { reason } => format!("the replica did not answer: {reason}"),
+            Self::Upgrade => "protocol upgrades such as WebSocket are not passed on by this version".to_owned(),
+        }
+    }
+
+    /// The response.
+    pub fn response(&self) -> Response<Body> {
+        let mut content = Map::from_iter([
+            ("error".to_owned(), Value::from(self.message())),
+            ("reason".to_owned(), Value::from(self.reason())),
+        ]);
+        if let Self::UnknownService { known, .. } = self {
+            content.insert(
+                "routing".to_owned(),
+                json!({
+                    "byHost": "Host: <service>.<namespace>.<domain>",
+                    "byPath": "/serving/<namespace>/<service>/<path at the model server>",
+                    "knownHosts": known,
+                }),
+            );
+        }
+        let body = Full::from(Value::Object(content).to_string() + "\n").map_err(|never| match never {}).boxed_unsync();
+        let mut response = Response::new(body);
+        *response.status_mut() = self.status();
+        let headers = response.headers_mut();
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        if self.status() == StatusCode::SERVICE_UNAVAILABLE {
+            headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+        }
+        response
+    }
+}

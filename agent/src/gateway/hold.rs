@@ -1,0 +1,112 @@
+//! Holds a request until there is a slot for it, sends it, and tries again where no replica saw it.
+
+use std::{sync::Arc, time::Duration};
+
+use http::{Request, Response, request::Parts};
+use http_body_util::BodyExt as _;
+use pilotlight_proto::fleet::v1::Demand;
+use pilotlight_telemetry::TraceContext;
+use tokio::time::Instant;
+use tracing::{Instrument as _, Span, field, info_span};
+
+use super::{
+    DataPath,
+    answer::{Answer, Body},
+    body::{Holding, Replay},
+    forward::Failure,
+};
+use crate::sidecar::{Grant, Refusal, RevisionQueue, Target};
+
+/// Times a request is sent at most.
+const ATTEMPTS: u32 = 5;
+/// Pause before the second attempt; doubles.
+const PAUSE: Duration = Duration::from_millis(20);
+
+impl DataPath {
+    /// Sends a request to a replica of the revision, as soon as one is free.
+    pub(super) async fn hold(
+        &self,
+        queue: &Arc<RevisionQueue>,
+        parts: Parts,
+        body: Replay,
+    ) -> Result<Response<Body>, Answer> {
+        let limits = queue.limits();
+        let deadline = Instant::now() + limits.timeout;
+        let seconds = limits.timeout.as_secs();
+        let mut reason = String::new();
+        for attempt in 0..ATTEMPTS {
+            if attempt > 0 {
+                self.metrics.retries.inc();
+                tokio::time::sleep(PAUSE * 2u32.pow(attempt - 1)).await;
+            }
+            let Some(content) = body.attempt() else { break };
+            let granted = tokio::time::timeout_at(deadline, self.slot(queue, attempt > 0)).await;
+            let grant = granted.map_err(|_| Answer::Timeout { seconds, waiting: true })??;
+            let request = Request::from_parts(parts.clone(), content);
+            let sent = tokio::time::timeout_at(deadline, self.proxy(&grant, request)).await;
+            match sent.map_err(|_| Answer::Timeout { seconds, waiting: false })? {
+                Ok(response) => return Ok(response.map(|body| Holding::new(body, grant.permit).boxed_unsync())),
+                Err(_) if body.too_large() => return Err(Answer::BodyTooLarge { limit: self.max_request_body }),
+                Err(Failure::Unseen(why)) => reason = why,
+                Err(Failure::Broken(reason)) => return Err(Answer::BadGateway { reason }),
+            }
+        }
+        Err(Answer::BadGateway { reason })
+    }
+
+    /// A slot, at once where one is free; else the wait is a span of its own.
+    async fn slot(&self, queue: &Arc<RevisionQueue>, again: bool) -> Result<Grant, Answer> {
+        let mut waiting = queue.enter(again).map_err(|Refusal::Full { limit }| {
+            self.metrics.shed.inc();
+            Answer::QueueFull { limit }
+        })?;
+        if let Some(grant) = waiting.now() {
+            return Ok(grant);
+        }
+        let span = info_span!("gateway.wait", otel.kind = "internal", revision = queue.key());
+        if !queue.any_ready() {
+            let context = TraceContext::of(&span);
+            let demand = Demand {
+                revision: queue.key().to_owned(),
+                waiting: 1,
+                traceparent: context.traceparent,
+                tracestate: context.tracestate,
+            };
+            // Where the channel is full, the next report says the same.
+            let _ = self.demands.try_send(demand);
+        }
+        let grant = waiting.granted().instrument(span).await;
+        grant.ok_or_else(|| Answer::BadGateway { reason: "the agent is stopping".to_owned() })
+    }
+
+    /// The hop to the replica, or to the node that has it.
+    pub(super) async fn proxy(&self, grant: &Grant, mut request: Request<Body>) -> Result<Response<Body>, Failure> {
+        let (node, replica) = match &grant.target {
+            Target::Local { replica, .. } => (&self.node, replica),
+            Target::Peer { node, replica, .. } => (node, replica),
+        };
+        let span = info_span!(
+            "gateway.proxy",
+            otel.kind = "client",
+            server.address = %node,
+            pilotlight.replica = %replica,
+            http.request.method = %request.method(),
+            http.response.status_code = field::Empty,
+            otel.status_code = field::Empty,
+        );
+        pilotlight_telemetry::inject(&span, request.headers_mut());
+        let sending = async {
+            let outcome = self.forwarder.send(&grant.target, request).await;
+            match &outcome {
+                Ok(response) => {
+                    Span::current().record("http.response.status_code", response.status().as_u16());
+                }
+                Err(_) => {
+                    Span::current().record("otel.status_code", "ERROR");
+                }
+            }
+            outcome
+        };
+        sending.instrument(span).await
+    }
+}

@@ -1,0 +1,80 @@
+//! `affinity`: required node affinity is kept, the rest is said to have no effect.
+
+use k8s_openapi::api::core::v1::{Affinity, NodeSelector, NodeSelectorRequirement};
+
+use super::{documents::join, names, report::Report};
+
+const REQUIRED: &str = "nodeAffinity.requiredDuringSchedulingIgnoredDuringExecution";
+const PREFERRED: &str = "nodeAffinity.preferredDuringSchedulingIgnoredDuringExecution";
+
+/// Reads the affinity at `at`; gives the required node affinity.
+pub(super) fn read(affinity: Option<&Affinity>, at: &str, report: &mut Report) -> Option<NodeSelector> {
+    let affinity = affinity?;
+    for (key, given) in
+        [("podAffinity", affinity.pod_affinity.is_some()), ("podAntiAffinity", affinity.pod_anti_affinity.is_some())]
+    {
+        if given {
+            report.unsupported(join(at, key), "replicas are placed without regard to each other's labels");
+        }
+    }
+    let node = affinity.node_affinity.as_ref()?;
+    if node.preferred_during_scheduling_ignored_during_execution.as_ref().is_some_and(|terms| !terms.is_empty()) {
+        report.unsupported(format!("{at}.{PREFERRED}"), "nodes that meet the required terms are equal");
+    }
+    let required = node.required_during_scheduling_ignored_during_execution.as_ref()?;
+    check(required, &format!("{at}.{REQUIRED}.nodeSelectorTerms"), report);
+    Some(required.clone())
+}
+
+fn check(selector: &NodeSelector, at: &str, report: &mut Report) {
+    if selector.node_selector_terms.is_empty() {
+        report.error(at, "", "must have at least one term");
+    }
+    for (index, term) in selector.node_selector_terms.iter().enumerate() {
+        let at = format!("{at}[{index}]");
+        for (index, requirement) in term.match_expressions.iter().flatten().enumerate() {
+            let at = format!("{at}.matchExpressions[{index}]");
+            names::check_label_key(&requirement.key, &join(&at, "key"), report);
+            check_requirement(requirement, &at, report);
+        }
+        for (index, requirement) in term.match_fields.iter().flatten().enumerate() {
+            check_field(requirement, &format!("{at}.matchFields[{index}]"), report);
+        }
+    }
+}
+
+fn check_requirement(requirement: &NodeSelectorRequirement, at: &str, report: &mut Report) {
+    let values = requirement.values.as_deref().unwrap_or_default();
+    let at_values = join(at, "values");
+    match requirement.operator.as_str() {
+        "In" | "NotIn" if values.is_empty() => report.error(at_values, "", "must have at least one value"),
+        "In" | "NotIn" => {
+            for (index, value) in values.iter().enumerate() {
+                names::check_label_value(value, &format!("{at_values}[{index}]"), report);
+            }
+        }
+        "Exists" | "DoesNotExist" if !values.is_empty() => {
+            report.error(at_values, values.join(", "), "must be empty with Exists and DoesNotExist");
+        }
+        "Exists" | "DoesNotExist" => {}
+        "Gt" | "Lt" if values.len() != 1 || values[0].parse::<i64>().is_err() => {
+            report.error(at_values, values.join(", "), "must be one integer with Gt and Lt");
+        }
+        "Gt" | "Lt" => {}
+        other => report.error(join(at, "operator"), other, "must be In, NotIn, Exists, DoesNotExist, Gt or Lt"),
+    }
+}
+
+/// Kubernetes knows one field of a node: its name, with In or NotIn and one value.
+fn check_field(requirement: &NodeSelectorRequirement, at: &str, report: &mut Report) {
+    if requirement.key != "metadata.name" {
+        report.error(join(at, "key"), &requirement.key, "must be metadata.name");
+    }
+    if !["In", "NotIn"].contains(&requirement.operator.as_str()) {
+        report.error(join(at, "operator"), &requirement.operator, "must be In or NotIn");
+    }
+    let values = requirement.values.as_deref().unwrap_or_default();
+    if values.len() != 1 {
+        report.error(join(at, "values"), values.join(", "), "must be one node name");
+    }
+}

@@ -1,0 +1,46 @@
+//! The handle of a lease.
+
+use futures::future::BoxFuture;
+use tokio_util::sync::{CancellationToken, DropGuard};
+
+/// Kept alive while held. Dropped, it ends after its time to live; revoked, it ends at once.
+pub struct Lease {
+    id: u64,
+    lost: CancellationToken,
+    _keep_alive: DropGuard,
+    revoke: BoxFuture<'static, ()>,
+}
+
+impl Lease {
+    /// `lost` is cancelled when the lease has ended; `keep_alive` ends with the handle; `revoke` ends
+    /// the lease.
+    pub(super) fn new(
+        id: u64,
+        lost: CancellationToken,
+        keep_alive: CancellationToken,
+        revoke: BoxFuture<'static, ()>,
+    ) -> Self {
+        Self { id, lost, _keep_alive: keep_alive.drop_guard(), revoke }
+    }
+
+    /// For [`super::Transaction::put_with_lease`].
+    pub fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// Resolves when the lease has ended, or may have: the store could not be asked in time.
+    pub async fn lost(&self) {
+        self.lost.cancelled().await;
+    }
+
+    /// Ends it now.
+    pub async fn revoke(self) {
+        self.revoke.await;
+    }
+}
+
+impl std::fmt::Debug for Lease {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Lease").field("id", &self.id).finish_non_exhaustive()
+    }
+}
