@@ -4,11 +4,8 @@ use std::{env, error::Error, fs, path::PathBuf};
 
 use prost::Message as _;
 
-const PROTO_FILES: [&str; 3] = [
-    "pilotlight/control/v1/control.proto",
-    "pilotlight/fleet/v1/fleet.proto",
-    "pilotlight/peer/v1/peer.proto",
-];
+const PROTO_FILES: [&str; 3] =
+    ["pilotlight/control/v1/control.proto", "pilotlight/fleet/v1/fleet.proto", "pilotlight/peer/v1/peer.proto"];
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-changed=pilotlight");

@@ -4,7 +4,10 @@ pub mod config;
 pub mod endpoint;
 pub mod gateway;
 pub mod inventory;
+mod node;
 pub mod reconcile;
 pub mod runtime;
 pub mod session;
 pub mod sidecar;
+
+pub use node::{AgentError, run};

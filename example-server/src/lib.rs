@@ -1,1 +1,19 @@
 //! A real model server for the examples: iris, trained on the spot.
+//!
+//! It needs no download: the classifier is fitted to R. A. Fisher's 150 flowers when the server starts.
+//! It speaks KServe's V1 protocol and the Open Inference Protocol (V2) over REST, and can be told to
+//! load or answer slowly, so that cold starts, queues and streams can be tried on any machine.
+
+mod classifier;
+mod error;
+mod serve;
+mod state;
+mod stream;
+#[cfg(test)]
+mod tests;
+mod v1;
+mod v2;
+
+pub use classifier::{Classifier, FEATURES, Prediction};
+pub use serve::{Options, ServerError, router, run, serve};
+pub use state::{Server, Stats};

@@ -3,8 +3,8 @@
 use std::{fs, net::IpAddr, path::Path, time::Duration, time::SystemTime};
 
 use rcgen::{
-    BasicConstraints, CertificateParams, CertificateSigningRequestParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer,
-    KeyPair, KeyUsagePurpose, PublicKeyData as _, SanType, SigningKey,
+    BasicConstraints, CertificateParams, CertificateSigningRequestParams, DnType, ExtendedKeyUsagePurpose, IsCa,
+    Issuer, KeyPair, KeyUsagePurpose, PublicKeyData as _, SanType, SigningKey,
 };
 use ring::digest;
 use rustls::pki_types::{CertificateDer, pem::PemObject as _};
@@ -39,7 +39,8 @@ impl Authority {
         let key = KeyPair::generate()?;
         let mut params = CertificateParams::default();
         params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
-        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign, KeyUsagePurpose::DigitalSignature];
+        params.key_usages =
+            vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign, KeyUsagePurpose::DigitalSignature];
         params.distinguished_name.push(DnType::CommonName, format!("Pilotlight cell {cell}"));
         validity(&mut params, AUTHORITY_LIFETIME, SystemTime::now());
         let certificate = params.self_signed(&key)?;
@@ -113,8 +114,8 @@ impl Authority {
         lifetime: Duration,
         now: SystemTime,
     ) -> Result<String, IdentityError> {
-        let mut request =
-            CertificateSigningRequestParams::from_pem(csr_pem).map_err(|error| IdentityError::Csr(error.to_string()))?;
+        let mut request = CertificateSigningRequestParams::from_pem(csr_pem)
+            .map_err(|error| IdentityError::Csr(error.to_string()))?;
         request.params = self.params(member, &[], lifetime, now)?;
         Ok(request.signed_by(&self.issuer)?.pem())
     }
@@ -156,10 +157,8 @@ impl Authority {
     ) -> Result<CertificateParams, IdentityError> {
         let mut params = CertificateParams::default();
         params.distinguished_name.push(DnType::CommonName, member.dns_name());
-        params.subject_alt_names = vec![
-            SanType::URI(member.uri(&self.cell).try_into()?),
-            SanType::DnsName(member.dns_name().try_into()?),
-        ];
+        params.subject_alt_names =
+            vec![SanType::URI(member.uri(&self.cell).try_into()?), SanType::DnsName(member.dns_name().try_into()?)];
         for name in names {
             params.subject_alt_names.push(match name.parse::<IpAddr>() {
                 Ok(address) => SanType::IpAddress(address),

@@ -66,7 +66,11 @@ impl Credentials {
         };
         fs::create_dir_all(directory).map_err(failed(directory))?;
         // The certificate goes last: whoever finds one finds the key that belongs to it.
-        let files = [(FILES[2], &self.ca_pem, 0o644), (FILES[1], &self.key_pem, 0o600), (FILES[0], &self.certificate_pem, 0o644)];
+        let files = [
+            (FILES[2], &self.ca_pem, 0o644),
+            (FILES[1], &self.key_pem, 0o600),
+            (FILES[0], &self.certificate_pem, 0o644),
+        ];
         for (name, text, mode) in files {
             let path = directory.join(name);
             let write = || {

@@ -163,7 +163,11 @@ mod tests {
         for member in members {
             assert_eq!(Member::from_uri(&member.uri("main")), Some(member));
         }
-        for bad in ["https://main.pilotlight.internal/coordinator", "spiffe://main/x", "spiffe://main.pilotlight.internal/node/a/b"] {
+        for bad in [
+            "https://main.pilotlight.internal/coordinator",
+            "spiffe://main/x",
+            "spiffe://main.pilotlight.internal/node/a/b",
+        ] {
             assert_eq!(Member::from_uri(bad), None, "{bad}");
         }
     }

@@ -57,7 +57,8 @@ pub fn channel(address: &str, trust: &Trust) -> Result<Channel, IdentityError> {
         Some("https") => return Err(bad("https needs credentials")),
         _ => return Err(bad("there is no scheme")),
     }
-    let authority = uri.authority().map(|authority| authority.as_str().to_owned()).ok_or_else(|| bad("there is no host"))?;
+    let authority =
+        uri.authority().map(|authority| authority.as_str().to_owned()).ok_or_else(|| bad("there is no host"))?;
     if uri.port_u16().is_none() {
         return Err(bad("there is no port"));
     }
@@ -129,11 +130,7 @@ pub fn accept_tls(
     }
 }
 
-async fn handshake(
-    acceptor: TlsAcceptor,
-    stream: TcpStream,
-    peer: SocketAddr,
-) -> Option<server::TlsStream<TcpStream>> {
+async fn handshake(acceptor: TlsAcceptor, stream: TcpStream, peer: SocketAddr) -> Option<server::TlsStream<TcpStream>> {
     // Without it only latency suffers.
     let _ = stream.set_nodelay(true);
     match tokio::time::timeout(HANDSHAKE_WITHIN, acceptor.accept(stream)).await {

@@ -7,11 +7,7 @@ use axum::{
     http::{StatusCode, header},
     routing::get,
 };
-use prometheus_client::{
-    encoding::text::encode,
-    metrics::info::Info,
-    registry::Registry,
-};
+use prometheus_client::{encoding::text::encode, metrics::info::Info, registry::Registry};
 
 /// A process's metrics. Cheap to clone.
 #[derive(Debug, Clone)]

@@ -113,7 +113,9 @@ where
 
 /// Ours, at info; the exporter's own requests must not make spans, or it would never come to rest.
 fn spans_of_interest() -> EnvFilter {
-    EnvFilter::new("off,pilotlight=info,pilotlight_agent=info,pilotlight_coordinator=info,pilotlight_example_server=info")
+    EnvFilter::new(
+        "off,pilotlight=info,pilotlight_agent=info,pilotlight_coordinator=info,pilotlight_example_server=info",
+    )
 }
 
 /// The tracer provider, where the standard variables ask for export.
@@ -131,8 +133,7 @@ fn provider(settings: &Settings) -> Result<Option<SdkTracerProvider>, TelemetryE
     if disabled || !exporter {
         return Ok(None);
     }
-    let protocol =
-        variable("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL").or_else(|| variable("OTEL_EXPORTER_OTLP_PROTOCOL"));
+    let protocol = variable("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL").or_else(|| variable("OTEL_EXPORTER_OTLP_PROTOCOL"));
     let exporter = match protocol.as_deref() {
         None | Some("http/protobuf") => SpanExporter::builder().with_http().build()?,
         Some("grpc") => SpanExporter::builder().with_tonic().build()?,

@@ -121,8 +121,7 @@ impl Dev {
         ];
         args.extend(extra.iter().map(ToString::to_string));
         let operator = Operator { server: format!("http://127.0.0.1:{grpc}"), credentials: None };
-        let mut dev =
-            Self { operator, gateway: Gateway::at(ingress), ingress, args, process: None, env, directory };
+        let mut dev = Self { operator, gateway: Gateway::at(ingress), ingress, args, process: None, env, directory };
         dev.restart().await;
         dev
     }
@@ -294,7 +293,8 @@ impl Agent {
         self.process = Some(Process::start(pilotlight(), &self.directory, &self.name, &self.args, &self.env));
         eventually(&format!("agent {} is connected", self.name), || async {
             let nodes = operator.json(&["get", "nodes"]);
-            let ready = nodes["items"].as_array()?.iter().any(|n| n["name"] == self.name.as_str() && n["state"] == "Ready");
+            let ready =
+                nodes["items"].as_array()?.iter().any(|n| n["name"] == self.name.as_str() && n["state"] == "Ready");
             ready.then_some(())
         })
         .await;

@@ -49,11 +49,7 @@ impl Gateway {
         let response = self.open(host, request, body).await?;
         let (parts, body) = response.into_parts();
         let body = body.collect().await?.to_bytes();
-        Ok(Answer {
-            status: parts.status,
-            headers: parts.headers,
-            body: String::from_utf8_lossy(&body).into_owned(),
-        })
+        Ok(Answer { status: parts.status, headers: parts.headers, body: String::from_utf8_lossy(&body).into_owned() })
     }
 
     /// Sends a request for `host`, and leaves the body to be read.

@@ -47,8 +47,7 @@ impl Iris {
         ];
         annotations.retain(|(key, _)| !self.annotations.iter().any(|(own, _)| own == key));
         annotations.extend(&self.annotations);
-        let annotations: String =
-            annotations.iter().map(|(key, value)| format!("    {key}: {value:?}\n")).collect();
+        let annotations: String = annotations.iter().map(|(key, value)| format!("    {key}: {value:?}\n")).collect();
         let mut command = vec!["pilotlight", "example-server", "iris"];
         command.extend(&self.flags);
         let resources = match self.gpus {

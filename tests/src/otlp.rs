@@ -67,7 +67,8 @@ impl TraceService for Receiver {
         for resource in request.into_inner().resource_spans {
             let attributes = resource.resource.unwrap_or_default().attributes;
             let name = attributes.iter().find(|attribute| attribute.key == "service.name");
-            let service = name.and_then(|name| name.value.clone()).map(|value| format!("{value:?}")).unwrap_or_default();
+            let service =
+                name.and_then(|name| name.value.clone()).map(|value| format!("{value:?}")).unwrap_or_default();
             for scope in resource.scope_spans {
                 spans.extend(scope.spans.into_iter().map(|span| Received { service: service.clone(), span }));
             }

@@ -1,1 +1,181 @@
 //! Desired assignment against what runs: the next steps.
+//!
+//! One task per replica ([`replica`]) brings it to where the last assignment wants it. Before the first
+//! assignment nothing is stopped: replicas of a former agent process are adopted and go on serving.
+
+mod backoff;
+mod replica;
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use pilotlight_proto::fleet::v1::{Assignment, ReplicaAssignment, ReplicaPhase, ReplicaStatus, ReplicaStatuses};
+use tokio::{sync::watch, task::JoinHandle};
+
+use crate::{
+    endpoint::Endpoints,
+    runtime::{Runtime, RuntimeError},
+};
+use replica::{Desired, Life};
+
+/// Brings this node's replicas to where they shall be.
+pub struct Reconciler {
+    runtime: Arc<dyn Runtime>,
+    endpoints: Arc<dyn Endpoints>,
+    statuses: Statuses,
+    inner: Mutex<Inner>,
+}
+
+#[derive(Default)]
+struct Inner {
+    /// Version of the last assignment of this session.
+    version: Option<u64>,
+    tasks: HashMap<String, Task>,
+}
+
+struct Task {
+    desired: watch::Sender<Desired>,
+    handle: JoinHandle<()>,
+}
+
+/// What is known of each replica, published as a whole on each change. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Statuses(watch::Sender<ReplicaStatuses>);
+
+impl Statuses {
+    fn new() -> Self {
+        Self(watch::Sender::new(ReplicaStatuses::default()))
+    }
+
+    /// Changes one replica's status, made where there is none.
+    fn update(&self, replica: &str, change: impl FnOnce(&mut ReplicaStatus)) {
+        self.0.send_modify(|all| {
+            let at = match all.replicas.binary_search_by(|status| status.replica.as_str().cmp(replica)) {
+                Ok(at) => at,
+                Err(at) => {
+                    all.replicas.insert(at, ReplicaStatus { replica: replica.to_owned(), ..Default::default() });
+                    at
+                }
+            };
+            change(&mut all.replicas[at]);
+        });
+    }
+
+    fn remove(&self, replica: &str) {
+        self.0.send_modify(|all| all.replicas.retain(|status| status.replica != replica));
+    }
+
+    fn phase(&self, replica: &str) -> ReplicaPhase {
+        let all = self.0.borrow();
+        let status = all.replicas.iter().find(|status| status.replica == replica);
+        status.map_or(ReplicaPhase::Unspecified, ReplicaStatus::phase)
+    }
+}
+
+impl Reconciler {
+    /// Takes over what a former agent process has left running.
+    ///
+    /// # Errors
+    /// The runtime cannot say what runs.
+    pub async fn adopt(runtime: Arc<dyn Runtime>, endpoints: Arc<dyn Endpoints>) -> Result<Arc<Self>, RuntimeError> {
+        let reconciler = Arc::new(Self { runtime, endpoints, statuses: Statuses::new(), inner: Mutex::default() });
+        for running in reconciler.runtime.adopt().await? {
+            let desired = Desired { assignment: running.assignment.clone(), leave: false };
+            reconciler.spawn(&mut reconciler.lock(), desired, Some(running));
+        }
+        Ok(reconciler)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// All statuses, whole, now and on each change.
+    pub fn statuses(&self) -> watch::Receiver<ReplicaStatuses> {
+        self.statuses.0.subscribe()
+    }
+
+    /// A new session: its first assignment is taken whatever its version.
+    pub fn session_opened(&self) {
+        self.lock().version = None;
+    }
+
+    /// Where a replica's output is.
+    pub fn log_file(&self, replica: &str) -> std::path::PathBuf {
+        self.runtime.log_file(replica)
+    }
+
+    /// Output files of replicas that are known.
+    pub fn log_files(&self) -> Vec<std::path::PathBuf> {
+        self.lock().tasks.keys().map(|replica| self.runtime.log_file(replica)).collect()
+    }
+
+    /// Takes in the whole desired state; one that is older than the last is ignored.
+    pub fn assign(&self, assignment: Assignment) {
+        let mut inner = self.lock();
+        if inner.version.is_some_and(|version| assignment.version < version) {
+            return;
+        }
+        inner.version = Some(assignment.version);
+        let wanted: BTreeMap<String, ReplicaAssignment> =
+            assignment.replicas.into_iter().map(|replica| (replica.replica.clone(), replica)).collect();
+        inner.tasks.retain(|name, task| {
+            if wanted.contains_key(name) {
+                return true;
+            }
+            // Gone for good once it has stopped and nobody asks for it any more.
+            let over = task.handle.is_finished() || self.statuses.phase(name) == ReplicaPhase::Stopped;
+            if over {
+                self.statuses.remove(name);
+            } else {
+                task.desired.send_modify(|desired| desired.leave = true);
+            }
+            !over
+        });
+        for (name, replica) in wanted {
+            let leave = replica.draining;
+            let desired = Desired { assignment: replica, leave };
+            match inner.tasks.get(&name) {
+                Some(task) => {
+                    task.desired.send_if_modified(|current| {
+                        let changed = *current != desired;
+                        *current = desired;
+                        changed
+                    });
+                }
+                None => self.spawn(&mut inner, desired, None),
+            }
+        }
+    }
+
+    fn spawn(&self, inner: &mut Inner, desired: Desired, adopted: Option<crate::runtime::Running>) {
+        let name = desired.assignment.replica.clone();
+        let (sender, receiver) = watch::channel(desired);
+        let life = Life {
+            runtime: Arc::clone(&self.runtime),
+            endpoints: Arc::clone(&self.endpoints),
+            statuses: self.statuses.clone(),
+            desired: receiver,
+        };
+        let handle = tokio::spawn(life.run(adopted));
+        inner.tasks.insert(name, Task { desired: sender, handle });
+    }
+
+    /// Ends this node's work: stops all replicas, or leaves them to the next agent process.
+    pub async fn shutdown(&self, stop_replicas: bool) {
+        let tasks: Vec<Task> = self.lock().tasks.drain().map(|(_, task)| task).collect();
+        for task in &tasks {
+            if stop_replicas {
+                task.desired.send_modify(|desired| desired.leave = true);
+            } else {
+                task.handle.abort();
+            }
+        }
+        for task in tasks {
+            // An aborted task ends with an error, as it should.
+            let _ = task.handle.await;
+        }
+    }
+}

@@ -308,7 +308,7 @@ impl Store for EmbeddedStore {
                 () = tokio::time::sleep(ttl) => expire().await,
             }
         });
-        Ok(Lease::new(id, lost, keep_alive, Box::pin(end())))
+        Ok(Lease::new(id, lost, keep_alive, Box::new(move || Box::pin(end()))))
     }
 
     async fn ping(&self) -> Result<(), StoreError> {

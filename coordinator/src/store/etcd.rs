@@ -8,7 +8,7 @@ use etcd_client::{
     Certificate, Client, Compare as EtcdCompare, CompareOp, ConnectOptions, EventType, GetOptions, Identity, KeyValue,
     PutOptions, SortOrder, SortTarget, TlsOptions, Txn, TxnOp, TxnOpResponse, WatchOptions,
 };
-use futures::StreamExt as _;
+use futures::{StreamExt as _, future::BoxFuture};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
@@ -247,11 +247,15 @@ impl Store for EtcdStore {
         let (lost, keep_alive) = (CancellationToken::new(), CancellationToken::new());
         tokio::spawn(keep(client.clone(), id, Duration::from_secs(seconds), lost.clone(), keep_alive.clone()));
         let revoked = lost.clone();
-        let revoke = Box::pin(async move {
-            revoked.cancel();
-            if let Err(error) = within(client.lease_revoke(id)).await {
-                warn!(%error, lease = id, "cannot revoke; it ends with its time to live");
-            }
+        let revoke = Box::new(move || {
+            // Made only when it is called: the call itself cannot be shared between threads.
+            let revoking = async move {
+                revoked.cancel();
+                if let Err(error) = within(client.lease_revoke(id)).await {
+                    warn!(%error, lease = id, "cannot revoke; it ends with its time to live");
+                }
+            };
+            Box::pin(revoking) as BoxFuture<'static, ()>
         });
         Ok(Lease::new(id as u64, lost, keep_alive, revoke))
     }

@@ -3,12 +3,15 @@
 use futures::future::BoxFuture;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
+/// What ends a lease.
+pub(super) type Revoke = Box<dyn FnOnce() -> BoxFuture<'static, ()> + Send + Sync>;
+
 /// Kept alive while held. Dropped, it ends after its time to live; revoked, it ends at once.
 pub struct Lease {
     id: u64,
     lost: CancellationToken,
     _keep_alive: DropGuard,
-    revoke: BoxFuture<'static, ()>,
+    revoke: Revoke,
 }
 
 impl Lease {
@@ -18,7 +21,7 @@ impl Lease {
         id: u64,
         lost: CancellationToken,
         keep_alive: CancellationToken,
-        revoke: BoxFuture<'static, ()>,
+        revoke: Revoke,
     ) -> Self {
         Self { id, lost, _keep_alive: keep_alive.drop_guard(), revoke }
     }
@@ -35,7 +38,7 @@ impl Lease {
 
     /// Ends it now.
     pub async fn revoke(self) {
-        self.revoke.await;
+        (self.revoke)().await;
     }
 }
 

@@ -1,0 +1,381 @@
+//! Puts an agent together and runs it.
+
+use std::{
+    collections::HashMap,
+    io,
+    net::SocketAddr,
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, SystemTime},
+};
+
+use async_trait::async_trait;
+use futures::StreamExt as _;
+use pilotlight_identity::{Credentials, IdentityError, JoinToken, LiveIdentity, Member, Trust, new_csr};
+use pilotlight_proto::fleet::v1::{
+    self as fleet, JoinRequest, RenewRequest, agent_message::Message as FromAgent,
+    coordinator_message::Message as ToAgent, enrollment_client::EnrollmentClient,
+};
+use pilotlight_telemetry::Metrics;
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::{mpsc, watch},
+};
+use tokio_stream::wrappers::TcpListenerStream;
+use tokio_util::sync::CancellationToken;
+use tracing::{error, info, warn};
+
+use crate::{
+    config::{Config, Security},
+    gateway::{Connect, DataPath, GatewayMetrics, PeerStream, Setup},
+    inventory::{self, InventoryError},
+    reconcile::Reconciler,
+    runtime::{ProcessRuntime, RuntimeError, logs},
+    session::{Outbound, Session, Told},
+};
+
+/// Demands that may wait for the session.
+const DEMANDS_WAITING: usize = 1024;
+/// How often logs are looked at for their size.
+const LOG_CARE: Duration = Duration::from_secs(10);
+/// Pause before a renewal that failed is tried again.
+const RENEW_PAUSE: Duration = Duration::from_secs(30);
+
+/// Why an agent could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    /// Plaintext is for this machine alone.
+    #[error("{what}: {address} is not a loopback address; without TLS only loopback is allowed")]
+    PlaintextOffLoopback {
+        /// Which setting.
+        what: &'static str,
+        /// Its value.
+        address: SocketAddr,
+    },
+    /// The node has no certificate and no token to get one.
+    #[error("no certificate in {0} and no token to join with; make one by `pilotlight token create`")]
+    NoToken(PathBuf),
+    /// The coordinator did not let the node join.
+    #[error("cannot join: {0}")]
+    Join(tonic::Status),
+    /// An address cannot be listened on.
+    #[error("{what}: cannot listen on {address}: {error}")]
+    Listen {
+        /// Which setting.
+        what: &'static str,
+        /// Its value.
+        address: SocketAddr,
+        /// Why.
+        error: io::Error,
+    },
+    /// The agent's own program cannot be found.
+    #[error("cannot find the running program: {0}")]
+    OwnBinary(io::Error),
+    /// Certificates cannot be read or used.
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
+    /// The inventory cannot be made.
+    #[error(transparent)]
+    Inventory(#[from] InventoryError),
+    /// The runtime cannot be used.
+    #[error(transparent)]
+    Runtime(#[from] RuntimeError),
+}
+
+/// Runs an agent until `stopping`.
+///
+/// # Errors
+/// A setting cannot be used, or the node may not join.
+pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), AgentError> {
+    pilotlight_identity::check_label(&config.node_name)?;
+    if matches!(config.security, Security::Plaintext) && !config.listen_peer.ip().is_loopback() {
+        return Err(AgentError::PlaintextOffLoopback { what: "listen-peer", address: config.listen_peer });
+    }
+    let inventory = inventory::discover(&config)?;
+    let ingress = listen("listen-ingress", config.listen_ingress).await?;
+    let peers = listen("listen-peer", config.listen_peer).await?;
+    let http = listen("listen-http", config.listen_http).await?;
+    // Port 0 asks for any; others must be told which.
+    let ingress_address = ingress.local_addr().unwrap_or(config.listen_ingress);
+    let peer_address = peers.local_addr().unwrap_or(config.listen_peer);
+    let identity = identity(&config).await?;
+    let trust = identity.clone().map_or(Trust::Plaintext, Trust::Cell);
+    let channel = pilotlight_identity::channel(&config.coordinator, &trust)?;
+
+    let metrics = Metrics::new("pilotlight-agent", env!("CARGO_PKG_VERSION"));
+    let (demands, demanded) = mpsc::channel(DEMANDS_WAITING);
+    let mut counted = None;
+    metrics.register(|registry| counted = Some(GatewayMetrics::register(registry)));
+    let Some(gateway_metrics) = counted else { return Ok(()) };
+    let data_path = DataPath::new(Setup {
+        node: config.node_name.clone(),
+        max_request_body: config.max_request_body,
+        connect: connector(identity.clone())?,
+        demands,
+        metrics: gateway_metrics,
+    });
+    let own_binary = std::env::current_exe().map_err(AgentError::OwnBinary)?;
+    let runtime = Arc::new(ProcessRuntime::new(&config.data_dir, own_binary));
+    let endpoints: Arc<dyn crate::endpoint::Endpoints> = Arc::clone(data_path.sidecar()) as _;
+    let reconciler = Reconciler::adopt(runtime, endpoints).await?;
+
+    let (connected, is_connected) = watch::channel(false);
+    let status = pilotlight_telemetry::http_router(&metrics, move || *is_connected.borrow());
+    tokio::spawn(serve_http(http, status, stopping.clone()));
+    tokio::spawn(care_for_logs(Arc::clone(&reconciler), stopping.clone()));
+    if let Some(identity) = &identity {
+        tokio::spawn(renew(config.clone(), channel.clone(), Arc::clone(identity), stopping.clone()));
+    }
+    serve_peers(&data_path, identity.as_ref(), peers, &stopping)?;
+
+    let (_inventory, inventory) = watch::channel(inventory);
+    let told = Node { data_path: Arc::clone(&data_path), reconciler: Arc::clone(&reconciler), logs: Mutex::default() };
+    let session = Session {
+        channel,
+        hello: hello(&config, ingress_address, peer_address),
+        inventory,
+        statuses: reconciler.statuses(),
+        demands: demanded,
+        told: Arc::new(told),
+        connected,
+    };
+    // The session outlives the gateway's last requests: what they ask for may still be started.
+    let session_stopping = CancellationToken::new();
+    let talking = tokio::spawn(session.run(session_stopping.clone()));
+    info!(node = %config.node_name, ingress = %config.listen_ingress, "agent runs");
+    data_path.serve_ingress(ingress, stopping).await;
+    reconciler.shutdown(config.stop_replicas_on_exit).await;
+    session_stopping.cancel();
+    // It ends at once.
+    let _ = talking.await;
+    Ok(())
+}
+
+fn hello(config: &Config, ingress: SocketAddr, peers: SocketAddr) -> fleet::Hello {
+    fleet::Hello {
+        node_name: config.node_name.clone(),
+        agent_version: env!("CARGO_PKG_VERSION").to_owned(),
+        peer_address: config.advertise_peer.clone().unwrap_or_else(|| peers.to_string()),
+        ingress_address: ingress.to_string(),
+        boot_id: uuid::Uuid::new_v4().to_string(),
+    }
+}
+
+async fn listen(what: &'static str, address: SocketAddr) -> Result<TcpListener, AgentError> {
+    TcpListener::bind(address).await.map_err(|error| AgentError::Listen { what, address, error })
+}
+
+async fn serve_http(listener: TcpListener, router: axum::Router, stopping: CancellationToken) {
+    if let Err(error) = axum::serve(listener, router).with_graceful_shutdown(stopping.cancelled_owned()).await {
+        error!(%error, "status listener ended");
+    }
+}
+
+fn serve_peers(
+    data_path: &Arc<DataPath>,
+    identity: Option<&Arc<LiveIdentity>>,
+    listener: TcpListener,
+    stopping: &CancellationToken,
+) -> Result<(), AgentError> {
+    let (path, stopping) = (Arc::clone(data_path), stopping.clone());
+    match identity {
+        Some(identity) => {
+            let accepted = pilotlight_identity::accept_tls(listener, identity.server_config(&[b"h2"])?);
+            // Operators hold certificates of the cell, too, but only nodes speak for gateways.
+            let nodes = accepted.filter(|stream| {
+                let node = stream.as_ref().is_ok_and(|s| matches!(pilotlight_identity::member_of(s), Ok(Member::Node(_))));
+                std::future::ready(node)
+            });
+            tokio::spawn(async move { path.serve_peers(nodes, stopping).await });
+        }
+        None => {
+            let accepted = TcpListenerStream::new(listener);
+            tokio::spawn(async move { path.serve_peers(accepted, stopping).await });
+        }
+    }
+    Ok(())
+}
+
+/// The node's certificate: kept from before, or got by the token.
+async fn identity(config: &Config) -> Result<Option<Arc<LiveIdentity>>, AgentError> {
+    let Security::Mtls { token } = &config.security else { return Ok(None) };
+    let directory = config.data_dir.join("identity");
+    let still_valid = Credentials::exist(&directory)
+        && Credentials::load(&directory)?.validity()?.1 > SystemTime::now();
+    let credentials = match token {
+        _ if still_valid => Credentials::load(&directory)?,
+        Some(token) => {
+            let credentials = join(config, token).await?;
+            credentials.save(&directory)?;
+            info!(node = %config.node_name, "joined the cell");
+            credentials
+        }
+        None => return Err(AgentError::NoToken(directory)),
+    };
+    Ok(Some(LiveIdentity::new(&credentials)?))
+}
+
+async fn join(config: &Config, token: &str) -> Result<Credentials, AgentError> {
+    let token: JoinToken = token.parse()?;
+    let channel = pilotlight_identity::channel(&config.coordinator, &Trust::Pinned(token.pin()))?;
+    let (key_pem, csr_pem) = new_csr()?;
+    let request = JoinRequest { token: token.to_string(), node_name: config.node_name.clone(), csr_pem };
+    let answer = EnrollmentClient::new(channel).join(request).await.map_err(AgentError::Join)?.into_inner();
+    Ok(Credentials { certificate_pem: answer.certificate_pem, key_pem, ca_pem: answer.ca_pem })
+}
+
+/// Renews the certificate after two thirds of its life, again and again.
+async fn renew(
+    config: Config,
+    channel: tonic::transport::Channel,
+    identity: Arc<LiveIdentity>,
+    stopping: CancellationToken,
+) {
+    let directory = config.data_dir.join("identity");
+    let renewing = async {
+        loop {
+            let due = Credentials::load(&directory).and_then(|credentials| credentials.renew_at());
+            let wait = due.map_or(RENEW_PAUSE, |due| due.duration_since(SystemTime::now()).unwrap_or_default());
+            tokio::time::sleep(wait).await;
+            if let Err(error) = renew_once(&directory, channel.clone(), &identity).await {
+                warn!(%error, "certificate not renewed; trying again");
+                tokio::time::sleep(RENEW_PAUSE).await;
+            }
+        }
+    };
+    tokio::select! {
+        () = renewing => {}
+        () = stopping.cancelled() => {}
+    }
+}
+
+async fn renew_once(
+    directory: &std::path::Path,
+    channel: tonic::transport::Channel,
+    identity: &LiveIdentity,
+) -> Result<(), AgentError> {
+    let (key_pem, csr_pem) = new_csr()?;
+    let answer = EnrollmentClient::new(channel).renew(RenewRequest { csr_pem }).await.map_err(AgentError::Join)?;
+    let answer = answer.into_inner();
+    let credentials = Credentials { certificate_pem: answer.certificate_pem, key_pem, ca_pem: answer.ca_pem };
+    credentials.save(directory)?;
+    identity.replace(&credentials)?;
+    info!("certificate renewed");
+    Ok(())
+}
+
+async fn care_for_logs(reconciler: Arc<Reconciler>, stopping: CancellationToken) {
+    loop {
+        tokio::select! {
+            () = stopping.cancelled() => return,
+            () = tokio::time::sleep(LOG_CARE) => {}
+        }
+        for path in reconciler.log_files() {
+            let cut = tokio::task::spawn_blocking(move || logs::cut_down(&path)).await;
+            if let Ok(Err(error)) = cut
+                && error.kind() != io::ErrorKind::NotFound
+            {
+                warn!(%error, "a log cannot be cut down");
+            }
+        }
+    }
+}
+
+fn connector(identity: Option<Arc<LiveIdentity>>) -> Result<Arc<dyn Connect>, AgentError> {
+    Ok(match identity {
+        Some(identity) => Arc::new(TlsConnect { config: Arc::new(identity.client_config(&[b"h2"])?) }),
+        None => Arc::new(PlainConnect),
+    })
+}
+
+struct TlsConnect {
+    config: Arc<rustls::ClientConfig>,
+}
+
+#[async_trait]
+impl Connect for TlsConnect {
+    async fn connect(&self, node: &str, address: &str) -> io::Result<Box<dyn PeerStream>> {
+        let member = Member::node(node).map_err(io::Error::other)?;
+        let stream = pilotlight_identity::connect_tls(address, &member, Arc::clone(&self.config)).await?;
+        Ok(Box::new(stream))
+    }
+}
+
+struct PlainConnect;
+
+#[async_trait]
+impl Connect for PlainConnect {
+    async fn connect(&self, _: &str, address: &str) -> io::Result<Box<dyn PeerStream>> {
+        Ok(Box::new(TcpStream::connect(address).await?))
+    }
+}
+
+/// What the session talks to.
+struct Node {
+    data_path: Arc<DataPath>,
+    reconciler: Arc<Reconciler>,
+    /// Log requests that are being answered.
+    logs: Mutex<HashMap<u64, CancellationToken>>,
+}
+
+impl Told for Node {
+    fn session_opened(&self) {
+        self.data_path.session_opened();
+        self.reconciler.session_opened();
+        for (_, open) in self.logs.lock().unwrap_or_else(PoisonError::into_inner).drain() {
+            open.cancel();
+        }
+    }
+
+    fn take(&self, message: ToAgent, say: &Outbound) {
+        match message {
+            ToAgent::Assignment(assignment) => self.reconciler.assign(assignment),
+            ToAgent::Routes(routes) => self.data_path.apply_routes(routes),
+            ToAgent::LogRequest(request) => self.log(request, say.clone()),
+            ToAgent::Welcome(_) => {}
+        }
+    }
+
+    fn report(&self) -> fleet::QueueReport {
+        self.data_path.report()
+    }
+}
+
+impl Node {
+    fn log(&self, request: fleet::LogRequest, say: Outbound) {
+        let mut open = self.logs.lock().unwrap_or_else(PoisonError::into_inner);
+        open.retain(|_, reading| !reading.is_cancelled());
+        if request.cancel {
+            if let Some(reading) = open.remove(&request.request_id) {
+                reading.cancel();
+            }
+            return;
+        }
+        let reading = CancellationToken::new();
+        open.insert(request.request_id, reading.clone());
+        let path = self.reconciler.log_file(&request.replica);
+        tokio::spawn(async move {
+            tokio::select! {
+                () = reading.cancelled() => {}
+                () = send_log(path, &request, &say) => reading.cancel(),
+            }
+        });
+    }
+}
+
+async fn send_log(path: PathBuf, request: &fleet::LogRequest, say: &Outbound) {
+    let mut chunks = std::pin::pin!(logs::read(path, request.tail_lines, request.follow));
+    let chunk = |data, end, error| {
+        FromAgent::LogChunk(fleet::LogChunk { request_id: request.request_id, data, end, error })
+    };
+    while let Some(read) = chunks.next().await {
+        let (message, last) = match read {
+            Ok(data) => (chunk(data.to_vec(), false, String::new()), false),
+            Err(error) => (chunk(Vec::new(), true, error.to_string()), true),
+        };
+        if !say.send(message).await || last {
+            return;
+        }
+    }
+    say.send(chunk(Vec::new(), true, String::new())).await;
+}

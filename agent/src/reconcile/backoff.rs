@@ -1,0 +1,41 @@
+//! Pauses before a failed replica is started again, as Kubernetes' kubelet makes them.
+
+use std::time::Duration;
+
+const FIRST: Duration = Duration::from_secs(10);
+const LONGEST: Duration = Duration::from_secs(300);
+/// A replica that ran this long starts over.
+const FORGIVEN: Duration = Duration::from_secs(600);
+
+/// Nothing the first time, then 10 s, doubling to 5 min.
+#[derive(Debug, Default)]
+pub(super) struct CrashBackoff {
+    failures: u32,
+}
+
+impl CrashBackoff {
+    /// The pause after a replica has failed that ran for `ran`.
+    pub(super) fn after(&mut self, ran: Duration) -> Duration {
+        if ran >= FORGIVEN {
+            self.failures = 0;
+        }
+        self.failures += 1;
+        match self.failures {
+            1 => Duration::ZERO,
+            failures => FIRST.saturating_mul(1 << (failures - 2).min(16)).min(LONGEST),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_follow_kubernetes() {
+        let mut backoff = CrashBackoff::default();
+        let seconds: Vec<_> = (0..8).map(|_| backoff.after(Duration::from_secs(1)).as_secs()).collect();
+        assert_eq!(seconds, [0, 10, 20, 40, 80, 160, 300, 300]);
+        assert_eq!(backoff.after(FORGIVEN).as_secs(), 0);
+    }
+}

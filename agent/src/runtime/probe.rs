@@ -1,0 +1,116 @@
+//! Asks a replica whether it is ready.
+
+use std::{net::SocketAddr, time::Duration};
+
+use bytes::Bytes;
+use http::Request;
+use http_body_util::Empty;
+use hyper_util::{
+    client::legacy::{Client, connect::HttpConnector},
+    rt::TokioExecutor,
+};
+use pilotlight_proto::fleet::v1::{Probe, probe::Handler};
+use tokio::{net::TcpStream, process::Command};
+use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
+
+/// Between probes until ready, where the manifest does not say; Knative's pace.
+const EAGER: Duration = Duration::from_millis(50);
+/// Between probes after that, where the manifest does not say; Kubernetes' default.
+const RELAXED: Duration = Duration::from_secs(10);
+
+/// One replica's probe.
+#[derive(Debug, Clone)]
+pub struct Prober {
+    probe: Probe,
+    address: SocketAddr,
+    client: Client<HttpConnector, Empty<Bytes>>,
+}
+
+impl Prober {
+    /// Probes the replica at `address`; without a handler a connection is enough.
+    pub fn new(probe: Probe, address: SocketAddr) -> Self {
+        Self { probe, address, client: Client::builder(TokioExecutor::new()).build_http() }
+    }
+
+    /// From start to the first probe.
+    pub fn initial_delay(&self) -> Duration {
+        duration(&self.probe.initial_delay).unwrap_or_default()
+    }
+
+    /// Between probes. Until ready it never waits longer than asked for, and by default hardly at all.
+    pub fn period(&self, ready: bool) -> Duration {
+        let given = duration(&self.probe.period).filter(|period| !period.is_zero());
+        given.unwrap_or(if ready { RELAXED } else { EAGER })
+    }
+
+    /// Successes in a row that make it ready.
+    pub fn success_threshold(&self) -> u32 {
+        self.probe.success_threshold.max(1)
+    }
+
+    /// Failures in a row that make it unready; 3 where not given.
+    pub fn failure_threshold(&self) -> u32 {
+        if self.probe.failure_threshold == 0 { 3 } else { self.probe.failure_threshold }
+    }
+
+    /// Asks once.
+    ///
+    /// # Errors
+    /// It is not ready, or did not say so in time; why.
+    pub async fn ask(&self) -> Result<(), String> {
+        let timeout = duration(&self.probe.timeout).filter(|timeout| !timeout.is_zero()).unwrap_or(Duration::from_secs(1));
+        match tokio::time::timeout(timeout, self.ask_handler()).await {
+            Ok(answer) => answer,
+            Err(_) => Err(format!("no answer within {timeout:?}")),
+        }
+    }
+
+    fn at(&self, port: u32) -> SocketAddr {
+        let port = u16::try_from(port).ok().filter(|port| *port != 0).unwrap_or(self.address.port());
+        SocketAddr::new(self.address.ip(), port)
+    }
+
+    async fn ask_handler(&self) -> Result<(), String> {
+        match &self.probe.handler {
+            None => self.connect(self.address).await,
+            Some(Handler::TcpSocket(tcp)) => self.connect(self.at(tcp.port)).await,
+            Some(Handler::HttpGet(get)) => {
+                let mut request = Request::get(format!("http://{}{}", self.at(get.port), get.path));
+                for (name, value) in &get.headers {
+                    request = request.header(name, value);
+                }
+                let request = request.body(Empty::new()).map_err(|error| error.to_string())?;
+                let response = self.client.request(request).await.map_err(|error| error.to_string())?;
+                let status = response.status();
+                if (200..400).contains(&status.as_u16()) { Ok(()) } else { Err(format!("HTTP status {status}")) }
+            }
+            Some(Handler::Exec(exec)) => {
+                let [program, args @ ..] = exec.command.as_slice() else { return Err("no command".to_owned()) };
+                let status = Command::new(program).args(args).kill_on_drop(true).output().await;
+                match status {
+                    Ok(output) if output.status.success() => Ok(()),
+                    Ok(output) => Err(format!("{program}: {}", output.status)),
+                    Err(error) => Err(format!("{program}: {error}")),
+                }
+            }
+            Some(Handler::Grpc(grpc)) => {
+                let channel = tonic::transport::Endpoint::from_shared(format!("http://{}", self.at(grpc.port)));
+                let channel = channel.map_err(|error| error.to_string())?.connect().await.map_err(|e| e.to_string())?;
+                let request = HealthCheckRequest { service: grpc.service.clone() };
+                let answer = HealthClient::new(channel).check(request).await.map_err(|status| status.to_string())?;
+                match answer.into_inner().status() {
+                    ServingStatus::Serving => Ok(()),
+                    other => Err(format!("health is {}", other.as_str_name())),
+                }
+            }
+        }
+    }
+
+    async fn connect(&self, address: SocketAddr) -> Result<(), String> {
+        TcpStream::connect(address).await.map(drop).map_err(|error| error.to_string())
+    }
+}
+
+fn duration(given: &Option<prost_types::Duration>) -> Option<Duration> {
+    Duration::try_from(given.as_ref().copied()?).ok()
+}

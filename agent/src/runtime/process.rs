@@ -1,0 +1,250 @@
+//! Replicas as plain processes of this machine, each in a process group of its own.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    ffi::OsString,
+    fs::File,
+    net::{Ipv4Addr, SocketAddr, TcpListener},
+    os::unix::process::ExitStatusExt as _,
+    path::{Path, PathBuf},
+    process::Stdio,
+    sync::{Mutex, PoisonError},
+    time::{Duration, SystemTime},
+};
+
+use async_trait::async_trait;
+use nix::{
+    sys::signal::{Signal, killpg},
+    unistd::Pid,
+};
+use pilotlight_proto::fleet::v1::{ContainerSpec, ReplicaAssignment};
+use tokio::{
+    process::{Child, Command},
+    sync::watch,
+};
+use tracing::{info, warn};
+
+use super::{
+    Exit, Running, Runtime, RuntimeError,
+    expand::expand,
+    state::{Directories, LOG, ReplicaState},
+};
+
+/// Marks a replica's process, so that one whose record was not written is found all the same.
+const MARK: &str = "PILOTLIGHT_REPLICA";
+/// What replicas get of the agent's own environment.
+const PASSED_ON: [&str; 6] = ["PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "TMPDIR", "NVIDIA_DRIVER_CAPABILITIES"];
+/// How often the end of another process's child is looked for.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// Runs replicas as processes.
+pub struct ProcessRuntime {
+    directories: Directories,
+    /// What `pilotlight` means as a command.
+    own_binary: PathBuf,
+    /// Ends of this process's children.
+    exits: Mutex<HashMap<u32, watch::Receiver<Option<Exit>>>>,
+}
+
+impl ProcessRuntime {
+    /// Keeps records and output below `data_dir`; `own_binary` is run where a command is `pilotlight`.
+    pub fn new(data_dir: &Path, own_binary: PathBuf) -> Self {
+        Self { directories: Directories::new(data_dir), own_binary, exits: Mutex::default() }
+    }
+
+    fn command(&self, assignment: &ReplicaAssignment, port: u16) -> Result<Command, RuntimeError> {
+        let container = assignment.container.clone().unwrap_or_default();
+        let variables = variables(assignment, &container, port);
+        let mut words = container.command.iter().chain(&container.args).map(|word| expand(word, &variables));
+        let program = words.next().filter(|_| !container.command.is_empty()).ok_or_else(|| {
+            let image = &container.image;
+            RuntimeError::Specification {
+                field: "spec.predictor.containers[0].command",
+                reason: format!(
+                    "the process runtime runs commands of the host and needs one: image {image:?} cannot be run without a container engine"
+                ),
+            }
+        })?;
+        let program = if program == "pilotlight" { self.own_binary.clone() } else { PathBuf::from(program) };
+        let mut command = Command::new(program);
+        command.args(words).env_clear().envs(passed_on()).envs(variables).process_group(0).stdin(Stdio::null());
+        if !container.working_dir.is_empty() {
+            command.current_dir(&container.working_dir);
+        }
+        Ok(command)
+    }
+
+    fn spawn(&self, assignment: &ReplicaAssignment, port: u16) -> Result<Child, RuntimeError> {
+        let mut command = self.command(assignment, port)?;
+        let directory = self.directories.make(&assignment.replica)?;
+        let path = directory.join(LOG);
+        // Straight to a file: a pipe would end, and the replica with it, when the agent does.
+        let log = File::options().create(true).append(true).open(&path);
+        let log = log.map_err(|error| RuntimeError::File { path: path.clone(), error })?;
+        let second = log.try_clone().map_err(|error| RuntimeError::File { path, error })?;
+        let program = command.as_std().get_program().to_string_lossy().into_owned();
+        command.stdout(log).stderr(second).spawn().map_err(|error| RuntimeError::Start { program, error })
+    }
+
+    /// Waits for a child in a task, so that it is reaped whoever asks, or nobody.
+    fn watch(&self, pid: u32, mut child: Child) {
+        let (sender, receiver) = watch::channel(None);
+        self.exits.lock().unwrap_or_else(PoisonError::into_inner).insert(pid, receiver);
+        tokio::spawn(async move {
+            let exit = match child.wait().await {
+                Ok(status) => Exit { code: status.code(), signal: status.signal() },
+                Err(_) => Exit { code: None, signal: None },
+            };
+            sender.send_replace(Some(exit));
+        });
+    }
+}
+
+/// A replica's environment: the manifest's, and what Knative and CUDA give.
+fn variables(assignment: &ReplicaAssignment, container: &ContainerSpec, port: u16) -> BTreeMap<String, String> {
+    let gpus: Vec<_> = assignment.gpu_indices.iter().map(ToString::to_string).collect();
+    let revision = assignment.revision.split_once('/').map_or(assignment.revision.as_str(), |(_, name)| name);
+    let mut variables = BTreeMap::from(
+        [
+            ("PORT", port.to_string()),
+            ("K_SERVICE", assignment.service.clone()),
+            ("K_CONFIGURATION", assignment.service.clone()),
+            ("K_REVISION", revision.to_owned()),
+            // Without GPUs of its own a replica must see none; CUDA takes -1 for that.
+            ("CUDA_DEVICE_ORDER", "PCI_BUS_ID".to_owned()),
+            ("CUDA_VISIBLE_DEVICES", if gpus.is_empty() { "-1".to_owned() } else { gpus.join(",") }),
+            (MARK, assignment.replica.clone()),
+        ]
+        .map(|(name, value)| (name.to_owned(), value)),
+    );
+    for var in &container.env {
+        let value = expand(&var.value, &variables);
+        // What the agent decides is not the manifest's to change.
+        if !matches!(var.name.as_str(), MARK | "PORT" | "CUDA_VISIBLE_DEVICES") {
+            variables.insert(var.name.clone(), value);
+        }
+    }
+    variables
+}
+
+fn passed_on() -> impl Iterator<Item = (&'static str, OsString)> {
+    PASSED_ON.into_iter().filter_map(|name| Some((name, std::env::var_os(name)?)))
+}
+
+/// A port that is free now. Two starts at once get different ones: the kernel hands them out in turn.
+fn free_port() -> Result<u16, RuntimeError> {
+    let bound = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).and_then(|listener| listener.local_addr());
+    bound.map(|address| address.port()).map_err(|error| RuntimeError::Start { program: "a listener".to_owned(), error })
+}
+
+/// Start time of a process that runs; `None` where it does not, or is a zombie.
+fn start_ticks(pid: u32) -> Option<u64> {
+    let stat = procfs::process::Process::new(i32::try_from(pid).ok()?).ok()?.stat().ok()?;
+    (stat.state != 'Z').then_some(stat.starttime)
+}
+
+/// Processes that bear a replica's mark, with their replica.
+fn marked() -> Vec<(u32, String)> {
+    let Ok(all) = procfs::process::all_processes() else { return Vec::new() };
+    let marked = |process: procfs::process::Process| {
+        let value = process.environ().ok()?.remove(&OsString::from(MARK))?;
+        let leads = process.stat().ok()?.pgrp == process.pid();
+        leads.then_some((u32::try_from(process.pid()).ok()?, value.into_string().ok()?))
+    };
+    all.flatten().filter_map(marked).collect()
+}
+
+fn signal(pid: u32, signal: Signal) {
+    if let Ok(group) = i32::try_from(pid)
+        && group > 1
+    {
+        // It may have ended by itself.
+        let _ = killpg(Pid::from_raw(group), signal);
+    }
+}
+
+#[async_trait]
+impl Runtime for ProcessRuntime {
+    async fn start(&self, assignment: &ReplicaAssignment) -> Result<Running, RuntimeError> {
+        let port = free_port()?;
+        let started_at = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |now| now.as_secs() as i64);
+        let encoded = ReplicaState::encode(assignment);
+        // First the intent: should this process die now, the next one finds the replica by its mark.
+        let mut state = ReplicaState { pid: 0, start_ticks: 0, port, started_at, assignment: encoded };
+        self.directories.write(&assignment.replica, &state)?;
+        let child = self.spawn(assignment, port)?;
+        let pid = child.id().unwrap_or(0);
+        state.pid = pid;
+        state.start_ticks = start_ticks(pid).unwrap_or(0);
+        self.watch(pid, child);
+        if let Err(error) = self.directories.write(&assignment.replica, &state) {
+            signal(pid, Signal::SIGKILL);
+            return Err(error);
+        }
+        info!(replica = %assignment.replica, pid, port, "process started");
+        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+        Ok(Running { replica: assignment.replica.clone(), pid, address, started_at, assignment: assignment.clone() })
+    }
+
+    async fn adopt(&self) -> Result<Vec<Running>, RuntimeError> {
+        let marked: HashMap<String, u32> = marked().into_iter().map(|(pid, replica)| (replica, pid)).collect();
+        let mut adopted = Vec::new();
+        for (replica, mut state) in self.directories.read_all() {
+            let Some(assignment) = state.assignment() else { continue };
+            if state.pid == 0
+                && let Some(pid) = marked.get(&replica)
+            {
+                state.pid = *pid;
+                state.start_ticks = start_ticks(*pid).unwrap_or(0);
+                self.directories.write(&replica, &state)?;
+            }
+            if state.pid == 0 || start_ticks(state.pid) != Some(state.start_ticks) {
+                // It ended while no agent looked. Its output stays until the coordinator decides.
+                continue;
+            }
+            let address = SocketAddr::from((Ipv4Addr::LOCALHOST, state.port));
+            info!(%replica, pid = state.pid, "replica adopted");
+            adopted.push(Running { replica, pid: state.pid, address, started_at: state.started_at, assignment });
+        }
+        Ok(adopted)
+    }
+
+    async fn exited(&self, running: &Running) -> Exit {
+        let child = self.exits.lock().unwrap_or_else(PoisonError::into_inner).get(&running.pid).cloned();
+        if let Some(mut child) = child {
+            let exit = child.wait_for(Option::is_some).await.ok().and_then(|exit| exit.clone());
+            return exit.unwrap_or(Exit { code: None, signal: None });
+        }
+        // Another process's child: the kernel tells only its parent, so it is looked for.
+        let born = start_ticks(running.pid);
+        while born.is_some() && start_ticks(running.pid) == born {
+            tokio::time::sleep(LOOK).await;
+        }
+        Exit { code: None, signal: None }
+    }
+
+    async fn stop(&self, running: &Running, grace: Duration) {
+        signal(running.pid, Signal::SIGTERM);
+        if tokio::time::timeout(grace, self.exited(running)).await.is_err() {
+            warn!(replica = %running.replica, ?grace, "did not end in time; killed");
+        }
+        // Whatever of its group is left goes too.
+        signal(running.pid, Signal::SIGKILL);
+        self.exited(running).await;
+    }
+
+    async fn remove(&self, replica: &str) {
+        self.directories.remove(replica);
+    }
+
+    fn log_file(&self, replica: &str) -> PathBuf {
+        self.directories.of(replica).join(LOG)
+    }
+}
+
+impl ProcessRuntime {
+    /// Forgets how a process ended; called once its replica is gone.
+    pub fn forget(&self, pid: u32) {
+        self.exits.lock().unwrap_or_else(PoisonError::into_inner).remove(&pid);
+    }
+}

@@ -1,0 +1,106 @@
+//! `pilotlight agent`.
+
+use std::{net::SocketAddr, path::PathBuf};
+
+use bytesize::ByteSize;
+use pilotlight_agent::config::{Config, InventorySource, Security};
+use tokio_util::sync::CancellationToken;
+
+/// Settings of an agent.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Name of this node, unique in the cell, a DNS label.
+    #[arg(long, env = "PILOTLIGHT_NODE_NAME")]
+    node_name: String,
+    /// Address of the coordinator.
+    #[arg(long, env = "PILOTLIGHT_COORDINATOR", default_value = "https://127.0.0.1:7443", value_name = "URL")]
+    coordinator: String,
+    /// Join token; needed once, for a node that has no certificate yet.
+    #[arg(long, env = "PILOTLIGHT_TOKEN", hide_env_values = true)]
+    token: Option<String>,
+    /// Directory for the node's key, replica records and logs.
+    #[arg(long, env = "PILOTLIGHT_DATA_DIR", default_value = "/var/lib/pilotlight/agent", value_name = "DIR")]
+    data_dir: PathBuf,
+    /// Where clients connect.
+    #[arg(long, env = "PILOTLIGHT_LISTEN_INGRESS", default_value = "0.0.0.0:8080", value_name = "ADDRESS")]
+    listen_ingress: SocketAddr,
+    /// Where other agents connect, with mutual TLS.
+    #[arg(long, env = "PILOTLIGHT_LISTEN_PEER", default_value = "0.0.0.0:7444", value_name = "ADDRESS")]
+    listen_peer: SocketAddr,
+    /// HTTP for /metrics, /healthz and /readyz.
+    #[arg(long, env = "PILOTLIGHT_LISTEN_HTTP", default_value = "127.0.0.1:7481", value_name = "ADDRESS")]
+    listen_http: SocketAddr,
+    /// host:port by which other agents reach this one, where it is not --listen-peer.
+    #[arg(long, env = "PILOTLIGHT_ADVERTISE_PEER", value_name = "ADDRESS")]
+    advertise_peer: Option<String>,
+    #[command(flatten)]
+    node: NodeArgs,
+}
+
+/// What agents have in common, `dev` included.
+#[derive(Debug, clap::Args)]
+pub struct NodeArgs {
+    /// Pretend to have this many GPUs, 0 to 64.
+    #[arg(long, env = "PILOTLIGHT_SIMULATE_GPUS", value_name = "N")]
+    simulate_gpus: Option<u32>,
+    /// Product of the pretended GPUs.
+    #[arg(long, env = "PILOTLIGHT_SIMULATE_GPU_PRODUCT", default_value = "NVIDIA A40")]
+    simulate_gpu_product: String,
+    /// Memory of each.
+    #[arg(long, env = "PILOTLIGHT_SIMULATE_GPU_MEMORY", default_value = "48GiB")]
+    simulate_gpu_memory: ByteSize,
+    /// YAML file that lists pretended GPUs.
+    #[arg(long, env = "PILOTLIGHT_SIMULATE_GPUS_FILE", value_name = "FILE", conflicts_with = "simulate_gpus")]
+    simulate_gpus_file: Option<PathBuf>,
+    /// Label of this node, key=value; may be given again.
+    #[arg(long, env = "PILOTLIGHT_LABELS", value_delimiter = ',', value_parser = label, value_name = "KEY=VALUE")]
+    label: Vec<(String, String)>,
+    /// Largest request body.
+    #[arg(long, env = "PILOTLIGHT_MAX_REQUEST_BODY", default_value = "256MiB")]
+    max_request_body: ByteSize,
+}
+
+fn label(text: &str) -> Result<(String, String), String> {
+    let (key, value) = text.split_once('=').ok_or("expected key=value")?;
+    if key.is_empty() {
+        return Err("the key must not be empty".to_owned());
+    }
+    Ok((key.to_owned(), value.to_owned()))
+}
+
+impl NodeArgs {
+    /// Fills in what these flags say; `otherwise` is the inventory where none is pretended.
+    pub fn fill(self, config: Config, otherwise: InventorySource) -> Config {
+        let inventory = match (self.simulate_gpus_file, self.simulate_gpus) {
+            (Some(file), _) => InventorySource::SimulatedFile(file),
+            (None, Some(count)) => InventorySource::Simulated {
+                count,
+                product: self.simulate_gpu_product,
+                memory_bytes: self.simulate_gpu_memory.as_u64(),
+            },
+            (None, None) => otherwise,
+        };
+        Config {
+            inventory,
+            labels: self.label.into_iter().collect(),
+            max_request_body: self.max_request_body.as_u64(),
+            ..config
+        }
+    }
+}
+
+/// Runs an agent.
+pub async fn run(args: Args, stopping: CancellationToken) -> anyhow::Result<()> {
+    let config = Config {
+        node_name: args.node_name,
+        coordinator: args.coordinator,
+        security: Security::Mtls { token: args.token },
+        data_dir: args.data_dir,
+        listen_ingress: args.listen_ingress,
+        listen_peer: args.listen_peer,
+        listen_http: args.listen_http,
+        advertise_peer: args.advertise_peer,
+        ..Config::default()
+    };
+    Ok(pilotlight_agent::run(args.node.fill(config, InventorySource::Nvml), stopping).await?)
+}

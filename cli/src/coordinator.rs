@@ -1,0 +1,111 @@
+//! `pilotlight coordinator`.
+
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
+
+use pilotlight_coordinator::config::{Config, EtcdConfig, Security, StoreConfig};
+use tokio_util::sync::CancellationToken;
+
+/// Settings of a coordinator.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Name of the cell, a DNS label.
+    #[arg(long, env = "PILOTLIGHT_CELL", default_value = "main")]
+    cell: String,
+    /// gRPC for operators and agents, with mutual TLS.
+    #[arg(long, env = "PILOTLIGHT_LISTEN", default_value = "127.0.0.1:7443", value_name = "ADDRESS")]
+    listen: SocketAddr,
+    /// HTTP for /metrics, /healthz and /readyz.
+    #[arg(long, env = "PILOTLIGHT_LISTEN_HTTP", default_value = "127.0.0.1:7480", value_name = "ADDRESS")]
+    listen_http: SocketAddr,
+    /// Directory for the embedded store and the first operator's credentials.
+    #[arg(long, env = "PILOTLIGHT_DATA_DIR", default_value = "/var/lib/pilotlight/coordinator", value_name = "DIR")]
+    data_dir: PathBuf,
+    /// etcd's addresses; without any, the embedded store is used.
+    #[arg(long, env = "PILOTLIGHT_ETCD_ENDPOINTS", value_delimiter = ',', value_name = "URL")]
+    etcd_endpoints: Vec<String>,
+    /// etcd user, where it asks for one.
+    #[arg(long, env = "PILOTLIGHT_ETCD_USER", requires = "etcd_password")]
+    etcd_user: Option<String>,
+    /// etcd password; better given by variable than by flag.
+    #[arg(long, env = "PILOTLIGHT_ETCD_PASSWORD", requires = "etcd_user", hide_env_values = true)]
+    etcd_password: Option<String>,
+    /// Authority of etcd's certificate, PEM.
+    #[arg(long, env = "PILOTLIGHT_ETCD_CA", value_name = "FILE")]
+    etcd_ca: Option<PathBuf>,
+    /// Certificate to show etcd, PEM.
+    #[arg(long, env = "PILOTLIGHT_ETCD_CERT", value_name = "FILE", requires = "etcd_key")]
+    etcd_cert: Option<PathBuf>,
+    /// Its key, PEM.
+    #[arg(long, env = "PILOTLIGHT_ETCD_KEY", value_name = "FILE", requires = "etcd_cert")]
+    etcd_key: Option<PathBuf>,
+    /// Names and addresses by which others reach this coordinator, for its certificate.
+    #[arg(long, env = "PILOTLIGHT_NAMES", value_delimiter = ',', default_value = "localhost,127.0.0.1")]
+    names: Vec<String>,
+    /// An authority of your own, PEM; else one is made and kept in the store.
+    #[arg(long, env = "PILOTLIGHT_CA_CERT", value_name = "FILE", requires = "ca_key")]
+    ca_cert: Option<PathBuf>,
+    /// Its key, PEM.
+    #[arg(long, env = "PILOTLIGHT_CA_KEY", value_name = "FILE", requires = "ca_cert")]
+    ca_key: Option<PathBuf>,
+    #[command(flatten)]
+    serving: ServingArgs,
+}
+
+/// What coordinators have in common, `dev` included.
+#[derive(Debug, clap::Args)]
+pub struct ServingArgs {
+    /// Time between scaling decisions; Knative's is 2s.
+    #[arg(long, env = "PILOTLIGHT_TICK", default_value = "2s", value_parser = humantime::parse_duration)]
+    pub tick: Duration,
+    /// How often agents report their queues, 10ms to 60s.
+    #[arg(long, env = "PILOTLIGHT_REPORT_INTERVAL", default_value = "1s", value_parser = humantime::parse_duration)]
+    pub report_interval: Duration,
+    /// A node that is silent for longer is lost.
+    #[arg(long, env = "PILOTLIGHT_NODE_LEASE", default_value = "20s", value_parser = humantime::parse_duration)]
+    pub node_lease: Duration,
+    /// Requests that one gateway holds for one revision; further ones get 503.
+    #[arg(long, env = "PILOTLIGHT_QUEUE_LIMIT", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub queue_limit: u32,
+    /// Services are reached as <service>.<namespace>.<domain>.
+    #[arg(long, env = "PILOTLIGHT_DOMAIN", default_value = "localhost")]
+    pub domain: String,
+    /// Port that clients use, for a service's URL.
+    #[arg(long, env = "PILOTLIGHT_INGRESS_PORT")]
+    pub ingress_port: Option<u16>,
+    /// File for what the autoscaler sees and decides, as JSON lines.
+    #[arg(long, env = "PILOTLIGHT_RECORD", value_name = "FILE")]
+    pub record: Option<PathBuf>,
+}
+
+/// Runs a coordinator.
+pub async fn run(args: Args, stopping: CancellationToken) -> anyhow::Result<()> {
+    Ok(pilotlight_coordinator::run(config(args), stopping).await?)
+}
+
+fn config(args: Args) -> Config {
+    let store = if args.etcd_endpoints.is_empty() {
+        StoreConfig::Embedded
+    } else {
+        StoreConfig::Etcd(EtcdConfig {
+            endpoints: args.etcd_endpoints,
+            user: args.etcd_user.zip(args.etcd_password),
+            ca: args.etcd_ca,
+            identity: args.etcd_cert.zip(args.etcd_key),
+        })
+    };
+    Config {
+        cell: args.cell,
+        listen: args.listen,
+        listen_http: args.listen_http,
+        data_dir: args.data_dir,
+        store,
+        security: Security::Mtls { names: args.names, ca: args.ca_cert.zip(args.ca_key) },
+        domain: args.serving.domain,
+        ingress_port: args.serving.ingress_port.unwrap_or(8080),
+        tick: args.serving.tick,
+        report_interval: args.serving.report_interval,
+        node_lease: args.serving.node_lease,
+        queue_limit: args.serving.queue_limit,
+        record: args.serving.record,
+    }
+}

@@ -1,0 +1,95 @@
+//! `pilotlight dev`: coordinator and agent in one process, on loopback, in plaintext.
+
+use std::{net::SocketAddr, path::PathBuf};
+
+use anyhow::Context as _;
+use pilotlight_agent::config::InventorySource;
+use pilotlight_coordinator::config::{Security, StoreConfig};
+use tokio_util::sync::CancellationToken;
+
+use crate::{agent::NodeArgs, coordinator::ServingArgs, output};
+
+/// Settings of `dev`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Where clients connect.
+    #[arg(long, env = "PILOTLIGHT_LISTEN_INGRESS", default_value = "127.0.0.1:8080", value_name = "ADDRESS")]
+    listen_ingress: SocketAddr,
+    /// gRPC for operators.
+    #[arg(long, env = "PILOTLIGHT_LISTEN", default_value = "127.0.0.1:7443", value_name = "ADDRESS")]
+    listen: SocketAddr,
+    /// HTTP for /metrics, /healthz and /readyz.
+    #[arg(long, env = "PILOTLIGHT_LISTEN_HTTP", default_value = "127.0.0.1:7480", value_name = "ADDRESS")]
+    listen_http: SocketAddr,
+    /// Directory for all state.
+    #[arg(long, env = "PILOTLIGHT_DATA_DIR", default_value = ".pilotlight", value_name = "DIR")]
+    data_dir: PathBuf,
+    #[command(flatten)]
+    serving: ServingArgs,
+    #[command(flatten)]
+    node: NodeArgs,
+}
+
+/// Runs both until stopped, or until one of them fails.
+pub async fn run(args: Args, stopping: CancellationToken) -> anyhow::Result<()> {
+    let data_dir = std::path::absolute(&args.data_dir).context("data-dir")?;
+    let ingress = args.listen_ingress;
+    let coordinator = pilotlight_coordinator::config::Config {
+        listen: args.listen,
+        listen_http: args.listen_http,
+        data_dir: data_dir.join("coordinator"),
+        store: StoreConfig::Embedded,
+        security: Security::Plaintext,
+        domain: args.serving.domain,
+        ingress_port: args.serving.ingress_port.unwrap_or(ingress.port()),
+        tick: args.serving.tick,
+        report_interval: args.serving.report_interval,
+        node_lease: args.serving.node_lease,
+        queue_limit: args.serving.queue_limit,
+        record: args.serving.record,
+        ..Default::default()
+    };
+    let any_port = SocketAddr::from(([127, 0, 0, 1], 0));
+    let agent = pilotlight_agent::config::Config {
+        node_name: "dev".to_owned(),
+        coordinator: format!("http://{}", args.listen),
+        security: pilotlight_agent::config::Security::Plaintext,
+        data_dir: data_dir.join("agent"),
+        listen_ingress: ingress,
+        listen_peer: any_port,
+        listen_http: any_port,
+        stop_replicas_on_exit: true,
+        ..Default::default()
+    };
+    let agent = args.node.fill(agent, InventorySource::NvmlOrSimulated);
+    greet(args.listen, ingress).map_err(|_| anyhow::anyhow!("standard output is closed"))?;
+
+    // The agent goes first: its replicas stop while the coordinator can still see it.
+    let (agent_stopping, coordinator_stopping) = (stopping.child_token(), CancellationToken::new());
+    let mut coordinating = tokio::spawn(pilotlight_coordinator::run(coordinator, coordinator_stopping.clone()));
+    let mut serving = tokio::spawn(pilotlight_agent::run(agent, agent_stopping.clone()));
+    tokio::select! {
+        ended = &mut serving => {
+            coordinator_stopping.cancel();
+            coordinating.await??;
+            ended??;
+        }
+        ended = &mut coordinating => {
+            agent_stopping.cancel();
+            serving.await??;
+            ended??;
+        }
+    }
+    Ok(())
+}
+
+fn greet(grpc: SocketAddr, ingress: SocketAddr) -> Result<(), crate::failure::Failure> {
+    let server = if grpc.port() == 7443 { String::new() } else { format!(" --server http://{grpc}") };
+    output::print(&format!(
+        "pilotlight dev: plaintext, on this machine only; Ctrl-C stops it and its replicas. In another terminal:\n\
+         \n  pilotlight{server} apply -f deploy/examples/iris.yaml\
+         \n  pilotlight{server} get -w\
+         \n  curl http://iris.default.localhost:{}/v1/models/iris:predict -d '{{\"instances\": [[6.8, 2.8, 4.8, 1.4]]}}'\n\n",
+        ingress.port()
+    ))
+}

@@ -1,0 +1,66 @@
+//! How commands fail: a message and an exit status.
+
+use std::{io::Write as _, process::ExitCode};
+
+use tonic::{Code, Status};
+
+/// Why a command did not do as asked.
+#[derive(Debug)]
+pub enum Failure {
+    /// Wrong usage: exit status 2, or 0 where help was asked for.
+    Usage(clap::Error),
+    /// Anything else: exit status 1.
+    Error(anyhow::Error),
+    /// As [`Failure::Error`], where all has been said already.
+    Refused,
+    /// The reader of our output has gone: a normal end.
+    ReaderGone,
+}
+
+impl Failure {
+    /// Tells the user; returns the exit status.
+    pub fn report(self) -> ExitCode {
+        match self {
+            Self::Usage(error) => {
+                // The terminal may be gone; there is nobody to tell then.
+                let _ = error.print();
+                ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2))
+            }
+            Self::Error(error) => {
+                let _ = writeln!(std::io::stderr(), "error: {error:#}");
+                ExitCode::FAILURE
+            }
+            Self::Refused => ExitCode::FAILURE,
+            Self::ReaderGone => ExitCode::SUCCESS,
+        }
+    }
+}
+
+impl From<clap::Error> for Failure {
+    fn from(error: clap::Error) -> Self {
+        Self::Usage(error)
+    }
+}
+
+impl From<anyhow::Error> for Failure {
+    fn from(error: anyhow::Error) -> Self {
+        Self::Error(error)
+    }
+}
+
+impl From<std::io::Error> for Failure {
+    fn from(error: std::io::Error) -> Self {
+        if error.kind() == std::io::ErrorKind::BrokenPipe { Self::ReaderGone } else { Self::Error(error.into()) }
+    }
+}
+
+impl From<Status> for Failure {
+    fn from(status: Status) -> Self {
+        let hint = match status.code() {
+            Code::Unavailable => "; is the coordinator running, and is --server right?",
+            Code::Unauthenticated => "; give --credentials, the directory `operator` below the coordinator's data-dir",
+            _ => "",
+        };
+        Self::Error(anyhow::anyhow!("{}{hint}", status.message()))
+    }
+}

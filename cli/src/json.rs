@@ -1,0 +1,75 @@
+//! The control API's messages as JSON.
+
+use pilotlight_proto::control::v1::{Decision, Node, Replica, Revision, Service, Usage};
+use serde_json::{Value, json};
+
+use crate::table::moment;
+
+/// As kubectl wraps several objects.
+pub fn list(items: Vec<Value>) -> Value {
+    json!({"apiVersion": "v1", "kind": "List", "items": items})
+}
+
+/// In KServe's shape.
+pub fn service(service: &Service) -> Value {
+    serde_json::from_str(&service.object_json).unwrap_or_default()
+}
+
+/// A node.
+pub fn node(node: &Node) -> Value {
+    let gpus: Vec<_> = node
+        .gpus
+        .iter()
+        .map(|gpu| json!({"index": gpu.index, "product": gpu.product, "memoryBytes": gpu.memory_bytes, "replica": gpu.replica}))
+        .collect();
+    json!({
+        "name": node.name, "state": node.state, "agentVersion": node.agent_version,
+        "peerAddress": node.peer_address, "ingressAddress": node.ingress_address, "gpus": gpus,
+        "labels": node.labels, "simulated": node.simulated, "cpuCores": node.cpu_cores,
+        "memoryBytes": node.memory_bytes, "lastSeen": moment(node.last_seen),
+    })
+}
+
+/// A revision.
+pub fn revision(revision: &Revision) -> Value {
+    json!({
+        "namespace": revision.namespace, "name": revision.name, "service": revision.service,
+        "generation": revision.generation, "ready": revision.ready, "message": revision.message,
+        "trafficPercent": revision.traffic_percent, "readyReplicas": revision.ready_replicas,
+        "desiredReplicas": revision.desired_replicas, "createdAt": moment(revision.created_at),
+    })
+}
+
+/// A replica.
+pub fn replica(replica: &Replica) -> Value {
+    json!({
+        "namespace": replica.namespace, "name": replica.name, "service": replica.service,
+        "revision": replica.revision, "node": replica.node, "gpuIndices": replica.gpu_indices,
+        "phase": replica.phase, "message": replica.message, "restarts": replica.restarts,
+        "createdAt": moment(replica.created_at), "readyAt": moment(replica.ready_at), "pid": replica.pid,
+        "adopted": replica.adopted,
+    })
+}
+
+/// A scaling decision.
+pub fn decision(decision: &Decision) -> Value {
+    json!({
+        "time": moment(decision.time), "revision": decision.revision, "ready": decision.ready,
+        "desired": decision.desired, "applied": decision.applied, "stableValue": decision.stable_value,
+        "panicValue": decision.panic_value, "target": decision.target, "panic": decision.panic,
+        "excessBurstCapacity": decision.excess_burst_capacity, "reason": decision.reason,
+    })
+}
+
+/// Usage of an hour.
+pub fn usage(usage: &Usage) -> Value {
+    json!({
+        "namespace": usage.namespace, "service": usage.service, "hour": moment(usage.hour),
+        "gpuClass": usage.gpu_class, "replicaSeconds": seconds(&usage.replica_time), "gpuSeconds": seconds(&usage.gpu_time),
+    })
+}
+
+/// Seconds of a duration.
+pub fn seconds(duration: &Option<prost_types::Duration>) -> f64 {
+    duration.as_ref().map_or(0.0, |duration| duration.seconds as f64 + f64::from(duration.nanos) / 1e9)
+}

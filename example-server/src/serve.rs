@@ -1,0 +1,139 @@
+//! Listening, loading, stopping.
+
+use std::{
+    future::Future,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
+
+use axum::{
+    Json, Router,
+    extract::{Request, State},
+    http::HeaderName,
+    middleware::{self, Next},
+    response::Response,
+    routing::get,
+};
+use tokio::net::TcpListener;
+use tracing::info;
+
+use crate::{Classifier, Server, Stats, error::Refusal, stream, v1, v2};
+
+/// Settings of one server.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Address to listen on.
+    pub host: IpAddr,
+    /// Port to listen on; 0 lets the system choose.
+    pub port: u16,
+    /// Name under which the model is served.
+    pub model_name: String,
+    /// Time that loading takes at least; the server listens meanwhile and answers 503.
+    pub load_time: Duration,
+    /// Time that each answer takes at least.
+    pub request_time: Duration,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            host: IpAddr::V4(Ipv4Addr::LOCALHOST),
+            port: 8080,
+            model_name: "iris".into(),
+            load_time: Duration::ZERO,
+            request_time: Duration::ZERO,
+        }
+    }
+}
+
+/// Why a server could not start or go on.
+#[derive(Debug, thiserror::Error)]
+pub enum ServerError {
+    /// The address cannot be listened on.
+    #[error("cannot listen on {address}: {error}")]
+    Listen {
+        /// As given.
+        address: SocketAddr,
+        /// Why.
+        error: std::io::Error,
+    },
+    /// The model cannot be fitted.
+    #[error("cannot load the model: {0}")]
+    Load(#[from] linfa_logistic::error::Error),
+    /// Loading ended without a result.
+    #[error("loading the model was cut off: {0}")]
+    LoadCutOff(#[from] tokio::task::JoinError),
+    /// Accepting connections failed.
+    #[error("cannot serve: {0}")]
+    Serve(std::io::Error),
+}
+
+/// Listens as `options` say and serves until `shutdown`; requests in flight are then answered first.
+///
+/// # Errors
+/// The address cannot be listened on, or the model cannot be fitted.
+pub async fn run(options: Options, shutdown: impl Future<Output = ()> + Send + 'static) -> Result<(), ServerError> {
+    let address = SocketAddr::new(options.host, options.port);
+    let listener = TcpListener::bind(address).await.map_err(|error| ServerError::Listen { address, error })?;
+    serve(listener, options, shutdown).await
+}
+
+/// As [`run`], on a listener that is there already; `options.host` and `options.port` are not looked at.
+///
+/// # Errors
+/// The model cannot be fitted.
+pub async fn serve(
+    listener: TcpListener,
+    options: Options,
+    shutdown: impl Future<Output = ()> + Send + 'static,
+) -> Result<(), ServerError> {
+    let address = listener.local_addr().map_err(ServerError::Serve)?;
+    info!(%address, model = options.model_name, "listening");
+    let server = Arc::new(Server::new(&options.model_name, options.request_time));
+    let serving = axum::serve(listener, router(Arc::clone(&server))).with_graceful_shutdown(shutdown);
+    let serving = async { serving.await.map_err(ServerError::Serve) };
+    tokio::pin!(serving);
+    tokio::select! {
+        ended = &mut serving => return ended,
+        loaded = load(&server, options.load_time) => loaded?,
+    }
+    info!(model = options.model_name, "ready");
+    serving.await
+}
+
+/// Fits the model off the threads that answer requests.
+async fn load(server: &Server, load_time: Duration) -> Result<(), ServerError> {
+    tokio::time::sleep(load_time).await;
+    server.loaded(tokio::task::spawn_blocking(Classifier::train).await??);
+    Ok(())
+}
+
+/// All paths of `server`.
+pub fn router(server: Arc<Server>) -> Router {
+    Router::new()
+        .route("/", get(|| async { "pilotlight-example-server\n" }))
+        .route("/stats", get(stats))
+        .merge(v1::routes())
+        .merge(v2::routes())
+        .merge(stream::routes())
+        .fallback(
+            |request: Request| async move { Refusal::not_found(format!("no path {:?} here", request.uri().path())) },
+        )
+        .layer(middleware::from_fn(echo_traceparent))
+        .with_state(server)
+}
+
+async fn stats(State(server): State<Arc<Server>>) -> Json<Stats> {
+    Json(server.stats())
+}
+
+/// Shows the caller which W3C trace context reached the model server.
+async fn echo_traceparent(request: Request, next: Next) -> Response {
+    let received = request.headers().get("traceparent").cloned();
+    let mut response = next.run(request).await;
+    if let Some(received) = received {
+        response.headers_mut().insert(HeaderName::from_static("x-received-traceparent"), received);
+    }
+    response
+}

@@ -1,0 +1,113 @@
+//! What the handlers share: the model once it is there, and counts of what was asked.
+
+use std::{
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    time::Duration,
+};
+
+use serde::Serialize;
+
+use crate::{Classifier, error::Refusal};
+
+/// One model server.
+#[derive(Debug)]
+pub struct Server {
+    pub(crate) model_name: String,
+    pub(crate) request_time: Duration,
+    classifier: OnceLock<Classifier>,
+    counts: Arc<Counts>,
+}
+
+#[derive(Debug, Default)]
+struct Counts {
+    received: AtomicU64,
+    answered: AtomicU64,
+    in_flight: AtomicU64,
+    max_in_flight: AtomicU64,
+}
+
+/// Requests for predictions and streams since the start; probes and metadata are not counted.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Stats {
+    /// Requests that arrived, those refused included.
+    pub received: u64,
+    /// Requests answered to the end, refusals included. A client that hung up got no answer.
+    pub answered: u64,
+    /// Requests being worked on now.
+    pub in_flight: u64,
+    /// The most that were ever worked on at the same time.
+    pub max_in_flight: u64,
+    /// Process id, so that a caller behind a proxy can tell servers apart.
+    pub pid: u32,
+}
+
+impl Server {
+    /// A server whose model is still to come. `request_time` is how long each answer takes at least.
+    pub fn new(model_name: impl Into<String>, request_time: Duration) -> Self {
+        Self { model_name: model_name.into(), request_time, classifier: OnceLock::new(), counts: Arc::default() }
+    }
+
+    /// The model is there. A second one is ignored.
+    pub fn loaded(&self, classifier: Classifier) {
+        // Models are loaded once per process; the first one stays.
+        let _ = self.classifier.set(classifier);
+    }
+
+    /// True once the model is there.
+    pub fn ready(&self) -> bool {
+        self.classifier.get().is_some()
+    }
+
+    /// What was asked so far.
+    pub fn stats(&self) -> Stats {
+        Stats {
+            received: self.counts.received.load(Relaxed),
+            answered: self.counts.answered.load(Relaxed),
+            in_flight: self.counts.in_flight.load(Relaxed),
+            max_in_flight: self.counts.max_in_flight.load(Relaxed),
+            pid: std::process::id(),
+        }
+    }
+
+    pub(crate) fn classifier(&self) -> Result<&Classifier, Refusal> {
+        self.classifier.get().ok_or_else(|| Refusal::loading(&self.model_name))
+    }
+
+    /// Refuses a name that is not this server's model.
+    pub(crate) fn check_name(&self, name: &str) -> Result<(), Refusal> {
+        if name == self.model_name {
+            return Ok(());
+        }
+        Err(Refusal::not_found(format!("model {name:?} is not served here; this server has {:?}", self.model_name)))
+    }
+
+    /// Counts a request until the result is dropped.
+    pub(crate) fn begin(&self) -> InFlight {
+        self.counts.received.fetch_add(1, Relaxed);
+        let now = self.counts.in_flight.fetch_add(1, Relaxed) + 1;
+        self.counts.max_in_flight.fetch_max(now, Relaxed);
+        InFlight { counts: Arc::clone(&self.counts) }
+    }
+}
+
+/// A request being worked on; dropped without [`InFlight::answered`] when the client hangs up.
+#[derive(Debug)]
+pub(crate) struct InFlight {
+    counts: Arc<Counts>,
+}
+
+impl InFlight {
+    pub(crate) fn answered(self) {
+        self.counts.answered.fetch_add(1, Relaxed);
+    }
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        self.counts.in_flight.fetch_sub(1, Relaxed);
+    }
+}
