@@ -183,7 +183,8 @@ fn serve_peers(
             let accepted = pilotlight_identity::accept_tls(listener, identity.server_config(&[b"h2"])?);
             // Operators hold certificates of the cell, too, but only nodes speak for gateways.
             let nodes = accepted.filter(|stream| {
-                let node = stream.as_ref().is_ok_and(|s| matches!(pilotlight_identity::member_of(s), Ok(Member::Node(_))));
+                let node =
+                    stream.as_ref().is_ok_and(|s| matches!(pilotlight_identity::member_of(s), Ok(Member::Node(_))));
                 std::future::ready(node)
             });
             tokio::spawn(async move { path.serve_peers(nodes, stopping).await });
@@ -200,8 +201,8 @@ fn serve_peers(
 async fn identity(config: &Config) -> Result<Option<Arc<LiveIdentity>>, AgentError> {
     let Security::Mtls { token } = &config.security else { return Ok(None) };
     let directory = config.data_dir.join("identity");
-    let still_valid = Credentials::exist(&directory)
-        && Credentials::load(&directory)?.validity()?.1 > SystemTime::now();
+    let still_valid =
+        Credentials::exist(&directory) && Credentials::load(&directory)?.validity()?.1 > SystemTime::now();
     let credentials = match token {
         _ if still_valid => Credentials::load(&directory)?,
         Some(token) => {
@@ -365,9 +366,8 @@ impl Node {
 
 async fn send_log(path: PathBuf, request: &fleet::LogRequest, say: &Outbound) {
     let mut chunks = std::pin::pin!(logs::read(path, request.tail_lines, request.follow));
-    let chunk = |data, end, error| {
-        FromAgent::LogChunk(fleet::LogChunk { request_id: request.request_id, data, end, error })
-    };
+    let chunk =
+        |data, end, error| FromAgent::LogChunk(fleet::LogChunk { request_id: request.request_id, data, end, error });
     while let Some(read) = chunks.next().await {
         let (message, last) = match read {
             Ok(data) => (chunk(data.to_vec(), false, String::new()), false),

@@ -4,7 +4,8 @@ use std::{net::SocketAddr, path::Path, sync::Arc, time::Duration};
 
 use pilotlight_identity::{Authority, Credentials, LiveIdentity, Member, Role};
 use pilotlight_proto::{
-    FILE_DESCRIPTOR_SET, control::v1::control_server::ControlServer,
+    FILE_DESCRIPTOR_SET,
+    control::v1::control_server::ControlServer,
     fleet::v1::{enrollment_server::EnrollmentServer, fleet_server::FleetServer},
 };
 use tokio::net::TcpListener;
@@ -192,9 +193,8 @@ async fn services(
     let (health, health_service) = tonic_health::server::health_reporter();
     health.set_serving::<ControlServer<ControlService>>().await;
     health.set_serving::<FleetServer<FleetService>>().await;
-    let mut routes = Routes::new(health_service)
-        .add_service(ControlServer::new(control))
-        .add_service(FleetServer::new(fleet));
+    let mut routes =
+        Routes::new(health_service).add_service(ControlServer::new(control)).add_service(FleetServer::new(fleet));
     if let Some(authority) = authority {
         let enrollment = EnrollmentService::new(authority, Arc::clone(store), access);
         routes = routes.add_service(EnrollmentServer::new(enrollment));
@@ -235,9 +235,7 @@ async fn listen(what: &'static str, address: SocketAddr) -> Result<TcpListener, 
 async fn open_store(config: &Config) -> Result<Arc<dyn Store>, CoordinatorError> {
     Ok(match &config.store {
         StoreConfig::Embedded => Arc::new(EmbeddedStore::open(&config.data_dir.join("state.redb"))?),
-        StoreConfig::Etcd(etcd) => {
-            Arc::new(EtcdStore::connect(etcd, &format!("/pilotlight/{}/", config.cell)).await?)
-        }
+        StoreConfig::Etcd(etcd) => Arc::new(EtcdStore::connect(etcd, &format!("/pilotlight/{}/", config.cell)).await?),
     })
 }
 
@@ -254,10 +252,8 @@ async fn authority(
         return Ok(Authority::from_pem(cell, &pem.certificate_pem, &pem.key_pem)?);
     }
     let authority = Authority::generate(cell)?;
-    let record = AuthorityRecord {
-        certificate_pem: authority.certificate_pem().to_owned(),
-        key_pem: authority.key_pem(),
-    };
+    let record =
+        AuthorityRecord { certificate_pem: authority.certificate_pem().to_owned(), key_pem: authority.key_pem() };
     let write = Transaction::new().expect_absent(keys::AUTHORITY).put_json(keys::AUTHORITY, &record);
     store.commit(write).await?;
     info!(cell, "made the cell's certificate authority");

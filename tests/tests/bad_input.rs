@@ -14,12 +14,18 @@ async fn bad_manifests_are_refused_by_field() {
     let dev = Dev::start(&[], vec![]).await;
     let good = Iris::default().yaml();
     let cases = [
-        (good.replace("kind: InferenceService", "kind: [unclosed"), vec!["yaml:2:"]),
+        (good.replace("kind: InferenceService", "kind: [unclosed"), vec![".yaml:3:9: error", "line 2 column 7"]),
         (good.replace("kind: InferenceService", "kind: Job"), vec!["Job", "InferenceService"]),
         (good.replace("minReplicas: 0", "minReplicas: -1"), vec!["spec.predictor.minReplicas", "-1"]),
         (good.replace("minReplicas: 0", "minReplicas: 9"), vec!["maxReplicas", "9", "4"]),
-        (good.replace("containerConcurrency: 10", "containerConcurrency: 5000"), vec!["containerConcurrency", "5000", "1000"]),
-        (good.replace("window: \"6s\"", "window: \"5s\""), vec!["autoscaling.knative.dev/window", "5s", "6s <= value <= 1h"]),
+        (
+            good.replace("containerConcurrency: 10", "containerConcurrency: 5000"),
+            vec!["containerConcurrency", "5000", "1000"],
+        ),
+        (
+            good.replace("window: \"6s\"", "window: \"5s\""),
+            vec!["autoscaling.knative.dev/window", "5s", "6s <= value <= 1h"],
+        ),
         (String::new(), vec!["empty"]),
     ];
     for (manifest, expected) in cases {

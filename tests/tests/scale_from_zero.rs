@@ -16,18 +16,27 @@ const PREDICT: &str = "/v1/models/iris:predict";
 #[tokio::test(flavor = "multi_thread")]
 async fn a_request_wakes_a_service_and_silence_lets_it_go() {
     let dev = Dev::start(&[], vec![]).await;
-    assert_eq!(dev.operator.apply(&Iris::default().yaml(), &[]).out, "inferenceservice.serving.kserve.io/iris created\n");
+    assert_eq!(
+        dev.operator.apply(&Iris::default().yaml(), &[]).out,
+        "inferenceservice.serving.kserve.io/iris created\n"
+    );
     assert!(dev.operator.replicas("iris").is_empty(), "born at zero");
 
     let answer = dev.gateway.post(HOST, PREDICT, TWO_FLOWERS).await.unwrap();
     assert_eq!(answer.json(), json!({"predictions": [1, 1]}));
     dev.operator.replicas_are("iris", 1, "Ready").await;
     let service = dev.operator.json(&["get", "isvc", "iris"]);
-    assert_eq!(service["status"]["conditions"].as_array().unwrap().iter().find(|c| c["type"] == "Ready").unwrap()["status"], "True");
+    assert_eq!(
+        service["status"]["conditions"].as_array().unwrap().iter().find(|c| c["type"] == "Ready").unwrap()["status"],
+        "True"
+    );
 
     // By path, and by the Open Inference Protocol.
     let by_path = format!("/serving/default/iris{PREDICT}");
-    assert_eq!(dev.gateway.post("elsewhere", &by_path, TWO_FLOWERS).await.unwrap().json()["predictions"], json!([1, 1]));
+    assert_eq!(
+        dev.gateway.post("elsewhere", &by_path, TWO_FLOWERS).await.unwrap().json()["predictions"],
+        json!([1, 1])
+    );
     let tensor = r#"{"inputs": [{"name": "x", "shape": [1, 4], "datatype": "FP64", "data": [5.1, 3.5, 1.4, 0.2]}]}"#;
     let inferred = dev.gateway.post(HOST, "/v2/models/iris/infer", tensor).await.unwrap().json();
     assert_eq!(inferred["outputs"][0]["data"], json!([0]), "{inferred}");
@@ -77,12 +86,8 @@ async fn past_the_queue_limit_requests_are_shed() {
 #[tokio::test(flavor = "multi_thread")]
 async fn load_on_many_replicas_and_logs_of_each() {
     let dev = Dev::start(&[], vec![]).await;
-    let busy = Iris {
-        container_concurrency: 1,
-        max_replicas: 3,
-        flags: vec!["--request-time", "200ms"],
-        ..Iris::default()
-    };
+    let busy =
+        Iris { container_concurrency: 1, max_replicas: 3, flags: vec!["--request-time", "200ms"], ..Iris::default() };
     assert_eq!(dev.operator.apply(&busy.yaml(), &[]).code, 0);
     let load = async {
         loop {

@@ -39,8 +39,10 @@ async fn only_members_of_the_cell_are_let_in() {
 
     // With a certificate of another cell that says the same.
     let ours = join(&url, &token, "gpu-1").await.unwrap();
-    let mut foreign =
-        Authority::generate("main").unwrap().issue(&Member::node("gpu-1").unwrap(), &[], std::time::Duration::from_secs(600)).unwrap();
+    let mut foreign = Authority::generate("main")
+        .unwrap()
+        .issue(&Member::node("gpu-1").unwrap(), &[], std::time::Duration::from_secs(600))
+        .unwrap();
     foreign.ca_pem.clone_from(&ours.ca_pem);
     let foreign = Trust::Cell(LiveIdentity::new(&foreign).unwrap());
     let refused = FleetClient::new(channel(&url, &foreign).unwrap()).session(tokio_stream::once(hello("gpu-1"))).await;

@@ -66,7 +66,10 @@ impl Replay {
     /// The body for one attempt, or `None` where what was read is not kept.
     pub fn attempt(&self) -> Option<Body> {
         let complete = self.shared.lock().unwrap_or_else(PoisonError::into_inner).complete;
-        complete.then(|| Attempt { shared: Arc::clone(&self.shared), next: 0, done: false, large: Arc::clone(&self.too_large) }.boxed_unsync())
+        complete.then(|| {
+            Attempt { shared: Arc::clone(&self.shared), next: 0, done: false, large: Arc::clone(&self.too_large) }
+                .boxed_unsync()
+        })
     }
 
     /// True once the body has turned out to be too large.

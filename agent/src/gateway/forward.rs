@@ -30,8 +30,15 @@ pub const UNSEEN: HeaderName = HeaderName::from_static("pilotlight-unseen");
 const CONNECT_WITHIN: Duration = Duration::from_secs(2);
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
 /// Headers that concern one hop only (RFC 9110, 7.6.1).
-const HOP_BY_HOP: [&str; 7] =
-    ["connection", "keep-alive", "proxy-connection", "proxy-authenticate", "proxy-authorization", "transfer-encoding", "upgrade"];
+const HOP_BY_HOP: [&str; 7] = [
+    "connection",
+    "keep-alive",
+    "proxy-connection",
+    "proxy-authenticate",
+    "proxy-authorization",
+    "transfer-encoding",
+    "upgrade",
+];
 
 /// A connection to another node.
 pub trait PeerStream: AsyncRead + AsyncWrite + Send + Unpin {}
@@ -230,4 +237,3 @@ fn chain(error: &dyn std::error::Error) -> String {
     }
     text
 }
-

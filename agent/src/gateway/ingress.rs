@@ -174,14 +174,14 @@ fn replace_path(parts: &mut http::request::Parts, path: &str) {
 
 /// Says who asked for what, as proxies do; what only gateways may say is taken out.
 fn forwarded(parts: &mut http::request::Parts, client: SocketAddr, host: &str) {
-    let ours: Vec<_> =
-        parts.headers.keys().filter(|name| name.as_str().starts_with("pilotlight-")).cloned().collect();
+    let ours: Vec<_> = parts.headers.keys().filter(|name| name.as_str().starts_with("pilotlight-")).cloned().collect();
     for name in ours {
         parts.headers.remove(name);
     }
     let via = parts.headers.get("x-forwarded-for").and_then(|via| via.to_str().ok());
     let via = via.map_or_else(|| client.ip().to_string(), |via| format!("{via}, {}", client.ip()));
-    for (name, value) in [("x-forwarded-for", via.as_str()), ("x-forwarded-host", host), ("x-forwarded-proto", "http")] {
+    for (name, value) in [("x-forwarded-for", via.as_str()), ("x-forwarded-host", host), ("x-forwarded-proto", "http")]
+    {
         if let Ok(value) = HeaderValue::from_str(value) {
             parts.headers.insert(name, value);
         }

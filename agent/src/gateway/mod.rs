@@ -12,8 +12,6 @@ pub mod ingress;
 pub mod metrics;
 pub mod peer;
 pub mod routes;
-#[cfg(test)]
-mod tests;
 
 use std::{
     sync::{Arc, Mutex, PoisonError},

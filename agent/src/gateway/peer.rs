@@ -90,8 +90,7 @@ async fn bind_once(
     let channel =
         endpoint.connect_with_connector(connector).await.map_err(|error| Status::unavailable(error.to_string()))?;
     let (sender, receiver) = mpsc::unbounded_channel();
-    let mut offers =
-        SlotsClient::new(channel).bind(UnboundedReceiverStream::new(receiver)).await?.into_inner();
+    let mut offers = SlotsClient::new(channel).bind(UnboundedReceiverStream::new(receiver)).await?.into_inner();
     for queue in sidecar.revisions() {
         queue.bound_anew(node);
     }

@@ -78,9 +78,9 @@ impl RouteTable {
 
     /// The service for a host, and whether it was found by it.
     pub fn by_host(&self, host: &str) -> Option<Arc<Service>> {
-        let host = host.rsplit_once(':').map_or(host, |(name, port)| {
-            if port.bytes().all(|byte| byte.is_ascii_digit()) { name } else { host }
-        });
+        let host = host
+            .rsplit_once(':')
+            .map_or(host, |(name, port)| if port.bytes().all(|byte| byte.is_ascii_digit()) { name } else { host });
         let table = self.table.load();
         match table.by_host.get(host) {
             Some(service) => Some(Arc::clone(service)),

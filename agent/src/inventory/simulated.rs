@@ -84,7 +84,9 @@ mod tests {
 
     #[test]
     fn a_file_lists_gpus() {
-        let gpus = written("gpus:\n- {product: NVIDIA A40, memoryBytes: 1024, nvlinkGroup: 1}\n- {product: T4, memoryBytes: 2}\n");
+        let gpus = written(
+            "gpus:\n- {product: NVIDIA A40, memoryBytes: 1024, nvlinkGroup: 1}\n- {product: T4, memoryBytes: 2}\n",
+        );
         let gpus = gpus.unwrap();
         assert!(gpus.simulated);
         assert_eq!(gpus.gpus[0].product, "NVIDIA A40");

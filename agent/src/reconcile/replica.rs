@@ -192,11 +192,8 @@ impl Life {
             status.exit_code = failure.exit_code;
             status.restarts += 1;
             status.reason = if looping { "CrashLoopBackOff" } else { failure.reason }.to_owned();
-            status.message = if looping {
-                format!("{}; started again in {pause:?}", failure.message)
-            } else {
-                failure.message
-            };
+            status.message =
+                if looping { format!("{}; started again in {pause:?}", failure.message) } else { failure.message };
         });
         tokio::select! {
             () = tokio::time::sleep(pause) => {}

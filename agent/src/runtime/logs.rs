@@ -109,7 +109,9 @@ mod tests {
     async fn the_last_lines_are_found() {
         let mut file = tempfile::NamedTempFile::new().unwrap();
         write!(file, "one\ntwo\nthree\n").unwrap();
-        for (tail, expected) in [(0, "one\ntwo\nthree\n"), (1, "three\n"), (2, "two\nthree\n"), (9, "one\ntwo\nthree\n")] {
+        for (tail, expected) in
+            [(0, "one\ntwo\nthree\n"), (1, "three\n"), (2, "two\nthree\n"), (9, "one\ntwo\nthree\n")]
+        {
             assert_eq!(all(file.path(), tail).await, expected, "{tail}");
         }
         write!(file, "open").unwrap();

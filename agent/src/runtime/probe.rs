@@ -58,7 +58,8 @@ impl Prober {
     /// # Errors
     /// It is not ready, or did not say so in time; why.
     pub async fn ask(&self) -> Result<(), String> {
-        let timeout = duration(&self.probe.timeout).filter(|timeout| !timeout.is_zero()).unwrap_or(Duration::from_secs(1));
+        let timeout =
+            duration(&self.probe.timeout).filter(|timeout| !timeout.is_zero()).unwrap_or(Duration::from_secs(1));
         match tokio::time::timeout(timeout, self.ask_handler()).await {
             Ok(answer) => answer,
             Err(_) => Err(format!("no answer within {timeout:?}")),

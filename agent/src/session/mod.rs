@@ -57,7 +57,9 @@ impl Session {
             let pause = backoff.next();
             match outcome {
                 Ok(()) => info!(?pause, "the coordinator ended the session; connecting again"),
-                Err(status) => warn!(?pause, code = ?status.code(), reason = status.message(), "no session; trying again"),
+                Err(status) => {
+                    warn!(?pause, code = ?status.code(), reason = status.message(), "no session; trying again")
+                }
             }
             tokio::select! {
                 () = stopping.cancelled() => return,

@@ -280,7 +280,8 @@ impl RevisionQueue {
     pub fn want(&self, node: &str) -> Option<(u64, u64)> {
         let state = self.lock();
         let peer = state.peers.get(node)?;
-        let wanted = if peer.ready.is_empty() || state.limits.concurrency == 0 { 0 } else { state.waiters.len() as u64 };
+        let wanted =
+            if peer.ready.is_empty() || state.limits.concurrency == 0 { 0 } else { state.waiters.len() as u64 };
         Some((wanted, peer.offers_seen))
     }
 
@@ -308,10 +309,8 @@ impl RevisionQueue {
     /// Another node's gateway says how many wait there.
     pub fn wanted(&self, gateway: u64, sink: &OfferSink, waiting: u64, offers_seen: u64) {
         let mut state = self.lock();
-        let entry = state
-            .gateways
-            .entry(gateway)
-            .or_insert_with(|| Gateway { sink: sink.clone(), tickets: 0, offers_sent: 0 });
+        let entry =
+            state.gateways.entry(gateway).or_insert_with(|| Gateway { sink: sink.clone(), tickets: 0, offers_sent: 0 });
         // Offers on their way will each serve one of those who wait.
         let on_their_way = entry.offers_sent.saturating_sub(offers_seen);
         let wanted = waiting.saturating_sub(on_their_way) as usize;
@@ -507,11 +506,8 @@ impl RevisionQueue {
         let held = Held::Local(replica.to_owned());
         state.occupy(&held);
         let local = &state.replicas[replica];
-        let target = Target::Local {
-            replica: replica.to_owned(),
-            address: local.replica.address,
-            h2c: local.replica.h2c,
-        };
+        let target =
+            Target::Local { replica: replica.to_owned(), address: local.replica.address, h2c: local.replica.h2c };
         Grant { target, permit: Permit { queue: self.own.clone(), held } }
     }
 

@@ -135,12 +135,8 @@ impl Sidecar {
     /// A gateway elsewhere says how many requests wait there.
     pub fn wanted(&self, gateway: u64, want: &peer::Want, sender: &mpsc::UnboundedSender<peer::BindResponse>) {
         let queue = self.revision(&want.revision);
-        let sink = OfferSink {
-            gateway,
-            revision: Arc::downgrade(&queue),
-            sidecar: self.own.clone(),
-            sender: sender.clone(),
-        };
+        let sink =
+            OfferSink { gateway, revision: Arc::downgrade(&queue), sidecar: self.own.clone(), sender: sender.clone() };
         queue.wanted(gateway, &sink, want.waiting, want.offers_seen);
     }
 

@@ -20,9 +20,9 @@ impl Access {
     pub fn caller<T>(self, request: &Request<T>) -> Result<Option<Member>, Status> {
         match self {
             Self::Open => Ok(None),
-            Self::Certified => pilotlight_identity::peer_of(request)
-                .map(Some)
-                .map_err(|error| Status::unauthenticated(format!("a client certificate of this cell is needed: {error}"))),
+            Self::Certified => pilotlight_identity::peer_of(request).map(Some).map_err(|error| {
+                Status::unauthenticated(format!("a client certificate of this cell is needed: {error}"))
+            }),
         }
     }
 

@@ -19,13 +19,7 @@ use crate::{
     finding::Finding,
     fleet::LogHub,
     model::keys,
-    reconcile::{
-        Applied, CommandError, Handle,
-        commands::Change,
-        meter::UsageRecord,
-        view,
-        world::World,
-    },
+    reconcile::{Applied, CommandError, Handle, commands::Change, meter::UsageRecord, view, world::World},
     spec::{self, ParseOptions},
     store::{Store, StoreError, StoreExt as _, Transaction},
 };
@@ -109,10 +103,15 @@ impl Control for ControlService {
         }
         let namespace = if request.namespace.is_empty() { "default" } else { &request.namespace };
         let defaults = self.scaling.clone();
-        let scaling = move |annotations: &BTreeMap<String, String>, component: &spec::Scaling| match ScalerConfig::resolve(&defaults, annotations, component) {
-            Ok((_, warnings)) => warnings,
-            Err(findings) => findings,
-        };
+        let scaling =
+            move |annotations: &BTreeMap<String, String>, component: &spec::Scaling| match ScalerConfig::resolve(
+                &defaults,
+                annotations,
+                component,
+            ) {
+                Ok((_, warnings)) => warnings,
+                Err(findings) => findings,
+            };
         // Parsed as a whole before anything is awaited: the check of scaling is not to be sent elsewhere.
         let documents = spec::parse(
             &request.manifest,
@@ -225,9 +224,13 @@ impl Control for ControlService {
     async fn list_usage(&self, request: Request<control::ListUsageRequest>) -> Answer<control::ListUsageResponse> {
         self.access.operator(&request, Role::Viewer)?;
         let request = request.into_inner();
-        let records = self.store.list_json::<UsageRecord>(keys::USAGE).await.map_err(unavailable)?;
+        let written = self.store.list_json::<UsageRecord>(keys::USAGE).await.map_err(unavailable)?;
+        let live = self.handle.usage().await.map_err(status)?;
+        // What is in memory is newer than what was written.
+        let records: BTreeMap<String, UsageRecord> =
+            written.into_iter().chain(live).map(|record| (record.key(), record)).collect();
         let usage = records
-            .into_iter()
+            .into_values()
             .map(usage)
             .filter(|usage| asked(&request.namespace, &usage.namespace))
             .filter(|usage| {
@@ -308,7 +311,8 @@ impl ControlService {
         }
         let mut streams: Vec<Streamed<control::LogsResponse>> = Vec::new();
         for (replica, session) in sources {
-            let session = session.ok_or_else(|| Status::unavailable(format!("the node of {replica} is not connected")))?;
+            let session =
+                session.ok_or_else(|| Status::unavailable(format!("the node of {replica} is not connected")))?;
             let (id, mut chunks) = self.logs.open();
             let ask = fleet::LogRequest {
                 request_id: id,

@@ -44,7 +44,11 @@ impl<'a> Annotations<'a> {
     pub(super) fn finish(mut self) -> Result<Vec<Finding>, Vec<Finding>> {
         for (key, value) in self.given.iter().filter(|(key, _)| key.starts_with(GROUP)) {
             if !self.seen.contains(key.as_str()) {
-                self.findings.push(Finding::warning(path(key), value, "is not an annotation that the autoscaler knows"));
+                self.findings.push(Finding::warning(
+                    path(key),
+                    value,
+                    "is not an annotation that the autoscaler knows",
+                ));
             }
         }
         if self.findings.iter().any(Finding::is_error) { Err(self.findings) } else { Ok(self.findings) }
@@ -103,7 +107,9 @@ impl<'a> Annotations<'a> {
     }
 
     pub(super) fn burst_capacity(&mut self) -> Option<f64> {
-        self.float("target-burst-capacity", "expected a number of at least 0, or -1", |value| value >= 0.0 || value == -1.0)
+        self.float("target-burst-capacity", "expected a number of at least 0, or -1", |value| {
+            value >= 0.0 || value == -1.0
+        })
     }
 
     pub(super) fn percentage(&mut self, name: &str, range: RangeInclusive<f64>) -> Option<f64> {
@@ -128,7 +134,11 @@ impl<'a> Annotations<'a> {
         match value.parse::<i64>() {
             Ok(number) if range.contains(&number) => Some(number),
             _ => {
-                self.refuse(key, value, format!("expected a whole number, {} <= value <= {}", range.start(), range.end()));
+                self.refuse(
+                    key,
+                    value,
+                    format!("expected a whole number, {} <= value <= {}", range.start(), range.end()),
+                );
                 None
             }
         }
@@ -297,7 +307,13 @@ mod tests {
 
     #[test]
     fn go_durations() {
-        let cases = [("0", Some(0.0)), ("90s", Some(90.0)), ("1h5m", Some(3900.0)), ("1.5h", Some(5400.0)), ("300ms", Some(0.3))];
+        let cases = [
+            ("0", Some(0.0)),
+            ("90s", Some(90.0)),
+            ("1h5m", Some(3900.0)),
+            ("1.5h", Some(5400.0)),
+            ("300ms", Some(0.3)),
+        ];
         for (text, seconds) in cases {
             assert_eq!(go_duration(text).map(|d| d.as_secs_f64()), seconds, "{text}");
         }

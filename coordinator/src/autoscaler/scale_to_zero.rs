@@ -64,7 +64,8 @@ pub enum Held {
 /// The lower bound that holds now.
 pub fn least(config: &ScalerConfig, reachable: bool, initial_scale_reached: bool) -> u32 {
     let min = if reachable { config.min_scale } else { 0 };
-    let initial = if reachable && !initial_scale_reached && config.initial_scale > 1 { config.initial_scale } else { 0 };
+    let initial =
+        if reachable && !initial_scale_reached && config.initial_scale > 1 { config.initial_scale } else { 0 };
     min.max(initial)
 }
 
@@ -108,7 +109,13 @@ fn to_zero(config: &ScalerConfig, situation: &Situation) -> Applied {
 }
 
 /// The activity that follows from a wish and what is ready.
-pub fn activity(config: &ScalerConfig, desired: i32, ready: u32, reachable: bool, initial_scale_reached: bool) -> Activity {
+pub fn activity(
+    config: &ScalerConfig,
+    desired: i32,
+    ready: u32,
+    reachable: bool,
+    initial_scale_reached: bool,
+) -> Activity {
     if desired == 0 {
         return Activity::Inactive;
     }

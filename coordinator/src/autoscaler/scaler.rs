@@ -186,8 +186,13 @@ impl Scaler {
         let applied = scale_to_zero::apply(&self.config, &situation);
         let ready = seen.ready.unwrap_or(0);
         if applied.result >= 0 {
-            let activity =
-                scale_to_zero::activity(&self.config, applied.result, ready, seen.reachable, seen.initial_scale_reached);
+            let activity = scale_to_zero::activity(
+                &self.config,
+                applied.result,
+                ready,
+                seen.reachable,
+                seen.initial_scale_reached,
+            );
             if activity != self.activity {
                 self.activity = activity;
                 self.since = now;

@@ -55,10 +55,8 @@ impl EnrollmentService {
 impl Enrollment for EnrollmentService {
     async fn join(&self, request: Request<JoinRequest>) -> Result<Response<JoinResponse>, Status> {
         let request = request.into_inner();
-        let token: JoinToken = request
-            .token
-            .parse()
-            .map_err(|error| Status::invalid_argument(format!("token: {error}")))?;
+        let token: JoinToken =
+            request.token.parse().map_err(|error| Status::invalid_argument(format!("token: {error}")))?;
         let member = Member::node(&request.node_name)
             .map_err(|error| Status::invalid_argument(format!("node_name: {error}")))?;
         // The CSR is checked first: a typing error must not use up the token.

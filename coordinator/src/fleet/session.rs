@@ -149,9 +149,9 @@ impl Access {
         match caller {
             None => Ok(()),
             Some(Member::Node(name)) if name == node => Ok(()),
-            Some(other) => Err(Status::permission_denied(format!(
-                "hello names node {node:?}, but the certificate is for {other}"
-            ))),
+            Some(other) => {
+                Err(Status::permission_denied(format!("hello names node {node:?}, but the certificate is for {other}")))
+            }
         }
     }
 }

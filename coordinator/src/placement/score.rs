@@ -19,12 +19,8 @@ pub(super) struct Score {
 
 impl Score {
     pub(super) fn of(ledger: &Ledger<'_>, request: &PlacementRequest, gpu_indices: &[u32], order: usize) -> Self {
-        let mut groups = ledger
-            .node
-            .gpus
-            .iter()
-            .filter(|gpu| gpu_indices.contains(&gpu.index))
-            .map(|gpu| gpu.nvlink_group);
+        let mut groups =
+            ledger.node.gpus.iter().filter(|gpu| gpu_indices.contains(&gpu.index)).map(|gpu| gpu.nvlink_group);
         let first = groups.next().unwrap_or(0);
         let apart = gpu_indices.len() > 1 && (first == 0 || groups.any(|group| group != first));
         Self {

@@ -88,10 +88,8 @@ fn each_failed_test_is_counted() {
     cordoned.schedulable = false;
     let mut small = node("b", 1);
     small.labels.insert("gpu.nvidia.com/class".into(), "A40".into());
-    let request = PlacementRequest {
-        node_selector: BTreeMap::from([("gpu.nvidia.com/class".into(), "A40".into())]),
-        ..wants(2)
-    };
+    let request =
+        PlacementRequest { node_selector: BTreeMap::from([("gpu.nvidia.com/class".into(), "A40".into())]), ..wants(2) };
     let Outcome::Unplaced(why) = &place(&fleet([cordoned, small, node("c", 8)]), &[request])[0].outcome else {
         panic!("must not fit");
     };

@@ -3,13 +3,16 @@
 use pilotlight_proto::fleet::v1 as fleet;
 use tokio::sync::{broadcast, mpsc, oneshot};
 
-use super::world::World;
+use super::{meter::UsageRecord, world::World};
 use crate::{fleet::SessionHandle, model::ServiceKey, spec::InferenceService, store::StoreError};
 
 /// Inputs that may wait for the loop; senders wait beyond that.
 const INPUTS_WAITING: usize = 4096;
 /// Changes a slow watcher may fall behind; beyond that it starts over with a full list.
 const CHANGES_KEPT: usize = 1024;
+
+/// A look at the world, at a moment.
+pub type Look = Box<dyn FnOnce(&World, jiff::Timestamp) + Send>;
 
 /// A message to the loop.
 pub enum Input {
@@ -52,8 +55,13 @@ pub enum Input {
         /// Where the answer goes.
         reply: oneshot::Sender<Result<(), CommandError>>,
     },
+    /// Someone wants usage that is not yet in the store.
+    Usage {
+        /// Where the answer goes.
+        reply: oneshot::Sender<Vec<UsageRecord>>,
+    },
     /// Someone looks at the world.
-    Read(Box<dyn FnOnce(&World, jiff::Timestamp) + Send>),
+    Read(Look),
 }
 
 /// What an apply did.
@@ -147,6 +155,16 @@ impl Handle {
             let _ = reply.send(look(world, now));
         })))
         .await?;
+        answer.await.map_err(|_| CommandError::Stopping)
+    }
+
+    /// Usage up to now, as far as it may not be in the store yet.
+    ///
+    /// # Errors
+    /// The loop has ended.
+    pub async fn usage(&self) -> Result<Vec<UsageRecord>, CommandError> {
+        let (reply, answer) = oneshot::channel();
+        self.send(Input::Usage { reply }).await?;
         answer.await.map_err(|_| CommandError::Stopping)
     }
 

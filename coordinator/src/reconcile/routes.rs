@@ -52,10 +52,7 @@ pub fn peer_nodes(world: &World) -> Vec<fleet::PeerNode> {
         .nodes
         .values()
         .filter(|node| !node.hello.peer_address.is_empty())
-        .map(|node| fleet::PeerNode {
-            name: node.record.name.clone(),
-            peer_address: node.hello.peer_address.clone(),
-        })
+        .map(|node| fleet::PeerNode { name: node.record.name.clone(), peer_address: node.hello.peer_address.clone() })
         .collect()
 }
 

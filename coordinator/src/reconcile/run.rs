@@ -166,6 +166,10 @@ impl Reconciler {
             Input::Delete { key, reply } => {
                 let _ = reply.send(self.delete(&key).await);
             }
+            Input::Usage { reply } => {
+                self.account(now);
+                let _ = reply.send(self.meter.totals().cloned().collect());
+            }
             Input::Read(look) => look(&self.world, now),
         }
     }
@@ -435,10 +439,14 @@ impl Reconciler {
         }
     }
 
-    async fn write_usage(&mut self, now: Timestamp) {
+    fn account(&mut self, now: Timestamp) {
         for replica in self.world.replicas.values() {
             self.meter.account(&replica.record, now);
         }
+    }
+
+    async fn write_usage(&mut self, now: Timestamp) {
+        self.account(now);
         let records: Vec<_> = self.meter.unwritten().cloned().collect();
         // The cursor goes last: a crash before it counts some time again rather than losing it, and
         // totals are absolute, so that writing them twice is harmless.

@@ -15,7 +15,8 @@ use super::{
 use crate::{
     autoscaler::Decision,
     spec::{
-        self, Condition, ConditionStatus, FailureInfo, ModelState, ModelStatus, StatusView, TrafficTarget, TransitionStatus,
+        self, Condition, ConditionStatus, FailureInfo, ModelState, ModelStatus, StatusView, TrafficTarget,
+        TransitionStatus,
     },
 };
 
@@ -302,11 +303,8 @@ pub fn event(event: &Event) -> control::Event {
 
 /// Everything about a service.
 pub fn describe(world: &World, state: &ServiceState) -> control::DescribeResponse {
-    let revisions: Vec<_> = state
-        .revisions
-        .iter()
-        .filter_map(|number| world.revisions.get(&state.record.revision_key(*number)))
-        .collect();
+    let revisions: Vec<_> =
+        state.revisions.iter().filter_map(|number| world.revisions.get(&state.record.revision_key(*number))).collect();
     control::DescribeResponse {
         service: Some(service(world, state)),
         replicas: revisions
@@ -325,8 +323,5 @@ pub fn describe(world: &World, state: &ServiceState) -> control::DescribeRespons
 pub fn timestamp(time: Timestamp) -> prost_types::Timestamp {
     let nanos = time.as_nanosecond();
     let second = 1_000_000_000;
-    prost_types::Timestamp {
-        seconds: nanos.div_euclid(second) as i64,
-        nanos: nanos.rem_euclid(second) as i32,
-    }
+    prost_types::Timestamp { seconds: nanos.div_euclid(second) as i64, nanos: nanos.rem_euclid(second) as i32 }
 }

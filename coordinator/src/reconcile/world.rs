@@ -252,10 +252,9 @@ impl World {
     pub fn note(&mut self, service: &str, event: Event) {
         let Some(service) = self.services.get_mut(service) else { return };
         let events = &mut service.events;
-        if events
-            .back()
-            .is_some_and(|last| last.reason == event.reason && last.object == event.object && last.message == event.message)
-        {
+        if events.back().is_some_and(|last| {
+            last.reason == event.reason && last.object == event.object && last.message == event.message
+        }) {
             events.pop_back();
         }
         events.push_back(event);

@@ -19,7 +19,9 @@ use redb::{
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use super::{Compare, Entry, Event, Events, Lease, Listing, OPERATIONS_MOST, Store, StoreError, Transaction, Write, by_revision};
+use super::{
+    Compare, Entry, Event, Events, Lease, Listing, OPERATIONS_MOST, Store, StoreError, Transaction, Write, by_revision,
+};
 
 /// create revision, mod revision, version, lease (0: none), value.
 type Row = (u64, u64, u64, u64, &'static [u8]);
@@ -121,11 +123,11 @@ impl EmbeddedStore {
             match change {
                 Write::Put { key, value, lease } => {
                     let former = data.get(key.as_str()).map_err(unavailable)?;
-                    let (created, version) =
-                        former.map_or((revision, 1), |row| (row.value().0, row.value().2 + 1));
+                    let (created, version) = former.map_or((revision, 1), |row| (row.value().0, row.value().2 + 1));
                     let row = (created, revision, version, lease.unwrap_or(0), value.as_ref());
                     data.insert(key.as_str(), row).map_err(unavailable)?;
-                    log.insert((revision, position), (key.as_str(), created, version, value.as_ref())).map_err(unavailable)?;
+                    log.insert((revision, position), (key.as_str(), created, version, value.as_ref()))
+                        .map_err(unavailable)?;
                 }
                 Write::Delete { key } => {
                     if data.remove(key.as_str()).map_err(unavailable)?.is_some() {

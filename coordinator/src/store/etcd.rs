@@ -116,9 +116,8 @@ impl EtcdStore {
 }
 
 fn tls(config: &EtcdConfig) -> Result<TlsOptions, StoreError> {
-    let read = |path: &Path| {
-        fs::read(path).map_err(|error| StoreError::Open(format!("etcd: {}: {error}", path.display())))
-    };
+    let read =
+        |path: &Path| fs::read(path).map_err(|error| StoreError::Open(format!("etcd: {}: {error}", path.display())));
     let mut tls = TlsOptions::new();
     if let Some(ca) = &config.ca {
         tls = tls.ca_certificate(Certificate::from_pem(read(ca)?));
@@ -180,8 +179,7 @@ impl Store for EtcdStore {
         let compares: Vec<_> = transaction.compares.iter().map(|compare| self.compare(compare)).collect();
         let writes: Vec<_> = transaction.writes.iter().map(|write| self.operation(write)).collect();
         let keys_only = || Some(GetOptions::new().with_keys_only());
-        let look: Vec<_> =
-            transaction.compares.iter().map(|c| TxnOp::get(self.key(c.key()), keys_only())).collect();
+        let look: Vec<_> = transaction.compares.iter().map(|c| TxnOp::get(self.key(c.key()), keys_only())).collect();
         let mut client = self.client.clone();
         let response = within(client.txn(Txn::new().when(compares).and_then(writes).or_else(look))).await?;
         if response.succeeded() {

@@ -17,12 +17,7 @@ pub struct Lease {
 impl Lease {
     /// `lost` is cancelled when the lease has ended; `keep_alive` ends with the handle; `revoke` ends
     /// the lease.
-    pub(super) fn new(
-        id: u64,
-        lost: CancellationToken,
-        keep_alive: CancellationToken,
-        revoke: Revoke,
-    ) -> Self {
+    pub(super) fn new(id: u64, lost: CancellationToken, keep_alive: CancellationToken, revoke: Revoke) -> Self {
         Self { id, lost, _keep_alive: keep_alive.drop_guard(), revoke }
     }
 

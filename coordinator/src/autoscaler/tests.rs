@@ -1,0 +1,1 @@
+//! Behaviour over time, and properties.

@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Installs what the tests need where it is missing, says what it does, and runs every test.
+#   - a C compiler (build-essential), for the TLS library
+#   - Rust 1.95 or later, by rustup, where there is no cargo
+#   - etcd (Debian's etcd-server), for the store's contract and the stories with separate processes;
+#     its service is not started, each test starts an etcd of its own on loopback and ends it
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+say() { printf '==> %s\n' "$*"; }
+root() { if [ "$(id -u)" -eq 0 ]; then "$@"; else sudo "$@"; fi; }
+
+packages=()
+command -v cc >/dev/null || packages+=(build-essential)
+command -v etcd >/dev/null || packages+=(etcd-server)
+command -v cargo >/dev/null || [ -x "$HOME/.cargo/bin/cargo" ] || packages+=(curl ca-certificates)
+if [ ${#packages[@]} -gt 0 ]; then
+    command -v apt-get >/dev/null || { echo "install these first: ${packages[*]}" >&2; exit 1; }
+    say "Installing ${packages[*]}"
+    root apt-get update -q
+    # A policy that starts no services: the tests start their own.
+    policy=/usr/sbin/policy-rc.d
+    if [ ! -e "$policy" ]; then
+        printf '#!/bin/sh\nexit 101\n' | root tee "$policy" >/dev/null
+        root chmod +x "$policy"
+        trap 'root rm -f "$policy"' EXIT
+    fi
+    root env DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends "${packages[@]}"
+fi
+if ! command -v cargo >/dev/null; then
+    if [ ! -x "$HOME/.cargo/bin/cargo" ]; then
+        say "Installing Rust by rustup"
+        curl --proto '=https' --tlsv1.2 -sSf https://sh.rustup.rs | sh -s -- -y --profile minimal --component clippy,rustfmt
+    fi
+    export PATH="$HOME/.cargo/bin:$PATH"
+fi
+
+say "Building"
+cargo build --workspace --all-targets
+say "Testing"
+cargo test --workspace --no-fail-fast
