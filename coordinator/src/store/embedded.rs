@@ -21,6 +21,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     Compare, Entry, Event, Events, Lease, Listing, OPERATIONS_MOST, Store, StoreError, Transaction, Write, by_revision,
+    lease::Revoke,
 };
 
 /// create revision, mod revision, version, lease (0: none), value.
@@ -39,9 +40,14 @@ const HISTORY: u64 = 10_000;
 /// One file. Each commit is on disk before it is acknowledged.
 #[derive(Debug, Clone)]
 pub struct EmbeddedStore {
-    database: Arc<Database>,
+    file: Arc<File>,
+}
+
+#[derive(Debug)]
+struct File {
+    database: Database,
     revision: watch::Sender<u64>,
-    next_lease: Arc<AtomicU64>,
+    next_lease: AtomicU64,
     history: u64,
 }
 
@@ -66,14 +72,10 @@ impl EmbeddedStore {
                 error => format!("{path}: {error}"),
             })
         })?;
-        let store = Self {
-            database: Arc::new(database),
-            revision: watch::Sender::new(0),
-            next_lease: Arc::new(AtomicU64::new(1)),
-            history,
-        };
+        let file = File { database, revision: watch::Sender::new(0), next_lease: AtomicU64::new(1), history };
+        let store = Self { file: Arc::new(file) };
         let revision = store.end_leases(|_| true)?;
-        store.revision.send_replace(revision);
+        store.file.revision.send_replace(revision);
         Ok(store)
     }
 
@@ -92,7 +94,7 @@ impl EmbeddedStore {
         if transaction.operations() > OPERATIONS_MOST {
             return Err(StoreError::TooLarge(transaction.operations()));
         }
-        let write = self.database.begin_write().map_err(unavailable)?;
+        let write = self.file.database.begin_write().map_err(unavailable)?;
         let revision = {
             let data = write.open_table(DATA).map_err(unavailable)?;
             for compare in &transaction.compares {
@@ -111,7 +113,7 @@ impl EmbeddedStore {
         };
         self.apply(&write, revision, &transaction.writes)?;
         write.commit().map_err(unavailable)?;
-        self.revision.send_replace(revision);
+        self.file.revision.send_replace(revision);
         Ok(revision)
     }
 
@@ -137,13 +139,13 @@ impl EmbeddedStore {
             }
         }
         meta.insert(REVISION, revision).map_err(unavailable)?;
-        compact(&mut log, &mut meta, (revision + 1).saturating_sub(self.history))
+        compact(&mut log, &mut meta, (revision + 1).saturating_sub(self.file.history))
     }
 
     /// Removes the keys of leases that have ended; returns the store's revision.
     fn end_leases(&self, ended: impl Fn(u64) -> bool) -> Result<u64, StoreError> {
         let mut keys = Vec::new();
-        let write = self.database.begin_write().map_err(unavailable)?;
+        let write = self.file.database.begin_write().map_err(unavailable)?;
         {
             let data = write.open_table(DATA).map_err(unavailable)?;
             write.open_table(LOG).map_err(unavailable)?;
@@ -163,7 +165,7 @@ impl EmbeddedStore {
         }
         write.commit().map_err(unavailable)?;
         let revision = revision + u64::from(!keys.is_empty());
-        self.revision.send_if_modified(|current| {
+        self.file.revision.send_if_modified(|current| {
             let newer = revision > *current;
             *current = revision.max(*current);
             newer
@@ -171,8 +173,16 @@ impl EmbeddedStore {
         Ok(revision)
     }
 
+    async fn end_lease(&self, id: u64, lost: &CancellationToken) {
+        lost.cancel();
+        if let Err(error) = self.blocking(move |store| store.end_leases(|lease| lease == id)).await {
+            // The next opening of the file removes them.
+            tracing::warn!(%error, lease = id, "keys of a lease that has ended are still there");
+        }
+    }
+
     fn read_list(&self, prefix: &str) -> Result<Listing, StoreError> {
-        let read = self.database.begin_read().map_err(unavailable)?;
+        let read = self.file.database.begin_read().map_err(unavailable)?;
         let data = read.open_table(DATA).map_err(unavailable)?;
         let meta = read.open_table(META).map_err(unavailable)?;
         let revision = meta.get(REVISION).map_err(unavailable)?.map_or(0, |row| row.value());
@@ -188,7 +198,7 @@ impl EmbeddedStore {
     }
 
     fn read_log(&self, prefix: &str, from: u64) -> Result<(Vec<Event>, u64), StoreError> {
-        let read = self.database.begin_read().map_err(unavailable)?;
+        let read = self.file.database.begin_read().map_err(unavailable)?;
         let meta = read.open_table(META).map_err(unavailable)?;
         let number = |key| Ok(meta.get(key).map_err(unavailable)?.map_or(0, |row| row.value()));
         let (latest, oldest) = (number(REVISION)?, number(OLDEST)?);
@@ -245,7 +255,7 @@ impl Store for EmbeddedStore {
     async fn get(&self, key: &str) -> Result<Option<Entry>, StoreError> {
         let key = key.to_owned();
         self.blocking(move |store| {
-            let read = store.database.begin_read().map_err(unavailable)?;
+            let read = store.file.database.begin_read().map_err(unavailable)?;
             let data = read.open_table(DATA).map_err(unavailable)?;
             let row = data.get(key.as_str()).map_err(unavailable)?;
             Ok(row.map(|row| entry(&key, row.value())))
@@ -268,7 +278,7 @@ impl Store for EmbeddedStore {
         // An error at the start is the caller's answer, not the stream's first item.
         self.blocking(move |store| store.read_log(&first, from_revision).map(drop)).await?;
         let store = self.clone();
-        let mut revisions = self.revision.subscribe();
+        let mut revisions = self.file.revision.subscribe();
         Ok(async_stream::try_stream! {
             let mut next = from_revision;
             loop {
@@ -288,33 +298,30 @@ impl Store for EmbeddedStore {
     }
 
     async fn lease(&self, ttl: Duration) -> Result<Lease, StoreError> {
-        let id = self.next_lease.fetch_add(1, Ordering::Relaxed);
+        let id = self.file.next_lease.fetch_add(1, Ordering::Relaxed);
         let (lost, keep_alive) = (CancellationToken::new(), CancellationToken::new());
-        let end = {
+        let revoke: Revoke = {
             let (store, lost) = (self.clone(), lost.clone());
-            move || async move {
-                lost.cancel();
-                let ended = store.blocking(move |store| store.end_leases(|lease| lease == id)).await;
-                if let Err(error) = ended {
-                    // The next start of the store removes them.
-                    tracing::warn!(%error, lease = id, "keys of a lease that has ended are still there");
-                }
-            }
+            Box::new(move || Box::pin(async move { store.end_lease(id, &lost).await }))
         };
-        let (dropped, expire) = (keep_alive.clone(), end.clone());
-        let revoked = lost.clone();
+        // A lease that runs out must not keep the file open after its store has gone.
+        let (dropped, revoked, file) = (keep_alive.clone(), lost.clone(), Arc::downgrade(&self.file));
         tokio::spawn(async move {
             dropped.cancelled().await;
             tokio::select! {
                 () = revoked.cancelled() => {}
-                () = tokio::time::sleep(ttl) => expire().await,
+                () = tokio::time::sleep(ttl) => match file.upgrade() {
+                    Some(file) => Self { file }.end_lease(id, &revoked).await,
+                    // The next opening of the file ends it.
+                    None => revoked.cancel(),
+                },
             }
         });
-        Ok(Lease::new(id, lost, keep_alive, Box::new(move || Box::pin(end()))))
+        Ok(Lease::new(id, lost, keep_alive, revoke))
     }
 
     async fn ping(&self) -> Result<(), StoreError> {
-        self.blocking(|store| store.database.begin_read().map(drop).map_err(unavailable)).await
+        self.blocking(|store| store.file.database.begin_read().map(drop).map_err(unavailable)).await
     }
 
     fn kind(&self) -> &'static str {
