@@ -35,6 +35,11 @@ pub enum Entry {
         /// Ready replicas at that time.
         ready: Option<u32>,
     },
+    /// Its settings changed.
+    Reconfigure {
+        /// From now on.
+        config: ScalerConfig,
+    },
     /// One agent's report.
     Sample {
         /// As given to `Scaler::record`.
