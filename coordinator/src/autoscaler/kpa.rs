@@ -106,7 +106,7 @@ fn basis(config: &ScalerConfig, state: &mut State, now: Time, input: &Input, rea
         (Some(recent), Class::Gpu) => {
             // What loads was ordered for this load: it is neither ordered again nor taken back.
             let capacity = (ready + f64::from(input.starting)).max(1.0);
-            recent.expire(slot(now, Duration::from_secs(1)));
+            recent.hold(slot(now, Duration::from_secs(1)));
             (capacity, f64::from(recent.current()).max(1.0), up.max(capacity))
         }
         _ => (ready.max(1.0), ready.max(1.0), up),

@@ -185,10 +185,10 @@ impl fmt::Display for Reason {
 /// All state of one revision's autoscaler.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Scaler {
-    config: ScalerConfig,
+    pub(super) config: ScalerConfig,
     stable: Window,
     panic: Window,
-    state: kpa::State,
+    pub(super) state: kpa::State,
     activity: Activity,
     since: Time,
     /// GPU class with the concurrency metric.

@@ -145,16 +145,18 @@ impl MaxWindow {
         Self { slots: slots.max(1) as i64, values: VecDeque::new() }
     }
 
-    /// Forgets what is too old at `slot`; slots never go back.
-    pub fn expire(&mut self, slot: i64) {
-        while self.values.front().is_some_and(|(oldest, _)| slot - oldest >= self.slots) {
-            self.values.pop_front();
+    /// The last value still held until `slot`; slots never go back.
+    pub fn hold(&mut self, slot: i64) {
+        if let Some((_, value)) = self.values.back().copied() {
+            self.record(slot, value);
         }
     }
 
     /// Records a value.
     pub fn record(&mut self, slot: i64, value: i32) {
-        self.expire(slot);
+        while self.values.front().is_some_and(|(oldest, _)| slot - oldest >= self.slots) {
+            self.values.pop_front();
+        }
         while self.values.back().is_some_and(|(_, smaller)| *smaller <= value) {
             self.values.pop_back();
         }
