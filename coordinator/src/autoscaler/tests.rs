@@ -48,7 +48,8 @@ impl Fleet {
 
     /// One tick with this load in every second.
     fn tick(&mut self, load: f64) -> super::Decision {
-        let sample = Sample { average_concurrency: load, completion_rate: load, request_rate: load, ..Default::default() };
+        let sample =
+            Sample { average_concurrency: load, completion_rate: load, request_rate: load, ..Default::default() };
         let until = self.now + self.tick;
         while self.now + SECOND <= until {
             self.now += SECOND;
@@ -196,7 +197,8 @@ fn the_fleets_gpus_cap_the_wish_and_the_rest_is_reported() {
     let decide = |config: ScalerConfig| {
         let mut scaler = Scaler::new(config, seconds(1000), Some(2));
         for second in 1000..1020 {
-            let sample = Sample { average_concurrency: 85.0, request_rate: 85.0, completion_rate: 85.0, ..Default::default() };
+            let sample =
+                Sample { average_concurrency: 85.0, request_rate: 85.0, completion_rate: 85.0, ..Default::default() };
             scaler.record(seconds(second), &sample);
         }
         scaler.decide(seconds(1020), &observed)
@@ -223,7 +225,8 @@ fn panic_of_the_gpu_class_ends_in_a_ramp() {
     // Knative's default of 2 would halve the fleet at each decision.
     let fast = |config| ScalerConfig { max_scale_down_rate: 2.0, scale_down_delay: Duration::ZERO, ..config };
     let largest_drop = |config: ScalerConfig| {
-        let mut fleet = Fleet::new(ScalerConfig { max_scale_down_rate: config.max_scale_down_rate, ..config }, 1, seconds(2));
+        let mut fleet =
+            Fleet::new(ScalerConfig { max_scale_down_rate: config.max_scale_down_rate, ..config }, 1, seconds(2));
         for _ in 0..30 {
             fleet.tick(400.0);
         }
@@ -235,7 +238,8 @@ fn panic_of_the_gpu_class_ends_in_a_ramp() {
         }
         (drop, fleet.replicas)
     };
-    let (kpa, gpu) = (largest_drop(fast(config())), largest_drop(ScalerConfig { max_scale_down_rate: 1.1, ..fast(gpu()) }));
+    let (kpa, gpu) =
+        (largest_drop(fast(config())), largest_drop(ScalerConfig { max_scale_down_rate: 1.1, ..fast(gpu()) }));
     assert!(kpa.0 >= 20, "{kpa:?}");
     assert!(gpu.0 <= 5, "{gpu:?}");
     assert!(gpu.1 <= 12, "and it does get down: {gpu:?}");
@@ -312,12 +316,16 @@ fn stories() -> impl Strategy<Value = Story> {
 
 /// Plays a story: replicas are ready `lag` ticks after they were wanted. Calls `check` at each decision with
 /// the scaler as it was before.
-fn play(story: &Story, mut check: impl FnMut(&Scaler, &Observation, Duration, &super::Decision)) -> Vec<super::Decision> {
+fn play(
+    story: &Story,
+    mut check: impl FnMut(&Scaler, &Observation, Duration, &super::Decision),
+) -> Vec<super::Decision> {
     let mut scaler = Scaler::new(story.config.clone(), Duration::ZERO, Some(0));
     let (mut wanted, mut decisions) = (vec![0u32], Vec::new());
     for (second, load) in story.loads.iter().enumerate() {
         let now = seconds(second as u64);
-        let sample = Sample { average_concurrency: *load, request_rate: *load, completion_rate: *load, ..Default::default() };
+        let sample =
+            Sample { average_concurrency: *load, request_rate: *load, completion_rate: *load, ..Default::default() };
         scaler.record(now, &sample);
         let current = *wanted.last().unwrap();
         let ready = wanted[wanted.len().saturating_sub(story.lag + 1)].min(current);
