@@ -110,13 +110,13 @@ fn requests(area: &Area<'_>, service: &ServiceOutcome) -> Drawn {
     legend(&mut chart)
 }
 
-type Chart<'a, 'b> = plotters::chart::ChartContext<
+type Chart<'a> = plotters::chart::ChartContext<
     'a,
-    SVGBackend<'b>,
+    SVGBackend<'a>,
     plotters::prelude::Cartesian2d<plotters::coord::types::RangedCoordf64, plotters::coord::types::RangedCoordf64>,
 >;
 
-fn legend(chart: &mut Chart<'_, '_>) -> Drawn {
+fn legend<'a>(chart: &mut Chart<'a>) -> Drawn {
     chart
         .configure_series_labels()
         .position(SeriesLabelPosition::UpperRight)

@@ -21,11 +21,7 @@ use pilotlight_coordinator::{
     spec::{self, InferenceService, ParseOptions, Resource},
 };
 
-use crate::{
-    failure::Failure,
-    output::{self, Format},
-    scaling::ScalingArgs,
-};
+use crate::{failure::Failure, output::Format, scaling::ScalingArgs};
 
 /// What to simulate.
 #[derive(Debug, clap::Args)]
@@ -207,7 +203,8 @@ fn profile(args: &ModelArgs) -> anyhow::Result<ModelProfile> {
 /// The manifest's services; what is wrong with it is said by field.
 fn services(path: &Path, scaling: &Defaults) -> Result<Vec<InferenceService>, Failure> {
     let manifest = text(path)?;
-    let validate = |annotations: &_, fields: &_| match ScalerConfig::resolve(scaling, annotations, fields) {
+    let scaling = scaling.clone();
+    let validate = move |annotations: &_, fields: &_| match ScalerConfig::resolve(&scaling, annotations, fields) {
         Ok((_, warnings)) => warnings,
         Err(findings) => findings,
     };

@@ -4,7 +4,7 @@
 //! grows for a minute, and with it the wish, although the replicas that load were ordered for that very
 //! load. Here a request that waits counts for no longer than it would run: the load is bounded by what is
 //! *offered*, arrivals per second times seconds of service (Little's law, L = λ·W), plus what it takes to
-//! work off the queue within a stable window.
+//! work off the queue in the time that a replica takes to load: what is ordered for it comes no earlier.
 
 use std::time::Duration;
 
@@ -63,8 +63,15 @@ impl Offered {
         self.service_time
     }
 
-    /// The load over the stable and the panic window, bounded by what is offered.
-    pub fn bound(&mut self, config: &ScalerConfig, now: Time, (stable, panic): (f64, f64)) -> (f64, f64) {
+    /// The load over the stable and the panic window, bounded by what is offered. `load_time` is how long a
+    /// replica takes to load, zero where unknown.
+    pub fn bound(
+        &mut self,
+        config: &ScalerConfig,
+        now: Time,
+        (stable, panic): (f64, f64),
+        load_time: Duration,
+    ) -> (f64, f64) {
         let average = |window: &Window| window.average(now, Aggregation::Linear);
         let completed = average(&self.completions);
         if completed > 0.0 {
@@ -72,7 +79,9 @@ impl Offered {
         }
         // Before anything has completed: what has come within a panic window counts in full.
         let service_time = self.service_time.unwrap_or(config.panic_window.as_secs_f64());
-        let backlog = average(&self.waiting) * service_time / seconds(config.stable_window);
+        let known = self.service_time.is_some() && !load_time.is_zero();
+        let work_off = if known { load_time.max(config.panic_window) } else { config.stable_window };
+        let backlog = average(&self.waiting) * service_time / seconds(work_off);
         let offered =
             |arrivals: &Window, running: &Window| (average(arrivals) * service_time).max(average(running)) + backlog;
         let (stable_offered, panic_offered) =
@@ -120,11 +129,11 @@ mod tests {
                 Sample { average_concurrency: 2.0, request_rate: 2.0, completion_rate: 2.0, ..Default::default() };
             offered.record(Duration::from_secs(second), &sample);
         }
-        let (stable, panic) = offered.bound(&config, Duration::from_secs(199), (2.0, 2.0));
+        let (stable, panic) = offered.bound(&config, Duration::from_secs(199), (2.0, 2.0), Duration::ZERO);
         assert!((stable - 2.0).abs() < 1e-9 && (panic - 2.0).abs() < 1e-9, "no bound where all runs");
         assert_eq!(offered.service_time(), Some(1.0));
         let waiting = queue_up(&mut offered, 1000, 60, 2.0);
-        let (_, panic) = offered.bound(&config, Duration::from_secs(1059), (60.0, 97.0));
+        let (_, panic) = offered.bound(&config, Duration::from_secs(1059), (60.0, 97.0), Duration::ZERO);
         assert!(waiting == 120.0 && panic < 3.0, "two at a time, and a share of the backlog: {panic}");
     }
 
@@ -133,7 +142,7 @@ mod tests {
         let config = config();
         let mut offered = Offered::new(&config);
         queue_up(&mut offered, 0, 60, 2.0);
-        let (_, panic) = offered.bound(&config, Duration::from_secs(59), (60.0, 97.0));
+        let (_, panic) = offered.bound(&config, Duration::from_secs(59), (60.0, 97.0), Duration::ZERO);
         // 2 per second · 23 s, and 97 waiting · 23 s / 180 s.
         assert!((panic - (46.0 + 97.0 * 23.0 / 180.0)).abs() < 0.2, "{panic}");
     }
@@ -145,6 +154,6 @@ mod tests {
         for second in 0..100 {
             offered.record(Duration::from_secs(second), &Sample { average_concurrency: 30.0, ..Default::default() });
         }
-        assert_eq!(offered.bound(&config, Duration::from_secs(99), (30.0, 30.0)), (30.0, 30.0));
+        assert_eq!(offered.bound(&config, Duration::from_secs(99), (30.0, 30.0), Duration::ZERO), (30.0, 30.0));
     }
 }

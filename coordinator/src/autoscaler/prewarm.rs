@@ -6,8 +6,11 @@
 //!   ATC 2020, section 4.2: pre-warm at the 5th percentile, keep until the 99th, 10 % margin each).
 //! - *Time of day*: the load of each five minutes of the day is remembered, averaged over days with the
 //!   newest counting most, and looked up as far ahead as a replica takes to load.
+//! - *Recent peaks*: while a service is busy, replicas for the load that most of the last hour's five
+//!   minutes have reached stay ready, since a burst of that size is to be expected before a replica
+//!   that is ordered for it has loaded.
 
-use std::time::Duration;
+use std::{collections::VecDeque, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
@@ -33,6 +36,13 @@ const NEWEST: f64 = 0.5;
 /// Load by time of day that is worth a replica, as a part of its target; less is left to the histogram.
 const SLOT_LEAST: f64 = 0.05;
 
+/// Slots whose peaks are remembered: an hour.
+const PEAKS: usize = 12;
+/// Slots needed before they say anything.
+const PEAKS_LEAST: usize = 3;
+/// Part of the slots whose peak is met.
+const PEAKS_MET: f64 = 0.75;
+
 /// One revision's past. Constant memory, about 4 KiB.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct History {
@@ -41,38 +51,65 @@ pub struct History {
     last_busy: Option<Time>,
     /// Mean load by slot of the day; negative where that slot has not been seen yet.
     day: Vec<f64>,
-    /// The slot being filled: its number since the epoch, and the sum of one-second loads.
-    filling: Option<(u64, f64)>,
+    /// Largest load of each of the last slots, oldest first.
+    peaks: VecDeque<f64>,
+    filling: Option<Filling>,
+}
+
+/// The slot that is being seen.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+struct Filling {
+    /// Number since the epoch.
+    slot: u64,
+    sum: f64,
+    count: u32,
+    peak: f64,
 }
 
 impl Default for History {
     fn default() -> Self {
-        Self { idle: vec![0; BINS], idle_longer: 0, last_busy: None, day: vec![-1.0; SLOTS], filling: None }
+        Self {
+            idle: vec![0; BINS],
+            idle_longer: 0,
+            last_busy: None,
+            day: vec![-1.0; SLOTS],
+            peaks: VecDeque::with_capacity(PEAKS),
+            filling: None,
+        }
     }
 }
 
 impl History {
-    /// Takes in a report: `load` in the metric's unit, from one agent, over about a second.
-    pub fn record(&mut self, now: Time, load: f64) {
-        if load > 0.0 {
-            self.busy(now);
-        }
+    /// Takes in the load at a decision, averaged over a panic window.
+    pub fn observe(&mut self, now: Time, load: f64) {
         let slot = now.as_secs() / SLOT.as_secs();
         match &mut self.filling {
-            Some((current, sum)) if *current == slot => *sum += load,
-            Some((current, sum)) if *current < slot => {
-                let mean = *sum / SLOT.as_secs_f64();
-                let remembered = &mut self.day[(*current % SLOTS as u64) as usize];
-                *remembered = if *remembered < 0.0 { mean } else { NEWEST * mean + (1.0 - NEWEST) * *remembered };
-                self.filling = Some((slot, load));
+            Some(filling) if filling.slot >= slot => {
+                filling.sum += load;
+                filling.count += 1;
+                filling.peak = filling.peak.max(load);
             }
-            // A report that is late by a slot changes nothing.
-            Some(_) => {}
-            None => self.filling = Some((slot, load)),
+            filling => {
+                let full = filling.replace(Filling { slot, sum: load, count: 1, peak: load });
+                if let Some(full) = full {
+                    self.remember(full, slot);
+                }
+            }
         }
     }
 
-    fn busy(&mut self, now: Time) {
+    fn remember(&mut self, full: Filling, next: u64) {
+        let mean = full.sum / f64::from(full.count);
+        let day = &mut self.day[(full.slot % SLOTS as u64) as usize];
+        *day = if *day < 0.0 { mean } else { NEWEST * mean + (1.0 - NEWEST) * *day };
+        // Slots in which nothing was decided had no load.
+        let silent = (next - full.slot - 1).min(PEAKS as u64) as usize;
+        self.peaks.extend(std::iter::once(full.peak).chain(std::iter::repeat_n(0.0, silent)));
+        self.peaks.drain(..self.peaks.len().saturating_sub(PEAKS));
+    }
+
+    /// Somebody asks.
+    pub fn busy(&mut self, now: Time) {
         let idle = self.last_busy.map(|last| now.saturating_sub(last));
         // Shorter pauses are what windows are for.
         if let Some(idle) = idle.filter(|idle| *idle >= BIN) {
@@ -107,15 +144,25 @@ impl History {
 
     /// Replicas to have at `now`, given that one takes `load_time` to be ready.
     pub fn wish(&self, config: &ScalerConfig, now: Time, load_time: Duration) -> u32 {
-        let idle = self.last_busy.map(|last| now.saturating_sub(last));
-        let returns =
-            idle.zip(self.return_window()).is_some_and(|(idle, (head, tail))| idle + load_time >= head && idle <= tail);
-        let day = [now, now + load_time]
-            .map(|time| self.day[(time.as_secs() / SLOT.as_secs() % SLOTS as u64) as usize])
-            .into_iter()
-            .fold(0.0, f64::max);
-        let by_day = Some(day / config.target).filter(|replicas| *replicas >= SLOT_LEAST);
-        by_day.map_or(0, |replicas| replicas.ceil() as u32).max(u32::from(returns))
+        let Some(idle) = self.last_busy.map(|last| now.saturating_sub(last)) else { return 0 };
+        let returns = self.return_window().is_some_and(|(head, tail)| idle + load_time >= head && idle <= tail);
+        let load = self.by_time_of_day(config, now, load_time).max(self.recent_peak(config, idle));
+        ((load / config.target).ceil() as u32).max(u32::from(returns))
+    }
+
+    fn by_time_of_day(&self, config: &ScalerConfig, now: Time, load_time: Duration) -> f64 {
+        let at = |time: Time| self.day[(time.as_secs() / SLOT.as_secs() % SLOTS as u64) as usize];
+        let load = at(now).max(at(now + load_time));
+        if load / config.target >= SLOT_LEAST { load } else { 0.0 }
+    }
+
+    fn recent_peak(&self, config: &ScalerConfig, idle: Duration) -> f64 {
+        if self.peaks.len() < PEAKS_LEAST || idle > config.stable_window {
+            return 0.0;
+        }
+        let mut peaks: Vec<f64> = self.peaks.iter().copied().collect();
+        peaks.sort_by(f64::total_cmp);
+        peaks[(PEAKS_MET * peaks.len() as f64).ceil() as usize - 1]
     }
 }
 
@@ -138,7 +185,7 @@ mod tests {
     fn a_service_that_returns_every_forty_minutes_is_met() {
         let mut history = History::default();
         for round in 0..10 {
-            history.record(at(round * 40), 1.0);
+            history.busy(at(round * 40));
         }
         let last = 9 * 40;
         assert_eq!(history.wish(&config(), at(last + 20), LOAD), 0, "too early");
@@ -151,12 +198,12 @@ mod tests {
     fn too_little_or_too_wild_a_past_says_nothing() {
         let mut history = History::default();
         for round in 0..4 {
-            history.record(at(round * 40), 1.0);
+            history.busy(at(round * 40));
         }
         assert_eq!(history.wish(&config(), at(3 * 40 + 38), LOAD), 0);
         let mut history = History::default();
         for round in 0..20 {
-            history.record(at(round * 600), 1.0);
+            history.busy(at(round * 600));
         }
         assert_eq!(history.wish(&config(), at(19 * 600 + 600), LOAD), 0, "ten hours are past the histogram");
     }
@@ -165,15 +212,30 @@ mod tests {
     fn yesterdays_load_is_met_ahead() {
         let mut history = History::default();
         let nine = 9 * 3600;
+        history.busy(Duration::from_secs(nine));
         for second in nine..nine + 600 {
-            history.record(Duration::from_secs(second), 300.0);
+            history.observe(Duration::from_secs(second), 300.0);
         }
-        history.record(Duration::from_secs(nine + 3600), 0.0);
+        history.observe(Duration::from_secs(nine + 3600), 0.0);
         let tomorrow = |seconds: u64| Duration::from_secs(86_400 + seconds);
         assert_eq!(history.wish(&config(), tomorrow(nine - 120), LOAD), 0);
         // 300 requests at 85 each (100 · 85 %).
         assert_eq!(history.wish(&config(), tomorrow(nine - 30), LOAD), 4);
         assert_eq!(history.wish(&config(), tomorrow(nine + 300), LOAD), 4);
         assert_eq!(history.wish(&config(), tomorrow(nine + 1200), LOAD), 0);
+    }
+
+    #[test]
+    fn what_most_of_the_last_hour_reached_stays_ready_while_somebody_asks() {
+        let mut history = History::default();
+        for minute in 0..60u64 {
+            // Every five minutes a burst; one of them is far larger than the others.
+            let burst = if minute == 25 { 5_000.0 } else { 150.0 };
+            history.busy(at(minute));
+            history.observe(at(minute), if minute % 5 == 0 { burst } else { 10.0 });
+        }
+        // 150 requests at 85 each.
+        assert_eq!(history.wish(&config(), at(60), LOAD), 2);
+        assert_eq!(history.wish(&config(), at(64), LOAD), 0, "idle for longer than a stable window");
     }
 }

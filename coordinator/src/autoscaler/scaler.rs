@@ -191,7 +191,7 @@ pub struct Scaler {
     pub(super) state: kpa::State,
     activity: Activity,
     since: Time,
-    /// GPU class with the concurrency metric.
+    /// With the concurrency metric, where the class or pre-warming wants to know.
     offered: Option<Box<Offered>>,
     /// Where pre-warming is on.
     history: Option<Box<History>>,
@@ -210,7 +210,8 @@ const POKE: Sample = Sample {
 };
 
 fn offered(config: &ScalerConfig) -> Option<Box<Offered>> {
-    (config.class == Class::Gpu && config.metric == Metric::Concurrency).then(|| Box::new(Offered::new(config)))
+    let wanted = config.class == Class::Gpu || config.prewarm;
+    (wanted && config.metric == Metric::Concurrency).then(|| Box::new(Offered::new(config)))
 }
 
 impl Scaler {
@@ -234,10 +235,9 @@ impl Scaler {
     pub fn reconfigure(&mut self, config: ScalerConfig) {
         self.stable.resize(config.stable_window);
         self.panic.resize(config.panic_window);
-        let same_load = (self.config.class, self.config.metric) == (config.class, config.metric);
-        match &mut self.offered {
-            Some(offered) if same_load => offered.resize(&config),
-            _ => self.offered = offered(&config),
+        match (&mut self.offered, offered(&config)) {
+            (Some(former), Some(_)) => former.resize(&config),
+            (former, new) => *former = new,
         }
         if config.prewarm != self.config.prewarm {
             self.history = config.prewarm.then(Box::default);
@@ -276,14 +276,14 @@ impl Scaler {
         if let Some(offered) = &mut self.offered {
             offered.record(now, sample);
         }
-        if let Some(history) = &mut self.history {
-            history.record(now, value);
+        if let Some(history) = self.history.as_mut().filter(|_| value > 0.0) {
+            history.busy(now);
         }
     }
 
     /// Decides.
     pub fn decide(&mut self, now: Time, seen: &Observation) -> Decision {
-        let load = self.load(now);
+        let load = self.load(now, seen.load_time);
         let input = Input { ready: seen.ready, starting: seen.starting, load, reachable: seen.reachable };
         let wish = kpa::decide(&self.config, &mut self.state, now, &input);
         let mut reasons = self.reasons(wish);
@@ -309,16 +309,21 @@ impl Scaler {
     }
 
     /// The load over the stable and the panic window; `None` where nobody has reported lately.
-    fn load(&mut self, now: Time) -> Option<(f64, f64)> {
+    fn load(&mut self, now: Time, load_time: Duration) -> Option<(f64, f64)> {
         if self.stable.is_empty(now) {
             return None;
         }
         let aggregation = self.config.aggregation;
         let load = (self.stable.average(now, aggregation), self.panic.average(now, aggregation));
-        Some(match &mut self.offered {
-            Some(offered) => offered.bound(&self.config, now, load),
+        let bounded = match &mut self.offered {
+            Some(offered) => offered.bound(&self.config, now, load, load_time),
             None => load,
-        })
+        };
+        if let Some(history) = &mut self.history {
+            history.observe(now, bounded.1);
+        }
+        // Knative's class sees the load as it is.
+        Some(if self.config.class == Class::Gpu { bounded } else { load })
     }
 
     /// The wish, and what is added to it: spare replicas, and those that the past asks for.
