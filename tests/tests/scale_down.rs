@@ -61,7 +61,7 @@ impl Stream {
     }
 
     /// Waits for its end, which must be the proper one.
-    async fn is_whole(self, words: usize) {
+    async fn ends_whole(self, words: usize) {
         let text = self.reading.await.unwrap();
         let events: Vec<&str> =
             text.split_terminator("\n\n").map(|event| event.strip_prefix("data: ").unwrap()).collect();
@@ -111,7 +111,7 @@ async fn idle_replicas_leave_first_and_busy_ones_end_their_streams() {
     assert_eq!(draining["phase"], "Draining", "it lives as long as its stream");
 
     for stream in streams {
-        stream.is_whole(LONG).await;
+        stream.ends_whole(LONG).await;
     }
     let after = dev.operator.replicas_are("iris", 1, "Ready").await;
     assert_eq!(after[0]["pid"], stays["pid"]);
@@ -129,6 +129,6 @@ async fn a_deleted_service_ends_its_stream_first() {
     })
     .await;
     assert!(stream.running());
-    stream.is_whole(150).await;
+    stream.ends_whole(150).await;
     dev.operator.replicas_are("iris", 0, "").await;
 }

@@ -211,7 +211,8 @@ impl DataPath {
         parts.headers.remove(OFFER);
         let body = Replay::new(body, self.max_request_body);
         let Some(content) = body.attempt() else { return unseen() };
-        let load = grant.permit.queue().filter(|_| tokens::counts(&parts)).map(|queue| Arc::clone(queue.tokens()));
+        let queue = if tokens::counts(&parts) { grant.permit.queue() } else { None };
+        let load = queue.map(|queue| Arc::clone(queue.tokens()));
         let count = load.as_ref().map(|load| load.begin(body.bytes()));
         let sent = self.proxy(&grant, Request::from_parts(parts, content)).instrument(span).await;
         match sent {
