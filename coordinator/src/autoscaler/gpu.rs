@@ -57,6 +57,14 @@ impl Offered {
         self.completions.record(now, sample.completion_rate);
     }
 
+    /// Seconds up to `now` without a report had neither arrivals nor load.
+    pub fn pass(&mut self, now: Time) {
+        let pairs = [&mut self.arrivals, &mut self.running].into_iter().flat_map(|(stable, panic)| [stable, panic]);
+        for window in pairs.chain([&mut self.waiting, &mut self.completions]) {
+            window.pass(now);
+        }
+    }
+
     /// Seconds that a request runs: running over completed per second, from the stable window. What was
     /// seen last holds where nothing has completed since; `None` where nothing ever has.
     pub fn service_time(&self) -> Option<f64> {

@@ -33,6 +33,9 @@ pub struct Sample {
     /// Prompt and generated tokens of requests waiting or running, mean.
     #[serde(default)]
     pub tokens_in_flight: f64,
+    /// Seconds that the report covers; 0 is unknown and counts as one.
+    #[serde(default)]
+    pub seconds: f64,
 }
 
 impl Sample {
@@ -47,6 +50,32 @@ impl Sample {
             draining_concurrency: load.draining_concurrency,
             completion_rate: rate(load.completed_count),
             tokens_in_flight: load.tokens_in_flight,
+            seconds,
+        }
+    }
+
+    /// The buckets that the report belongs into, as seconds before now, oldest first, and how much of it
+    /// each gets. A report of about a second counts as one, as Knative's do; a longer one fills each of its
+    /// seconds, a shorter one a part of one.
+    fn buckets(&self) -> impl Iterator<Item = (u64, f64)> {
+        let (count, part) = match self.seconds {
+            seconds if seconds > 1.5 => (seconds.round().min(REPORT_MOST) as u64, 1.0),
+            seconds if seconds > 0.0 && seconds < 0.5 => (1, seconds),
+            _ => (1, 1.0),
+        };
+        (0..count).rev().map(move |age| (age, part))
+    }
+
+    /// A part of it.
+    fn part(&self, part: f64) -> Self {
+        Self {
+            average_concurrency: self.average_concurrency * part,
+            request_rate: self.request_rate * part,
+            average_waiting: self.average_waiting * part,
+            draining_concurrency: self.draining_concurrency * part,
+            completion_rate: self.completion_rate * part,
+            tokens_in_flight: self.tokens_in_flight * part,
+            seconds: self.seconds,
         }
     }
 
@@ -199,6 +228,11 @@ pub struct Scaler {
     poked: bool,
 }
 
+/// Agents report at least this often, seconds.
+const REPORT_MOST: f64 = 60.0;
+/// A second that has passed this long ago without a report had no load.
+const SILENT_AFTER: Duration = Duration::from_secs(2);
+
 /// One request that waits.
 const POKE: Sample = Sample {
     average_concurrency: 1.0,
@@ -207,6 +241,7 @@ const POKE: Sample = Sample {
     draining_concurrency: 0.0,
     completion_rate: 0.0,
     tokens_in_flight: 1.0,
+    seconds: 1.0,
 };
 
 fn offered(config: &ScalerConfig) -> Option<Box<Offered>> {
@@ -259,7 +294,20 @@ impl Scaler {
             sample.average_waiting = (sample.average_waiting - POKE.average_waiting).max(0.0);
             sample.request_rate = (sample.request_rate - POKE.request_rate).max(0.0);
         }
-        self.add(now, &sample);
+        for (age, part) in sample.buckets() {
+            self.add(now.saturating_sub(Duration::from_secs(age)), &sample.part(part));
+        }
+    }
+
+    /// Agents report what there is. Knative's collector asks each replica and so hears of nothing, too: an
+    /// idle revision with replicas has load zero, not no load.
+    pub fn silence(&mut self, now: Time) {
+        let until = now.saturating_sub(SILENT_AFTER);
+        self.stable.pass(until);
+        self.panic.pass(until);
+        if let Some(offered) = &mut self.offered {
+            offered.pass(until);
+        }
     }
 
     /// A first request waits: it counts at once as one, as Knative's activator pokes its autoscaler, and

@@ -272,6 +272,39 @@ fn tokens_are_held_against_their_target() {
 }
 
 #[test]
+fn reports_of_any_length_average_to_the_same_load() {
+    let average = |every_ms: u64| {
+        let mut scaler = Scaler::new(config(), seconds(1000), Some(1));
+        let sample = Sample { average_concurrency: 6.0, seconds: every_ms as f64 / 1000.0, ..Default::default() };
+        for millis in (1_000_000..1_120_000).step_by(every_ms as usize) {
+            scaler.record(Duration::from_millis(millis + every_ms - 1), &sample);
+        }
+        let seen = Observation { ready: Some(1), current: 1, reachable: true, ..Default::default() };
+        scaler.decide(Duration::from_millis(1_119_999), &seen)
+    };
+    for every_ms in [100, 250, 1000, 2000, 5000] {
+        let decision = average(every_ms);
+        assert!((decision.stable_value - 6.0).abs() < 0.01, "{every_ms} ms: {}", decision.stable_value);
+        assert!((decision.panic_value - 6.0).abs() < 0.01, "{every_ms} ms: {}", decision.panic_value);
+    }
+}
+
+#[test]
+fn silence_is_no_load_but_not_before_a_report_could_have_come() {
+    let mut scaler = Scaler::new(config(), seconds(1000), Some(1));
+    let seen = Observation { ready: Some(1), current: 1, reachable: true, ..Default::default() };
+    for second in 1000..1100 {
+        scaler.record(seconds(second), &Sample { average_concurrency: 5.0, ..Default::default() });
+        scaler.silence(seconds(second + 1));
+        assert_eq!(scaler.decide(seconds(second + 1), &seen).panic_value, 5.0);
+    }
+    for second in 1101..1130 {
+        scaler.silence(seconds(second));
+    }
+    assert_eq!(scaler.decide(seconds(1129), &seen).panic_value, 0.0);
+}
+
+#[test]
 fn a_poke_is_not_counted_twice() {
     let mut scaler = Scaler::new(config(), seconds(1000), Some(0));
     scaler.poke(seconds(1000));

@@ -72,6 +72,13 @@ impl Window {
         }
     }
 
+    /// Seconds up to `now` in which nothing was written are zeros. What was written stays.
+    pub fn pass(&mut self, now: Time) {
+        if self.written.is_none_or(|(_, last)| bucket(now) > last) {
+            self.record(now, 0.0);
+        }
+    }
+
     /// True where nothing was written within the last window.
     pub fn is_empty(&self, now: Time) -> bool {
         self.written.is_none_or(|(_, last)| bucket(now) - last >= self.len())

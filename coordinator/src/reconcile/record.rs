@@ -45,6 +45,8 @@ pub enum Entry {
         /// As given to `Scaler::record`.
         sample: Sample,
     },
+    /// Replicas run, and what is not reported is no load.
+    Silence,
     /// A first request waited.
     Poke,
     /// A decision.

@@ -8,7 +8,7 @@ use super::{
     world::{DECISIONS_KEPT, World},
 };
 use crate::{
-    autoscaler::{Class, Observation, Reason, Sample, Scaler},
+    autoscaler::{Class, Observation, Reason, Scaler},
     placement::{self, FleetView},
     reconcile::{plan, world::RevisionState},
 };
@@ -71,11 +71,8 @@ pub fn decide(world: &mut World, key: &str, now: Timestamp, recorder: &mut Recor
         }
     };
     if listening {
-        // Agents report what there is. Knative's collector scrapes each replica and so hears of nothing,
-        // too: an idle revision has load zero, not no load.
-        let silence = Sample::default();
-        recorder.write(now, key, || Entry::Sample { sample: silence });
-        scaler.record(time, &silence);
+        recorder.write(now, key, || Entry::Silence);
+        scaler.silence(time);
     }
     let decision = scaler.decide(time, &observation);
     recorder.write(now, key, || Entry::Decide { observation, decision: decision.clone() });

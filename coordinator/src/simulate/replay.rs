@@ -99,6 +99,7 @@ pub fn replay(recording: impl io::BufRead) -> Result<Replay, ReplayError> {
                 replay.samples += 1;
                 scaler.record(now, &sample);
             }
+            Entry::Silence => scaler.silence(now),
             Entry::Poke => scaler.poke(now),
             Entry::Decide { observation, decision: recorded } => {
                 let replayed = scaler.decide(now, &observation);
