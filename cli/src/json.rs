@@ -54,7 +54,7 @@ pub fn replica(replica: &Replica) -> Value {
 /// A scaling decision.
 pub fn decision(decision: &Decision) -> Value {
     json!({
-        "time": moment(decision.time), "revision": decision.revision, "ready": decision.ready,
+        "time": moment(decision.time), "revision": decision.revision, "ready": decision.ready, "starting": decision.starting,
         "desired": decision.desired, "applied": decision.applied, "stableValue": decision.stable_value,
         "panicValue": decision.panic_value, "target": decision.target, "panic": decision.panic,
         "excessBurstCapacity": decision.excess_burst_capacity, "reason": decision.reason,

@@ -23,13 +23,29 @@ const WAITING: RGBColor = RGBColor(0xb3, 0x2d, 0x2e);
 const RUNNING: RGBColor = RGBColor(0x55, 0x57, 0x53);
 const PANIC: RGBColor = RGBColor(0xf2, 0xb8, 0xb5);
 
+/// Points of a curve at most: more than the picture has columns would only make it large.
+const POINTS_MOST: usize = 480;
+
+/// Of several points one: the last, with the most that waited and ran.
+fn thinned(timeline: &[Point]) -> Vec<Point> {
+    let chunk = timeline.len().div_ceil(POINTS_MOST).max(1);
+    let of = |points: &[Point]| {
+        let last = points.last().copied().unwrap_or_default();
+        let most = |value: fn(&Point) -> usize| points.iter().map(value).max().unwrap_or(0);
+        Point { waiting: most(|p| p.waiting), running: most(|p| p.running), ..last }
+    };
+    timeline.chunks(chunk).map(of).collect()
+}
+
 /// The picture of all variations, below one another.
 pub fn svg(outcomes: &[(String, Outcome)]) -> Result<String, Box<dyn Error>> {
-    let panels: Vec<(String, &ServiceOutcome)> = outcomes
+    let panel = |variation: &str, service: &ServiceOutcome| {
+        let thin = ServiceOutcome { timeline: thinned(&service.timeline), ..service.clone() };
+        (format!("{}, {variation}", service.service), thin)
+    };
+    let panels: Vec<(String, ServiceOutcome)> = outcomes
         .iter()
-        .flat_map(|(variation, outcome)| {
-            outcome.services.iter().map(move |service| (format!("{}, {variation}", service.service), service))
-        })
+        .flat_map(|(variation, outcome)| outcome.services.iter().map(move |service| panel(variation, service)))
         .collect();
     let mut text = String::new();
     {

@@ -266,6 +266,7 @@ pub fn decision(revision: &str, time: Timestamp, decision: &Decision) -> control
         time: Some(timestamp(time)),
         revision: revision.to_owned(),
         ready: decision.ready,
+        starting: decision.starting,
         desired: decision.desired,
         applied: decision.applied,
         stable_value: decision.stable_value,
