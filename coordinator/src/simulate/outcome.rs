@@ -185,7 +185,7 @@ impl Tally {
     ) -> ServiceOutcome {
         fill_in(&mut self.timeline, decisions);
         let (peak_replicas, cold_starts) = peak(&ran);
-        let peak_need = config.map_or(0, |config| need(&self.served, config));
+        let peak_need = config.map_or(0, |config| need(&self.served, config, end));
         let minutes = |ran: &Ran| (ran.until.unwrap_or(end) - ran.from).as_secs_f64() / 60.0;
         ServiceOutcome {
             service: name.to_owned(),
@@ -260,14 +260,13 @@ fn peak(ran: &[Ran]) -> (usize, usize) {
 }
 
 /// Replicas that the load would have needed if none had taken any time to start.
-fn need(served: &[Served], config: &ScalerConfig) -> usize {
-    let last = served.iter().map(|s| s.arrived + s.time).max().unwrap_or_default();
+fn need(served: &[Served], config: &ScalerConfig, end: Duration) -> usize {
     // By second: requests in the system if each had run from its arrival on.
-    let mut load = vec![0.0; last.as_secs() as usize + 2];
+    let mut load = vec![0.0; end.as_secs() as usize + 2];
     for request in served {
-        let (from, to) = (request.arrived.as_secs_f64(), (request.arrived + request.time).as_secs_f64());
-        for second in from as usize..=to as usize {
-            load[second] += (to.min(second as f64 + 1.0) - from.max(second as f64)).max(0.0);
+        let (from, to) = (request.arrived.as_secs_f64(), (request.arrived + request.time).min(end).as_secs_f64());
+        for (second, load) in load.iter_mut().enumerate().take(to as usize + 1).skip(from as usize) {
+            *load += (to.min(second as f64 + 1.0) - from.max(second as f64)).max(0.0);
         }
     }
     let window = config.panic_window.as_secs().max(1) as usize;
