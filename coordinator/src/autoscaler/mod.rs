@@ -23,6 +23,7 @@ pub mod window;
 
 use std::time::Duration;
 
+pub(crate) use annotations::go_duration;
 pub use config::{Aggregation, Defaults, Metric, ScalerConfig};
 pub use scaler::{Decision, Observation, Reason, Sample, Scaler};
 

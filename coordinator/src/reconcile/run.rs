@@ -29,7 +29,7 @@ use super::{
 use crate::{
     autoscaler::ScalerConfig,
     fleet::SessionHandle,
-    model::{NodeRecord, ReplicaRecord, RevisionRecord, ServiceRecord, keys},
+    model::{ConditionsRecord, NodeRecord, ReplicaRecord, RevisionRecord, ServiceRecord, keys},
     store::{Store, StoreError, StoreExt as _, Transaction},
 };
 
@@ -88,10 +88,15 @@ impl Reconciler {
             world.nodes.insert(record.name.clone(), NodeState::unheard(record, now));
         }
         for record in store.list_json::<ServiceRecord>(keys::SERVICES).await? {
-            world.services.insert(record.key(), ServiceState::new(record));
+            world.services.insert(record.key(), ServiceState::new(record.upgraded()));
+        }
+        for record in store.list_json::<ConditionsRecord>(keys::CONDITIONS).await? {
+            if let Some(service) = world.services.get_mut(&record.service) {
+                service.conditions = record.conditions;
+            }
         }
         for record in store.list_json::<RevisionRecord>(keys::REVISIONS).await? {
-            insert_revision(&mut world, record);
+            insert_revision(&mut world, record, now);
         }
         for record in store.list_json::<ReplicaRecord>(keys::REPLICAS).await? {
             let key = record.revision.clone();
@@ -101,6 +106,7 @@ impl Reconciler {
                 revision.wanted += u32::from(counts);
             }
         }
+        resume(&mut world);
         let cursor = store.get_json::<Timestamp>(keys::USAGE_CURSOR).await?.unwrap_or(now);
         let usage = store.list_json::<UsageRecord>(keys::USAGE).await?;
         info!(
@@ -219,6 +225,7 @@ impl Reconciler {
                 self.dirty.revision(&self.world, &key);
             }
         }
+        self.give_up(now).await;
         // Wishes that are open, and replicas on nodes that may have been lost meanwhile.
         self.dirty.waiting_for_a_place(&self.world);
         let lost = self.world.nodes.values().filter(|node| node.lost(self.world.settings.node_lease, now));
@@ -234,6 +241,8 @@ impl Reconciler {
     /// Acts on all that has changed.
     async fn act(&mut self) {
         let now = self.clock.now();
+        self.promote(now).await;
+        self.note_shares(now);
         for key in std::mem::take(&mut self.dirty.urgent) {
             let trace = self.world.revisions.get(&key).map(|revision| revision.trace.clone()).unwrap_or_default();
             let span = info_span!("autoscaler.decide", otel.kind = "internal", revision = %key);
@@ -246,64 +255,12 @@ impl Reconciler {
                 self.dirty.revision(&self.world, &key);
             }
         }
-        self.promote(now).await;
         if !self.dirty.revisions.is_empty() {
             self.replan(now).await;
         }
+        self.remember_conditions(now).await;
         self.push();
         self.publish();
-    }
-
-    /// Revisions that have reached their initial scale take the traffic.
-    async fn promote(&mut self, now: Timestamp) {
-        let mut promoted = Vec::new();
-        for key in &self.dirty.revisions {
-            let Some(revision) = self.world.revisions.get(key) else { continue };
-            let needed = revision.scaling.initial_scale().max(revision.scaling.min_scale()).max(1);
-            if !revision.record.been_ready && self.world.counts(revision).ready >= needed {
-                promoted.push(key.clone());
-            }
-        }
-        for key in promoted {
-            if let Err(error) = self.promote_one(&key, now).await {
-                warn!(revision = %key, %error, "cannot record that the revision is ready; will be tried again");
-                self.dirty.revisions.insert(key);
-            }
-        }
-    }
-
-    async fn promote_one(&mut self, key: &str, now: Timestamp) -> Result<(), StoreError> {
-        let Some(revision) = self.world.revisions.get(key) else { return Ok(()) };
-        let mut record = revision.record.clone();
-        record.been_ready = true;
-        let service_key = record.service_key();
-        let Some(service) = self.world.services.get(&service_key) else { return Ok(()) };
-        let former = service.record.latest_ready;
-        let mut service_record = service.record.clone();
-        service_record.latest_ready = former.max(Some(record.number));
-        let write = Transaction::new()
-            .put_json(&keys::revision(key), &record)
-            .put_json(&keys::service(&service_key), &service_record);
-        self.commit(write).await?;
-        let name = record.name.clone();
-        if let Some(revision) = self.world.revisions.get_mut(key) {
-            revision.record = record;
-        }
-        if let Some(service) = self.world.services.get_mut(&service_key) {
-            service.record = service_record;
-        }
-        self.world.note(
-            &service_key,
-            Event {
-                time: now,
-                warning: false,
-                reason: "RevisionReady",
-                object: format!("Revision/{name}"),
-                message: "takes the service's traffic".into(),
-            },
-        );
-        self.dirty.services.insert(service_key);
-        Ok(())
     }
 
     async fn replan(&mut self, now: Timestamp) {
@@ -315,13 +272,14 @@ impl Reconciler {
         for (key, why) in std::mem::take(&mut plan.unplaced) {
             self.note_unplaced(&key, why, now);
         }
-        if plan.is_empty() {
-            return;
-        }
+        let services = revisions.iter().filter_map(|key| Some(self.world.revisions.get(key)?.record.service_key()));
+        let services = services.collect();
         if let Err(error) = self.carry_out(plan, now).await {
             error!(%error, "cannot write the plan; will be planned again");
             self.dirty.revisions.extend(revisions);
+            return;
         }
+        self.make_room(services, now).await;
     }
 
     fn note_unplaced(&mut self, key: &str, why: Option<String>, now: Timestamp) {
@@ -339,7 +297,7 @@ impl Reconciler {
     }
 
     /// Writes the plan in steps that each hold on their own, and changes the world after each.
-    async fn carry_out(&mut self, plan: Plan, now: Timestamp) -> Result<(), StoreError> {
+    pub(super) async fn carry_out(&mut self, plan: Plan, now: Timestamp) -> Result<(), StoreError> {
         for gone in plan.forget.chunks(WRITES_AT_ONCE) {
             let write = gone.iter().fold(Transaction::new(), |write, (name, _)| write.delete(&keys::replica(name)));
             self.commit(write).await?;
@@ -547,12 +505,36 @@ impl Reconciler {
 impl ServiceState {
     /// A service whose revisions are not yet known.
     pub fn new(record: ServiceRecord) -> Self {
-        Self { record, revisions: Default::default(), events: Default::default() }
+        Self {
+            record,
+            revisions: Default::default(),
+            conditions: Default::default(),
+            shares: Vec::new(),
+            events: Default::default(),
+        }
+    }
+}
+
+/// What follows from what was loaded: shares, and the replicas that unfinished revisions still need.
+fn resume(world: &mut World) {
+    let services: Vec<_> =
+        world.services.values().map(|service| (service.record.key(), world.targets(service))).collect();
+    for (key, shares) in services {
+        let Some(service) = world.services.get_mut(&key) else { continue };
+        service.shares = shares;
+        let newest = service.record.revision_key(service.record.latest_revision);
+        let unfinished = world.revisions.get(&newest).filter(|revision| !revision.record.been_ready);
+        let Some(needed) = unfinished.filter(|revision| !world.retired(revision)).map(RevisionState::needed) else {
+            continue;
+        };
+        if let Some(revision) = world.revisions.get_mut(&newest) {
+            revision.wanted = revision.wanted.max(needed);
+        }
     }
 }
 
 /// Puts a revision into the world and its service's index.
-pub(super) fn insert_revision(world: &mut World, record: RevisionRecord) {
+pub(super) fn insert_revision(world: &mut World, record: RevisionRecord, now: Timestamp) {
     let scaling = scaling_of(world, &record);
     if let Some(service) = world.services.get_mut(&record.service_key()) {
         service.revisions.insert(record.number);
@@ -564,6 +546,9 @@ pub(super) fn insert_revision(world: &mut World, record: RevisionRecord) {
         decisions: Default::default(),
         replicas: Default::default(),
         unplaced: None,
+        most: None,
+        kept_out: false,
+        progress_at: now,
         waiting: BTreeMap::new(),
         trace: TraceContext::default(),
         record,
