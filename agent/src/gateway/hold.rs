@@ -14,6 +14,7 @@ use super::{
     answer::{Answer, Body},
     body::{Holding, Replay},
     forward::Failure,
+    split::Destination,
 };
 use crate::sidecar::{Grant, Refusal, RevisionQueue, Target};
 
@@ -23,10 +24,12 @@ const ATTEMPTS: u32 = 5;
 const PAUSE: Duration = Duration::from_millis(20);
 
 impl DataPath {
-    /// Sends a request to a replica of the revision, as soon as one is free.
+    /// Sends a request to a replica of the revision, as soon as one is free; or to another one's, where
+    /// the revision has meanwhile lost its share and all its replicas.
     pub(super) async fn hold(
         &self,
-        queue: &Arc<RevisionQueue>,
+        destination: &Destination,
+        mut queue: Arc<RevisionQueue>,
         parts: Parts,
         body: Replay,
     ) -> Result<Response<Body>, Answer> {
@@ -40,7 +43,7 @@ impl DataPath {
                 tokio::time::sleep(PAUSE * 2u32.pow(attempt - 1)).await;
             }
             let Some(content) = body.attempt() else { break };
-            let granted = tokio::time::timeout_at(deadline, self.slot(queue, attempt > 0)).await;
+            let granted = tokio::time::timeout_at(deadline, self.slot(destination, &mut queue, attempt > 0)).await;
             let grant = granted.map_err(|_| Answer::Timeout { seconds, waiting: true })??;
             let request = Request::from_parts(parts.clone(), content);
             let sent = tokio::time::timeout_at(deadline, self.proxy(&grant, request)).await;
@@ -54,8 +57,32 @@ impl DataPath {
         Err(Answer::BadGateway { reason })
     }
 
+    /// A slot of the revision, or of the one that takes its place while the request waits.
+    async fn slot(
+        &self,
+        destination: &Destination,
+        queue: &mut Arc<RevisionQueue>,
+        again: bool,
+    ) -> Result<Grant, Answer> {
+        loop {
+            let granted = tokio::select! {
+                biased;
+                granted = self.slot_of(queue, again) => Some(granted),
+                () = destination.lost(queue) => None,
+            };
+            match granted {
+                Some(Ok(grant)) => return Ok(grant),
+                // One that is left behind may hold nobody any more.
+                Some(Err(answer)) if !destination.left_behind(queue) => return Err(answer),
+                _ => {}
+            }
+            let next = destination.pick().filter(|next| next.key() != queue.key());
+            *queue = next.ok_or_else(|| Answer::NoRevision { service: destination.service().to_owned() })?;
+        }
+    }
+
     /// A slot, at once where one is free; else the wait is a span of its own.
-    async fn slot(&self, queue: &Arc<RevisionQueue>, again: bool) -> Result<Grant, Answer> {
+    async fn slot_of(&self, queue: &Arc<RevisionQueue>, again: bool) -> Result<Grant, Answer> {
         let mut waiting = queue.enter(again).map_err(|Refusal::Full { limit }| {
             self.metrics.shed.inc();
             Answer::QueueFull { limit }
