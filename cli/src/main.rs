@@ -15,6 +15,7 @@ mod json;
 mod logs;
 mod output;
 mod process;
+mod rollout;
 mod table;
 mod token;
 mod version;
@@ -60,6 +61,9 @@ enum Command {
     Describe(describe::Args),
     /// Delete services.
     Delete(delete::Args),
+    /// Watch a roll-out, go back, go on.
+    #[command(subcommand)]
+    Rollout(rollout::Command),
     /// Print what a service's replicas write.
     Logs(logs::Args),
     /// Make join tokens for nodes.
@@ -111,6 +115,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
         Command::Get(args) => process::ask(get::run(connection, args)),
         Command::Describe(args) => process::ask(describe::run(connection, args)),
         Command::Delete(args) => process::ask(delete::run(connection, args)),
+        Command::Rollout(command) => process::ask(rollout::run(connection, command)),
         Command::Logs(args) => process::ask(logs::run(connection, args)),
         Command::Token(command) => process::ask(token::run(connection, command)),
         Command::Version(args) => process::ask(version::run(connection, args)),
