@@ -82,7 +82,9 @@ fn stage(service: &Service) -> Stage {
     let text = |key: &str| predictor[key].as_str().unwrap_or_default().to_owned();
     let newest = &service.latest_created_revision;
     match (text("status").as_str(), text("reason").as_str()) {
-        ("True", _) if *newest == service.latest_ready_revision => Stage::Done(format!("{newest}: {}", shares(&object))),
+        ("True", _) if *newest == service.latest_ready_revision => {
+            Stage::Done(format!("{newest}: {}", shares(&object)))
+        }
         (_, "ProgressDeadlineExceeded" | "Stopped") => Stage::Failed(format!("{newest}: {}", text("message"))),
         _ => Stage::Waiting(format!("{newest}: {} {}", text("reason"), text("message")).trim().to_owned()),
     }
@@ -91,7 +93,8 @@ fn stage(service: &Service) -> Stage {
 /// The shares in words.
 fn shares(object: &Value) -> String {
     let traffic = object["status"]["components"]["predictor"]["traffic"].as_array().cloned().unwrap_or_default();
-    let share = |target: &Value| format!("{}% to {}", target["percent"], target["revisionName"].as_str().unwrap_or("?"));
+    let share =
+        |target: &Value| format!("{}% to {}", target["percent"], target["revisionName"].as_str().unwrap_or("?"));
     traffic.iter().map(share).collect::<Vec<_>>().join(", ")
 }
 

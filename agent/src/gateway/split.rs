@@ -241,10 +241,8 @@ mod tests {
         let users: Vec<_> = (0..20_000).map(|user| format!("user-{user}")).collect();
         let on_canary = || {
             users.iter().map(|user| {
-                let headers = HeaderMap::from_iter([(
-                    HeaderName::from_static("x-user"),
-                    HeaderValue::from_str(user).unwrap(),
-                )]);
+                let headers =
+                    HeaderMap::from_iter([(HeaderName::from_static("x-user"), HeaderValue::from_str(user).unwrap())]);
                 let destination = Destination::new(Arc::clone(&service), None, &headers);
                 let (once, again) = (destination.pick().unwrap(), destination.pick().unwrap());
                 assert_eq!(once.key(), again.key(), "the same client, the same revision");

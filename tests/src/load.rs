@@ -1,0 +1,97 @@
+//! A constant load on a gateway, and who answered.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use futures::{StreamExt as _, stream};
+use tokio::{task::JoinHandle, time::MissedTickBehavior};
+
+use crate::{http::Gateway, manifest::TWO_FLOWERS};
+
+/// Answers so far.
+#[derive(Debug, Default)]
+pub struct Answers {
+    /// By the header `x-served-by`.
+    pub by_version: BTreeMap<String, u32>,
+    /// What was not answered with 200, in words.
+    pub failed: Vec<String>,
+}
+
+impl Answers {
+    /// Answers by this version.
+    pub fn of(&self, version: &str) -> u32 {
+        self.by_version.get(version).copied().unwrap_or_default()
+    }
+
+    /// All good answers.
+    pub fn total(&self) -> u32 {
+        self.by_version.values().sum()
+    }
+}
+
+/// Sends requests and counts who answers.
+#[derive(Debug, Clone)]
+pub struct Client {
+    gateway: Gateway,
+    host: &'static str,
+    path: &'static str,
+    answers: Arc<Mutex<Answers>>,
+}
+
+/// A load that does not wait for answers; it ends when dropped.
+#[derive(Debug)]
+pub struct Load(JoinHandle<()>);
+
+impl Drop for Load {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+impl Client {
+    /// Sends to this gateway.
+    pub fn new(gateway: &Gateway, host: &'static str, path: &'static str) -> Self {
+        Self { gateway: gateway.clone(), host, path, answers: Arc::default() }
+    }
+
+    async fn ask(&self) {
+        let answer = self.gateway.post(self.host, self.path, TWO_FLOWERS).await;
+        let mut answers = self.answers.lock().unwrap_or_else(PoisonError::into_inner);
+        match answer {
+            Ok(answer) if answer.status == 200 => {
+                let version = answer.headers.get("x-served-by").and_then(|version| version.to_str().ok());
+                *answers.by_version.entry(version.unwrap_or_default().to_owned()).or_default() += 1;
+            }
+            Ok(answer) => answers.failed.push(format!("{}: {}", answer.status, answer.body)),
+            Err(error) => answers.failed.push(format!("{error:#}")),
+        }
+    }
+
+    /// Sends as many requests in each second from now on, whether they are answered or not.
+    pub fn constantly(&self, per_second: u32) -> Load {
+        let client = self.clone();
+        Load(tokio::spawn(async move {
+            let mut ticks = tokio::time::interval(Duration::from_secs(1) / per_second);
+            // What was late is still sent: an open loop does not slow down with the server.
+            ticks.set_missed_tick_behavior(MissedTickBehavior::Burst);
+            loop {
+                ticks.tick().await;
+                let client = client.clone();
+                tokio::spawn(async move { client.ask().await });
+            }
+        }))
+    }
+
+    /// Sends that many, 16 at a time, and waits for all answers.
+    pub async fn burst(&self, requests: u32) {
+        stream::iter(0..requests).for_each_concurrent(16, |_| self.ask()).await;
+    }
+
+    /// Answers since the last time.
+    pub fn take(&self) -> Answers {
+        std::mem::take(&mut *self.answers.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
