@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeMap,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -11,24 +11,19 @@ use tokio::{task::JoinHandle, time::MissedTickBehavior};
 
 use crate::{http::Gateway, manifest::TWO_FLOWERS};
 
-/// Answers so far.
+/// Good answers, by the header `x-served-by`.
 #[derive(Debug, Default)]
-pub struct Answers {
-    /// By the header `x-served-by`.
-    pub by_version: BTreeMap<String, u32>,
-    /// What was not answered with 200, in words.
-    pub failed: Vec<String>,
-}
+pub struct Answers(BTreeMap<String, u32>);
 
 impl Answers {
     /// Answers by this version.
     pub fn of(&self, version: &str) -> u32 {
-        self.by_version.get(version).copied().unwrap_or_default()
+        self.0.get(version).copied().unwrap_or_default()
     }
 
-    /// All good answers.
+    /// All answers.
     pub fn total(&self) -> u32 {
-        self.by_version.values().sum()
+        self.0.values().sum()
     }
 }
 
@@ -39,6 +34,7 @@ pub struct Client {
     host: &'static str,
     path: &'static str,
     answers: Arc<Mutex<Answers>>,
+    failures: Arc<Mutex<Vec<String>>>,
 }
 
 /// A load that does not wait for answers; it ends when dropped.
@@ -54,20 +50,21 @@ impl Drop for Load {
 impl Client {
     /// Sends to this gateway.
     pub fn new(gateway: &Gateway, host: &'static str, path: &'static str) -> Self {
-        Self { gateway: gateway.clone(), host, path, answers: Arc::default() }
+        Self { gateway: gateway.clone(), host, path, answers: Arc::default(), failures: Arc::default() }
     }
 
     async fn ask(&self) {
-        let answer = self.gateway.post(self.host, self.path, TWO_FLOWERS).await;
-        let mut answers = self.answers.lock().unwrap_or_else(PoisonError::into_inner);
-        match answer {
+        let failure = match self.gateway.post(self.host, self.path, TWO_FLOWERS).await {
             Ok(answer) if answer.status == 200 => {
                 let version = answer.headers.get("x-served-by").and_then(|version| version.to_str().ok());
-                *answers.by_version.entry(version.unwrap_or_default().to_owned()).or_default() += 1;
+                let version = version.unwrap_or_default().to_owned();
+                *lock(&self.answers).0.entry(version).or_default() += 1;
+                return;
             }
-            Ok(answer) => answers.failed.push(format!("{}: {}", answer.status, answer.body)),
-            Err(error) => answers.failed.push(format!("{error:#}")),
-        }
+            Ok(answer) => format!("{}: {}", answer.status, answer.body),
+            Err(error) => format!("{error:#}"),
+        };
+        lock(&self.failures).push(failure);
     }
 
     /// Sends as many requests in each second from now on, whether they are answered or not.
@@ -90,8 +87,17 @@ impl Client {
         stream::iter(0..requests).for_each_concurrent(16, |_| self.ask()).await;
     }
 
-    /// Answers since the last time.
+    /// Good answers since the last time.
     pub fn take(&self) -> Answers {
-        std::mem::take(&mut *self.answers.lock().unwrap_or_else(PoisonError::into_inner))
+        std::mem::take(&mut *lock(&self.answers))
     }
+
+    /// All requests, from the beginning, that were not answered with 200, in words.
+    pub fn failures(&self) -> Vec<String> {
+        lock(&self.failures).clone()
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

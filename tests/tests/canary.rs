@@ -86,12 +86,6 @@ async fn a_canary_grows_and_is_rolled_back_and_no_request_fails() {
     dev.operator.replicas_are("iris", 1, "Ready").await;
     let client = Client::new(&dev.gateway, HOST, PREDICT);
     let load = client.constantly(50);
-    let mut failed = Vec::new();
-    let mut take = |client: &Client| {
-        let mut answers = client.take();
-        failed.append(&mut answers.failed);
-        answers
-    };
 
     apply(&dev.operator, &Iris { canary: Some(10), ..version("v2") });
     let service = traffic_is(&dev, &[(V2, 10), (V1, 90)]).await;
@@ -103,9 +97,9 @@ async fn a_canary_grows_and_is_rolled_back_and_no_request_fails() {
         (&"prev".into(), &true.into())
     );
     answered_by(&client, "v2").await;
-    take(&client);
+    client.take();
     client.burst(20_000).await;
-    let answers = take(&client);
+    let answers = client.take();
     assert!(answers.total() >= 20_000);
     share_is(&answers, "v2", 10.0);
 
@@ -117,9 +111,9 @@ async fn a_canary_grows_and_is_rolled_back_and_no_request_fails() {
     assert_eq!(columns, [&kubectl[..], &["REPLICAS", "AGE"]].concat());
     let row: Vec<_> = table.lines().nth(1).unwrap().split_whitespace().skip(2).take(5).collect();
     assert_eq!(row, ["True", "50", "50", V1, V2]);
-    take(&client);
+    client.take();
     client.burst(2_000).await;
-    share_is(&take(&client), "v2", 50.0);
+    share_is(&client.take(), "v2", 50.0);
 
     assert!(dev.operator.must(&["rollout", "promote", "iris"]).contains(&format!("promoted: 100% to {V2}")));
     let service = traffic_is(&dev, &[(V2, 100)]).await;
@@ -132,18 +126,18 @@ async fn a_canary_grows_and_is_rolled_back_and_no_request_fails() {
         (!replicas.is_empty() && replicas.iter().all(|replica| replica["revision"] == V2)).then_some(())
     })
     .await;
-    take(&client);
+    client.take();
     client.burst(500).await;
-    share_is(&take(&client), "v2", 100.0);
+    share_is(&client.take(), "v2", 100.0);
 
     assert!(dev.operator.must(&["rollout", "undo", "iris"]).contains(&format!("100% to {V1}")));
     traffic_is(&dev, &[(V2, 0), (V1, 100)]).await;
     answered_by(&client, "v1").await;
-    take(&client);
+    client.take();
     client.burst(500).await;
-    share_is(&take(&client), "v1", 100.0);
+    share_is(&client.take(), "v1", 100.0);
     drop(load);
-    assert_eq!(failed, Vec::<String>::new(), "no request fails");
+    assert_eq!(client.failures(), Vec::<String>::new(), "no request fails");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -191,7 +185,7 @@ async fn a_broken_revision_leaves_the_last_good_one_serving_and_says_why() {
     assert_eq!(done, "rolled out: iris-predictor-00003: 100% to iris-predictor-00003\n");
     answered_by(&client, "v3").await;
     drop(load);
-    assert_eq!(client.take().failed, Vec::<String>::new(), "no request fails");
+    assert_eq!(client.failures(), Vec::<String>::new(), "no request fails");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -217,7 +211,7 @@ async fn a_roll_out_needs_no_second_set_of_gpus() {
     traffic_is(&dev, &[(V2, 100)]).await;
     client.burst(100).await;
     drop(load);
-    assert_eq!(client.take().failed, Vec::<String>::new(), "no request fails");
+    assert_eq!(client.failures(), Vec::<String>::new(), "no request fails");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -244,7 +238,7 @@ async fn the_only_gpu_changes_hands_where_a_gap_is_allowed() {
     traffic_is(&dev, &[(V2, 100)]).await;
     answered_by(&client, "v2").await;
     drop(load);
-    assert_eq!(client.take().failed, Vec::<String>::new(), "requests of the gap wait and are answered");
+    assert_eq!(client.failures(), Vec::<String>::new(), "requests of the gap wait and are answered");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -258,8 +258,9 @@ impl Reconciler {
         if !self.dirty.revisions.is_empty() {
             self.replan(now).await;
         }
-        self.remember_conditions(now).await;
         self.push();
+        // Gateways do not wait for what only people read.
+        self.remember_conditions(now).await;
         self.publish();
     }
 
