@@ -5,6 +5,8 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 use pilotlight_coordinator::config::{Config, EtcdConfig, Security, StoreConfig};
 use tokio_util::sync::CancellationToken;
 
+use crate::scaling::ScalingArgs;
+
 /// Settings of a coordinator.
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -75,6 +77,8 @@ pub struct ServingArgs {
     /// File for what the autoscaler sees and decides, as JSON lines.
     #[arg(long, env = "PILOTLIGHT_RECORD", value_name = "FILE")]
     pub record: Option<PathBuf>,
+    #[command(flatten)]
+    pub scaling: ScalingArgs,
 }
 
 /// Runs a coordinator.
@@ -107,5 +111,6 @@ fn config(args: Args) -> Config {
         node_lease: args.serving.node_lease,
         queue_limit: args.serving.queue_limit,
         record: args.serving.record,
+        scaling: args.serving.scaling.defaults(),
     }
 }

@@ -47,6 +47,7 @@ pub async fn run(args: Args, stopping: CancellationToken) -> anyhow::Result<()> 
         node_lease: args.serving.node_lease,
         queue_limit: args.serving.queue_limit,
         record: args.serving.record,
+        scaling: args.serving.scaling.defaults(),
         ..Default::default()
     };
     let any_port = SocketAddr::from(([127, 0, 0, 1], 0));

@@ -16,6 +16,8 @@ mod logs;
 mod output;
 mod process;
 mod rollout;
+mod scaling;
+mod simulate;
 mod table;
 mod token;
 mod version;
@@ -64,6 +66,8 @@ enum Command {
     /// Watch a roll-out, go back, go on.
     #[command(subcommand)]
     Rollout(rollout::Command),
+    /// Simulate services over a trace of requests, or replay what an autoscaler was told.
+    Simulate(Box<simulate::Args>),
     /// Print what a service's replicas write.
     Logs(logs::Args),
     /// Make join tokens for nodes.
@@ -116,6 +120,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
         Command::Describe(args) => process::ask(describe::run(connection, args)),
         Command::Delete(args) => process::ask(delete::run(connection, args)),
         Command::Rollout(command) => process::ask(rollout::run(connection, command)),
+        Command::Simulate(args) => simulate::run(*args),
         Command::Logs(args) => process::ask(logs::run(connection, args)),
         Command::Token(command) => process::ask(token::run(connection, command)),
         Command::Version(args) => process::ask(version::run(connection, args)),

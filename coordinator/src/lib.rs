@@ -15,6 +15,7 @@ pub mod placement;
 pub mod reconcile;
 pub mod rollout;
 mod server;
+pub mod simulate;
 pub mod spec;
 pub mod store;
 

@@ -16,7 +16,6 @@ use tracing::{error, info};
 
 use crate::{
     api::{ControlService, access::Access},
-    autoscaler::Defaults,
     config::{Config, Security, StoreConfig},
     fleet::{FleetService, LogHub, enrollment::EnrollmentService},
     leader,
@@ -38,6 +37,9 @@ pub enum CoordinatorError {
     /// Plaintext is for this machine alone.
     #[error("listen: {0} is not a loopback address; without TLS only loopback is allowed")]
     PlaintextOffLoopback(SocketAddr),
+    /// Autoscaler settings are out of range.
+    #[error("{0}")]
+    Scaling(String),
     /// The data directory cannot be made.
     #[error("data-dir: {0}: {1}")]
     DataDir(std::path::PathBuf, std::io::Error),
@@ -76,6 +78,7 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), Coor
     if matches!(config.security, Security::Plaintext) && !config.listen.ip().is_loopback() {
         return Err(CoordinatorError::PlaintextOffLoopback(config.listen));
     }
+    config.scaling.validate().map_err(|wrong| CoordinatorError::Scaling(wrong.join("; ")))?;
     std::fs::create_dir_all(&config.data_dir)
         .map_err(|error| CoordinatorError::DataDir(config.data_dir.clone(), error))?;
     let listener = listen("listen", config.listen).await?;
@@ -185,7 +188,7 @@ async fn services(
         store: Arc::clone(store),
         authority: authority.clone(),
         access,
-        scaling: scaling_defaults(),
+        scaling: config.scaling.clone(),
         cell: config.cell.clone(),
         logs: Arc::clone(&logs),
     };
@@ -218,14 +221,9 @@ fn settings(config: &Config) -> Settings {
         domain: config.domain.clone(),
         ingress_port: config.ingress_port,
         queue_limit: config.queue_limit,
-        scaling: scaling_defaults(),
+        scaling: config.scaling.clone(),
         node_lease: config.node_lease,
     }
-}
-
-/// CoreWeave's values; and a service may be born at zero, since GPUs are dear.
-fn scaling_defaults() -> Defaults {
-    Defaults { allow_zero_initial_scale: true, ..Defaults::default() }
 }
 
 async fn listen(what: &'static str, address: SocketAddr) -> Result<TcpListener, CoordinatorError> {

@@ -1,8 +1,9 @@
 //! The edge: takes requests, finds their service, holds and forwards them.
 //!
 //! In the order a request meets them: [`ingress`] (listener, limits), [`routes`] (which service),
-//! [`split`] (which revision), [`hold`] (waits for a slot, tries again), [`forward`] (to a replica here or to the node that
-//! has it). [`peer`] is the other end: requests that come from other nodes' gateways.
+//! [`split`] (which revision), [`hold`] (waits for a slot, tries again), [`forward`] (to a replica here
+//! or to the node that has it); [`tokens`] counts what answers have. [`peer`] is the other end: requests
+//! that come from other nodes' gateways.
 
 pub mod answer;
 pub mod body;
@@ -13,6 +14,9 @@ pub mod metrics;
 pub mod peer;
 pub mod routes;
 pub mod split;
+#[cfg(test)]
+mod tests;
+pub mod tokens;
 
 use std::{
     sync::{Arc, Mutex, PoisonError},

@@ -11,7 +11,7 @@ use http::HeaderName;
 use pilotlight_proto::fleet::v1 as fleet;
 
 use super::split::{Share, Split};
-use crate::sidecar::{RevisionQueue, Sidecar, queue::Limits};
+use crate::sidecar::{Limits, RevisionQueue, Sidecar};
 
 /// Path prefix of services, as KServe's path template has it.
 pub const PATH_PREFIX: &str = "/serving/";

@@ -5,7 +5,9 @@ use tracing::info;
 
 use super::{
     commands::{Applied, Change, CommandError},
-    run::{Reconciler, insert_revision, scaling_of},
+    load::{insert_revision, scaling_of},
+    record::Entry,
+    run::Reconciler,
     view,
     world::{Event, ServiceState},
 };
@@ -54,7 +56,7 @@ impl Reconciler {
             self.world.revisions.remove(&gone);
         }
         match self.world.revisions.contains_key(&revision.key()) {
-            true => self.amend(revision),
+            true => self.amend(revision, now),
             false => self.begin(revision, now),
         }
         // What was replaced before it was ready, or is stopped now, goes at once; what is stopped no
@@ -131,13 +133,14 @@ impl Reconciler {
     }
 
     /// A revision goes on with other bounds, target, concurrency or timeout.
-    fn amend(&mut self, record: RevisionRecord) {
+    fn amend(&mut self, record: RevisionRecord, now: Timestamp) {
         let key = record.key();
         let scaling = scaling_of(&self.world, &record);
         if let Some(revision) = self.world.revisions.get_mut(&key) {
             revision.record = record;
             revision.scaling = scaling.clone();
             if let Some(scaler) = &mut revision.scaler {
+                self.recorder.write(now, &key, || Entry::Reconfigure { config: scaling.clone() });
                 scaler.reconfigure(scaling);
             }
             let nodes = revision.replicas.iter().filter_map(|name| self.world.replicas.get(name));

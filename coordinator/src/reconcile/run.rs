@@ -4,7 +4,7 @@
 //! the store has taken it, so that a failed write leaves nothing half done: the same revisions are
 //! simply planned again at the next tick.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use jiff::Timestamp;
 use pilotlight_proto::fleet::v1::{self as fleet, coordinator_message::Message as ToAgent};
@@ -14,23 +14,22 @@ use tokio::{
     time::MissedTickBehavior,
 };
 use tokio_util::sync::CancellationToken;
-use tracing::{Instrument as _, error, info, info_span, warn};
+use tracing::{Instrument as _, error, info_span, warn};
 
 use super::{
     clock::Clock,
     commands::{Change, Input},
-    meter::{Meter, UsageRecord},
+    meter::Meter,
     observe::{self, Dirty},
     plan::{self, Create, Gone, Plan},
     record::Recorder,
     routes, scale,
-    world::{Event, NodeState, RevisionState, ServiceState, Settings, World},
+    world::{Event, NodeState, Settings, World},
 };
 use crate::{
-    autoscaler::ScalerConfig,
     fleet::SessionHandle,
-    model::{ConditionsRecord, NodeRecord, ReplicaRecord, RevisionRecord, ServiceRecord, keys},
-    store::{Store, StoreError, StoreExt as _, Transaction},
+    model::{NodeRecord, ReplicaRecord, keys},
+    store::{Store, StoreError, Transaction},
 };
 
 /// Time between writes of usage.
@@ -47,13 +46,13 @@ pub struct Reconciler {
     pub(super) clock: Clock,
     pub(super) dirty: Dirty,
     pub(super) changes: broadcast::Sender<Change>,
-    recorder: Recorder,
-    meter: Meter,
-    metered_at: Timestamp,
-    routes_version: u64,
-    tick: Duration,
-    report_interval: Duration,
-    inputs: mpsc::Receiver<Input>,
+    pub(super) recorder: Recorder,
+    pub(super) meter: Meter,
+    pub(super) metered_at: Timestamp,
+    pub(super) routes_version: u64,
+    pub(super) tick: Duration,
+    pub(super) report_interval: Duration,
+    pub(super) inputs: mpsc::Receiver<Input>,
 }
 
 /// What the loop is made with.
@@ -75,62 +74,6 @@ pub struct Setup {
 }
 
 impl Reconciler {
-    /// Reads the whole desired state.
-    ///
-    /// # Errors
-    /// The store cannot be reached, or holds a record that cannot be read.
-    pub async fn load(setup: Setup) -> Result<Self, StoreError> {
-        let clock = Clock::start();
-        let now = clock.now();
-        let store = setup.store;
-        let mut world = World::new(setup.settings);
-        for record in store.list_json::<NodeRecord>(keys::NODES).await? {
-            world.nodes.insert(record.name.clone(), NodeState::unheard(record, now));
-        }
-        for record in store.list_json::<ServiceRecord>(keys::SERVICES).await? {
-            world.services.insert(record.key(), ServiceState::new(record.upgraded()));
-        }
-        for record in store.list_json::<ConditionsRecord>(keys::CONDITIONS).await? {
-            if let Some(service) = world.services.get_mut(&record.service) {
-                service.conditions = record.conditions;
-            }
-        }
-        for record in store.list_json::<RevisionRecord>(keys::REVISIONS).await? {
-            insert_revision(&mut world, record, now);
-        }
-        for record in store.list_json::<ReplicaRecord>(keys::REPLICAS).await? {
-            let key = record.revision.clone();
-            let counts = !record.draining;
-            world.insert_replica(record, TraceContext::default());
-            if let Some(revision) = world.revisions.get_mut(&key) {
-                revision.wanted += u32::from(counts);
-            }
-        }
-        resume(&mut world);
-        let cursor = store.get_json::<Timestamp>(keys::USAGE_CURSOR).await?.unwrap_or(now);
-        let usage = store.list_json::<UsageRecord>(keys::USAGE).await?;
-        info!(
-            services = world.services.len(),
-            replicas = world.replicas.len(),
-            nodes = world.nodes.len(),
-            "desired state loaded"
-        );
-        Ok(Self {
-            world,
-            store,
-            clock,
-            dirty: Dirty::default(),
-            changes: setup.changes,
-            recorder: setup.recorder,
-            meter: Meter::resume(cursor, usage),
-            metered_at: now,
-            routes_version: 0,
-            tick: setup.tick,
-            report_interval: setup.report_interval,
-            inputs: setup.inputs,
-        })
-    }
-
     /// Runs until stopped.
     pub async fn run(mut self, stopping: CancellationToken) {
         let mut ticks = tokio::time::interval(self.tick);
@@ -220,8 +163,9 @@ impl Reconciler {
     async fn on_tick(&mut self) {
         let now = self.clock.now();
         let keys: Vec<_> = self.world.revisions.keys().cloned().collect();
+        let mut room = scale::Room::default();
         for key in keys {
-            if scale::decide(&mut self.world, &key, now, &mut self.recorder) {
+            if scale::decide(&mut self.world, &key, now, &mut self.recorder, &mut room) {
                 self.dirty.revision(&self.world, &key);
             }
         }
@@ -247,7 +191,8 @@ impl Reconciler {
             let trace = self.world.revisions.get(&key).map(|revision| revision.trace.clone()).unwrap_or_default();
             let span = info_span!("autoscaler.decide", otel.kind = "internal", revision = %key);
             pilotlight_telemetry::set_parent(&span, &trace);
-            let changed = span.in_scope(|| scale::decide(&mut self.world, &key, now, &mut self.recorder));
+            let room = &mut scale::Room::default();
+            let changed = span.in_scope(|| scale::decide(&mut self.world, &key, now, &mut self.recorder, room));
             if changed {
                 if let Some(revision) = self.world.revisions.get_mut(&key) {
                     revision.trace = TraceContext::of(&span);
@@ -499,74 +444,6 @@ impl Reconciler {
                 // Nobody may be watching.
                 let _ = self.changes.send(Change::Updated(key));
             }
-        }
-    }
-}
-
-impl ServiceState {
-    /// A service whose revisions are not yet known.
-    pub fn new(record: ServiceRecord) -> Self {
-        Self {
-            record,
-            revisions: Default::default(),
-            conditions: Default::default(),
-            shares: Vec::new(),
-            events: Default::default(),
-        }
-    }
-}
-
-/// What follows from what was loaded: shares, and the replicas that unfinished revisions still need.
-fn resume(world: &mut World) {
-    let services: Vec<_> =
-        world.services.values().map(|service| (service.record.key(), world.targets(service))).collect();
-    for (key, shares) in services {
-        let Some(service) = world.services.get_mut(&key) else { continue };
-        service.shares = shares;
-        let newest = service.record.revision_key(service.record.latest_revision);
-        let unfinished = world.revisions.get(&newest).filter(|revision| !revision.record.been_ready);
-        let Some(needed) = unfinished.filter(|revision| !world.retired(revision)).map(RevisionState::needed) else {
-            continue;
-        };
-        if let Some(revision) = world.revisions.get_mut(&newest) {
-            revision.wanted = revision.wanted.max(needed);
-        }
-    }
-}
-
-/// Puts a revision into the world and its service's index.
-pub(super) fn insert_revision(world: &mut World, record: RevisionRecord, now: Timestamp) {
-    let scaling = scaling_of(world, &record);
-    if let Some(service) = world.services.get_mut(&record.service_key()) {
-        service.revisions.insert(record.number);
-    }
-    let state = RevisionState {
-        scaling,
-        scaler: None,
-        wanted: 0,
-        decisions: Default::default(),
-        replicas: Default::default(),
-        unplaced: None,
-        most: None,
-        kept_out: false,
-        progress_at: now,
-        waiting: BTreeMap::new(),
-        trace: TraceContext::default(),
-        record,
-    };
-    world.revisions.insert(state.record.key(), state);
-}
-
-/// The autoscaler's settings for a revision. They were validated when the service was applied; fleet
-/// defaults that have changed since may contradict them, and then the defaults alone hold.
-pub(super) fn scaling_of(world: &World, record: &RevisionRecord) -> ScalerConfig {
-    let defaults = &world.settings.scaling;
-    match ScalerConfig::resolve(defaults, &record.template.annotations, &record.scaling) {
-        Ok((config, _)) => config,
-        Err(findings) => {
-            let reasons: Vec<_> = findings.iter().map(ToString::to_string).collect();
-            error!(revision = %record.key(), ?reasons, "stored scaling settings are not valid; using the defaults");
-            ScalerConfig::of_defaults(defaults)
         }
     }
 }

@@ -94,6 +94,8 @@ pub struct RevisionState {
     pub scaler: Option<Scaler>,
     /// Replicas that the last decision asks for.
     pub wanted: u32,
+    /// How long its newest ready replica took from being placed; zero before the first.
+    pub load_time: Duration,
     /// The last decisions, oldest first.
     pub decisions: VecDeque<(Timestamp, Decision)>,
     /// Its replicas, draining ones included.
@@ -148,6 +150,19 @@ pub struct NodeState {
     pub replicas: BTreeSet<String>,
     /// Version of the last assignment sent.
     pub assignment_version: u64,
+}
+
+impl ServiceState {
+    /// A service whose revisions are not yet known.
+    pub fn new(record: ServiceRecord) -> Self {
+        Self {
+            record,
+            revisions: Default::default(),
+            conditions: Default::default(),
+            shares: Vec::new(),
+            events: Default::default(),
+        }
+    }
 }
 
 impl NodeState {
