@@ -2,6 +2,7 @@
 
 use std::{net::IpAddr, time::Duration};
 
+use anyhow::Context as _;
 use pilotlight_example_server::Options;
 use tokio_util::sync::CancellationToken;
 
@@ -30,6 +31,9 @@ pub struct IrisArgs {
     /// Time that each answer takes at least.
     #[arg(long, default_value = "0s", value_parser = humantime::parse_duration)]
     request_time: Duration,
+    /// Value of the header x-served-by of each answer, to tell versions apart.
+    #[arg(long, value_name = "NAME")]
+    served_by: Option<String>,
 }
 
 /// Runs a server.
@@ -41,6 +45,7 @@ pub async fn run(command: Command, stopping: CancellationToken) -> anyhow::Resul
         model_name: args.model_name,
         load_time: args.load_time,
         request_time: args.request_time,
+        served_by: args.served_by.map(|name| name.parse()).transpose().context("served-by")?,
     };
     Ok(pilotlight_example_server::run(options, stopping.cancelled_owned()).await?)
 }

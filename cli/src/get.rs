@@ -121,7 +121,18 @@ async fn services(mut client: Client, args: &Args, namespace: String) -> Result<
 }
 
 fn service_table(services: &[Service], args: &Args) -> String {
-    let mut columns = vec!["NAME", "URL", "READY", "REPLICAS", "LATESTREADYREVISION", "AGE"];
+    // As `kubectl get isvc` has them, and replicas.
+    let mut columns = vec![
+        "NAME",
+        "URL",
+        "READY",
+        "PREV",
+        "LATEST",
+        "PREVROLLEDOUTREVISION",
+        "LATESTREADYREVISION",
+        "REPLICAS",
+        "AGE",
+    ];
     if args.all_namespaces {
         columns.insert(0, "NAMESPACE");
     }
@@ -139,8 +150,11 @@ fn service_table(services: &[Service], args: &Args) -> String {
             service.name.clone(),
             service.url.clone(),
             paint(&service.ready, mood),
-            format!("{}/{}", service.ready_replicas, service.desired_replicas),
+            percent(service.prev_traffic_percent),
+            percent(service.latest_traffic_percent),
+            service.prev_revision.clone(),
             service.latest_ready_revision.clone(),
+            format!("{}/{}", service.ready_replicas, service.desired_replicas),
             age(service.created_at),
         ];
         if args.all_namespaces {
@@ -154,6 +168,10 @@ fn service_table(services: &[Service], args: &Args) -> String {
         table.row(row);
     }
     table.text()
+}
+
+fn percent(share: Option<u32>) -> String {
+    share.map(|percent| percent.to_string()).unwrap_or_default()
 }
 
 /// A line for each change that shows; JSON has each change.
@@ -174,6 +192,7 @@ async fn watch(mut client: Client, args: &Args, namespace: String) -> Result<(),
             service.ready_replicas,
             service.desired_replicas,
             service.latest_ready_revision.clone(),
+            (service.prev_traffic_percent, service.latest_traffic_percent),
         );
         if !change.deleted && shown.get(&key) == Some(&face) {
             continue;

@@ -15,6 +15,7 @@ mod json;
 mod logs;
 mod output;
 mod process;
+mod rollout;
 mod scaling;
 mod simulate;
 mod table;
@@ -62,6 +63,9 @@ enum Command {
     Describe(describe::Args),
     /// Delete services.
     Delete(delete::Args),
+    /// Watch a roll-out, go back, go on.
+    #[command(subcommand)]
+    Rollout(rollout::Command),
     /// Simulate services over a trace of requests, or replay what an autoscaler was told.
     Simulate(Box<simulate::Args>),
     /// Print what a service's replicas write.
@@ -115,6 +119,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
         Command::Get(args) => process::ask(get::run(connection, args)),
         Command::Describe(args) => process::ask(describe::run(connection, args)),
         Command::Delete(args) => process::ask(delete::run(connection, args)),
+        Command::Rollout(command) => process::ask(rollout::run(connection, command)),
         Command::Simulate(args) => simulate::run(*args),
         Command::Logs(args) => process::ask(logs::run(connection, args)),
         Command::Token(command) => process::ask(token::run(connection, command)),

@@ -1,7 +1,8 @@
 //! Pilotlight's coordinator: desired state, scaling and placement decisions.
 //!
-//! Pure decisions ([`spec`], [`autoscaler`], [`placement`]) are deterministic functions without clock,
-//! I/O or randomness; [`store`], [`fleet`] and [`api`] are the effects; [`reconcile`] joins the two.
+//! Pure decisions ([`spec`], [`autoscaler`], [`placement`], [`rollout`]) are deterministic functions
+//! without clock, I/O or randomness; [`store`], [`fleet`] and [`api`] are the effects; [`reconcile`]
+//! joins the two.
 
 pub mod api;
 pub mod autoscaler;
@@ -12,6 +13,7 @@ pub mod leader;
 pub mod model;
 pub mod placement;
 pub mod reconcile;
+pub mod rollout;
 mod server;
 pub mod simulate;
 pub mod spec;

@@ -1,11 +1,14 @@
 //! The records that make up desired state, and where each is kept in the store.
 
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use crate::spec::{InferenceService, RevisionTemplate, Scaling};
+use crate::{
+    rollout::History,
+    spec::{ConditionStatus, InferenceService, RevisionTemplate, Scaling},
+};
 
 /// `<namespace>/<name>` of an InferenceService.
 pub type ServiceKey = String;
@@ -23,8 +26,14 @@ pub struct ServiceRecord {
     pub created_at: Timestamp,
     /// Number of the newest revision; revisions are named `<service>-predictor-<number>`.
     pub latest_revision: u32,
-    /// Number of the newest revision that has ever been ready; it takes the traffic.
+    /// Number of the newest revision that has ever been ready.
     pub latest_ready: Option<u32>,
+    /// Number of the revision that last had all requests.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub latest_rolledout: Option<u32>,
+    /// Number of the one that had them before.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub previous_rolledout: Option<u32>,
     /// What was applied.
     pub service: InferenceService,
 }
@@ -33,6 +42,29 @@ impl ServiceRecord {
     /// `<namespace>/<name>`.
     pub fn key(&self) -> ServiceKey {
         format!("{}/{}", self.service.namespace, self.service.name)
+    }
+
+    /// Which revisions were ready and which had all requests.
+    pub fn history(&self) -> History {
+        History {
+            created: self.latest_revision,
+            ready: self.latest_ready,
+            rolledout: self.latest_rolledout,
+            previous: self.previous_rolledout,
+        }
+    }
+
+    /// A record from before there were canaries: the newest ready revision had all requests.
+    pub fn upgraded(mut self) -> Self {
+        self.latest_rolledout = self.latest_rolledout.or(self.latest_ready);
+        self
+    }
+
+    /// Brings the history up to date with what the service asks for and which revision is ready.
+    pub fn settle(&mut self) {
+        let history = self.history().settled(self.service.predictor.canary_traffic_percent);
+        self.latest_rolledout = history.rolledout;
+        self.previous_rolledout = history.previous;
     }
 
     /// Name of this service's revision `number`, as Knative names them.
@@ -63,12 +95,51 @@ pub struct RevisionRecord {
     pub created_at: Timestamp,
     /// True once it has reached its initial scale; never unset.
     pub been_ready: bool,
+    /// Why it never became ready, once its progress deadline has passed; never unset.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub failed: Option<RevisionFailure>,
+    /// True where it replaces others one replica at a time, for lack of room.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub in_place: bool,
     /// Replica bounds, target and concurrency; may change without a new revision.
     pub scaling: Scaling,
     /// Longest time a request may take; may change without a new revision.
     pub timeout: Duration,
     /// What its replicas run.
     pub template: RevisionTemplate,
+}
+
+/// Why a revision never became ready.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RevisionFailure {
+    /// When its deadline passed.
+    pub at: Timestamp,
+    /// For people: the deadline, and what its last replica said.
+    pub message: String,
+    /// That replica; empty where there was none.
+    #[serde(default)]
+    pub replica: String,
+    /// Its exit code, where its process ended.
+    #[serde(default)]
+    pub exit_code: Option<i32>,
+}
+
+/// Conditions of one service, kept so that the time of their last change survives a restart.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConditionsRecord {
+    /// `<namespace>/<name>`.
+    pub service: ServiceKey,
+    /// By type.
+    pub conditions: BTreeMap<String, ConditionRecord>,
+}
+
+/// Whether one condition holds, and since when.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConditionRecord {
+    /// Whether it holds.
+    pub status: ConditionStatus,
+    /// Since when.
+    pub since: Timestamp,
 }
 
 impl RevisionRecord {
@@ -123,6 +194,8 @@ pub mod keys {
     pub const REVISIONS: &str = "revisions/";
     /// All replicas.
     pub const REPLICAS: &str = "replicas/";
+    /// Conditions of all services.
+    pub const CONDITIONS: &str = "conditions/";
     /// All nodes.
     pub const NODES: &str = "nodes/";
     /// All join tokens.
@@ -141,6 +214,10 @@ pub mod keys {
     /// One revision.
     pub fn revision(key: &str) -> String {
         format!("{REVISIONS}{key}")
+    }
+    /// Conditions of one service.
+    pub fn conditions(key: &str) -> String {
+        format!("{CONDITIONS}{key}")
     }
     /// One replica.
     pub fn replica(name: &str) -> String {

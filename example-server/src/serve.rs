@@ -10,7 +10,7 @@ use std::{
 use axum::{
     Json, Router,
     extract::{Request, State},
-    http::HeaderName,
+    http::{HeaderName, HeaderValue},
     middleware::{self, Next},
     response::Response,
     routing::get,
@@ -33,6 +33,8 @@ pub struct Options {
     pub load_time: Duration,
     /// Time that each answer takes at least.
     pub request_time: Duration,
+    /// Value of the header `x-served-by` of each answer, so that callers can tell versions apart.
+    pub served_by: Option<HeaderValue>,
 }
 
 impl Default for Options {
@@ -43,6 +45,7 @@ impl Default for Options {
             model_name: "iris".into(),
             load_time: Duration::ZERO,
             request_time: Duration::ZERO,
+            served_by: None,
         }
     }
 }
@@ -91,7 +94,14 @@ pub async fn serve(
     let address = listener.local_addr().map_err(ServerError::Serve)?;
     info!(%address, model = options.model_name, "listening");
     let server = Arc::new(Server::new(&options.model_name, options.request_time));
-    let serving = axum::serve(listener, router(Arc::clone(&server))).with_graceful_shutdown(shutdown);
+    let mut router = router(Arc::clone(&server));
+    if let Some(served_by) = options.served_by {
+        router = router.layer(middleware::map_response(move |mut response: Response| {
+            response.headers_mut().insert(HeaderName::from_static("x-served-by"), served_by.clone());
+            std::future::ready(response)
+        }));
+    }
+    let serving = axum::serve(listener, router).with_graceful_shutdown(shutdown);
     let serving = async { serving.await.map_err(ServerError::Serve) };
     tokio::pin!(serving);
     tokio::select! {

@@ -4,6 +4,7 @@
 
 pub mod cell;
 pub mod http;
+pub mod load;
 pub mod manifest;
 pub mod otlp;
 pub mod process;

@@ -14,6 +14,8 @@ pub struct Iris {
     pub max_replicas: i64,
     /// `containerConcurrency`.
     pub container_concurrency: i64,
+    /// `canaryTrafficPercent`.
+    pub canary: Option<u8>,
     /// GPUs of each replica.
     pub gpus: u32,
     /// Further flags of the example server.
@@ -29,6 +31,7 @@ impl Default for Iris {
             min_replicas: 0,
             max_replicas: 4,
             container_concurrency: 10,
+            canary: None,
             gpus: 0,
             flags: Vec::new(),
             annotations: Vec::new(),
@@ -54,11 +57,12 @@ impl Iris {
             0 => String::new(),
             gpus => format!("\n      resources: {{limits: {{nvidia.com/gpu: {gpus}}}}}"),
         };
+        let canary = self.canary.map(|percent| format!("    canaryTrafficPercent: {percent}\n")).unwrap_or_default();
         format!(
             "apiVersion: serving.kserve.io/v1beta1\n\
              kind: InferenceService\n\
              metadata:\n  name: {name}\n  annotations:\n{annotations}\
-             spec:\n  predictor:\n    minReplicas: {min}\n    maxReplicas: {max}\n    containerConcurrency: {concurrency}\n    \
+             spec:\n  predictor:\n    minReplicas: {min}\n    maxReplicas: {max}\n    containerConcurrency: {concurrency}\n{canary}    \
              containers:\n    - name: kserve-container\n      image: pilotlight:dev\n      command: {command:?}\n      \
              readinessProbe: {{httpGet: {{path: /v1/models/iris, port: 8080}}}}\n      \
              ports: [{{containerPort: 8080, name: http1}}]{resources}\n",

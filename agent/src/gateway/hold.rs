@@ -14,6 +14,7 @@ use super::{
     answer::{Answer, Body},
     body::{Holding, Replay},
     forward::Failure,
+    split::Destination,
     tokens,
 };
 use crate::sidecar::{Grant, Permit, Refusal, RevisionQueue, Target, TokenCount};
@@ -24,10 +25,12 @@ const ATTEMPTS: u32 = 5;
 const PAUSE: Duration = Duration::from_millis(20);
 
 impl DataPath {
-    /// Sends a request to a replica of the revision, as soon as one is free.
+    /// Sends a request to a replica of the revision, as soon as one is free; or to another one's, where
+    /// the revision has meanwhile lost its share and all its replicas.
     pub(super) async fn hold(
         &self,
-        queue: &Arc<RevisionQueue>,
+        destination: &Destination,
+        mut queue: Arc<RevisionQueue>,
         parts: Parts,
         body: Replay,
     ) -> Result<Response<Body>, Answer> {
@@ -43,7 +46,12 @@ impl DataPath {
             }
             let Some(content) = body.attempt() else { break };
             let mut count = counts.then(|| queue.tokens().begin(body.bytes()));
-            let granted = tokio::time::timeout_at(deadline, self.slot(queue, attempt > 0)).await;
+            let counted = Arc::clone(&queue);
+            let granted = tokio::time::timeout_at(deadline, self.slot(destination, &mut queue, attempt > 0)).await;
+            if !Arc::ptr_eq(&counted, &queue) {
+                // Another revision took it over, and counts it from now on.
+                count = counts.then(|| queue.tokens().begin(body.bytes()));
+            }
             let grant = granted.map_err(|_| Answer::Timeout { seconds, waiting: true })??;
             if matches!(grant.target, Target::Peer { .. }) {
                 // From here on that node counts it.
@@ -66,8 +74,32 @@ impl DataPath {
         Err(Answer::BadGateway { reason })
     }
 
+    /// A slot of the revision, or of the one that takes its place while the request waits.
+    async fn slot(
+        &self,
+        destination: &Destination,
+        queue: &mut Arc<RevisionQueue>,
+        again: bool,
+    ) -> Result<Grant, Answer> {
+        loop {
+            let granted = tokio::select! {
+                biased;
+                granted = self.slot_of(queue, again) => Some(granted),
+                () = destination.lost(queue) => None,
+            };
+            match granted {
+                Some(Ok(grant)) => return Ok(grant),
+                // One that is left behind may hold nobody any more.
+                Some(Err(answer)) if !destination.left_behind(queue) => return Err(answer),
+                _ => {}
+            }
+            let next = destination.pick().filter(|next| next.key() != queue.key());
+            *queue = next.ok_or_else(|| Answer::NoRevision { service: destination.service().to_owned() })?;
+        }
+    }
+
     /// A slot, at once where one is free; else the wait is a span of its own.
-    async fn slot(&self, queue: &Arc<RevisionQueue>, again: bool) -> Result<Grant, Answer> {
+    async fn slot_of(&self, queue: &Arc<RevisionQueue>, again: bool) -> Result<Grant, Answer> {
         let mut waiting = queue.enter(again).map_err(|Refusal::Full { limit }| {
             self.metrics.shed.inc();
             Answer::QueueFull { limit }

@@ -16,6 +16,7 @@ use super::{
     DataPath,
     answer::{Answer, Body},
     body::Replay,
+    split::Destination,
 };
 
 /// Connections at the same time; further ones wait in the kernel's queue.
@@ -102,8 +103,8 @@ impl DataPath {
     ) -> Result<Response<Body>, Answer> {
         let (mut parts, body) = request.into_parts();
         let host = host_of(&parts).to_owned();
-        let service = match self.routes.by_host(&host) {
-            Some(service) => service,
+        let (service, tagged) = match self.routes.by_host(&host) {
+            Some(found) => found,
             None => {
                 let path = parts.uri.path().to_owned();
                 let found = self.routes.by_path(&path);
@@ -113,7 +114,7 @@ impl DataPath {
                     known: self.routes.known_hosts(HOSTS_NAMED),
                 })?;
                 replace_path(&mut parts, rest);
-                service
+                (service, None)
             }
         };
         name.clone_from(&service.name);
@@ -128,10 +129,11 @@ impl DataPath {
         if body.size_hint().lower() > limit {
             return Err(Answer::BodyTooLarge { limit });
         }
-        let queue = service.next().ok_or_else(|| Answer::NoRevision { service: service.name.clone() })?;
+        let destination = Destination::new(service, tagged, &parts.headers);
+        let queue = destination.pick().ok_or_else(|| Answer::NoRevision { service: name.clone() })?;
         queue.arrived();
         forwarded(&mut parts, client, &host);
-        self.hold(&queue, parts, Replay::new(body, limit)).await
+        self.hold(&destination, queue, parts, Replay::new(body, limit)).await
     }
 }
 

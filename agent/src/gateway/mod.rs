@@ -1,8 +1,9 @@
 //! The edge: takes requests, finds their service, holds and forwards them.
 //!
-//! In the order a request meets them: [`ingress`] (listener, limits), [`routes`] (which service and
-//! revision), [`hold`] (waits for a slot, tries again), [`forward`] (to a replica here or to the node that
-//! has it); [`tokens`] counts what answers have. [`peer`] is the other end: requests that come from other nodes' gateways.
+//! In the order a request meets them: [`ingress`] (listener, limits), [`routes`] (which service),
+//! [`split`] (which revision), [`hold`] (waits for a slot, tries again), [`forward`] (to a replica here
+//! or to the node that has it); [`tokens`] counts what answers have. [`peer`] is the other end: requests
+//! that come from other nodes' gateways.
 
 pub mod answer;
 pub mod body;
@@ -12,6 +13,7 @@ pub mod ingress;
 pub mod metrics;
 pub mod peer;
 pub mod routes;
+pub mod split;
 #[cfg(test)]
 mod tests;
 pub mod tokens;

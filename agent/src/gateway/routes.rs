@@ -7,8 +7,10 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
+use http::HeaderName;
 use pilotlight_proto::fleet::v1 as fleet;
 
+use super::split::{Share, Split};
 use crate::sidecar::{Limits, RevisionQueue, Sidecar};
 
 /// Path prefix of services, as KServe's path template has it.
@@ -26,6 +28,8 @@ pub struct RouteTable {
 #[derive(Debug, Default, Clone)]
 struct Table {
     by_host: HashMap<String, Arc<Service>>,
+    /// Hosts of tags. Apart from the others, since a service may be called as another one's tag is.
+    by_tag: HashMap<String, (Arc<Service>, Arc<RevisionQueue>)>,
     /// By `<namespace>/<name>`.
     by_name: BTreeMap<String, Arc<Service>>,
 }
@@ -35,33 +39,23 @@ struct Table {
 pub struct Service {
     /// `<namespace>/<name>`.
     pub name: String,
+    pub(super) split: Arc<Split>,
+    pub(super) sticky_header: Option<HeaderName>,
     hosts: Vec<String>,
-    targets: Mutex<Vec<Share>>,
+    /// Revisions that can be called alone.
+    tags: Vec<(String, Arc<RevisionQueue>)>,
     keys: Vec<String>,
 }
 
-#[derive(Debug)]
-struct Share {
-    percent: i64,
-    credit: i64,
-    queue: Arc<RevisionQueue>,
-}
-
 impl Service {
-    /// The revision that takes the next request: by smooth weighted round robin, so that shares are
-    /// exact over every hundred requests and spread evenly within them.
-    pub fn next(&self) -> Option<Arc<RevisionQueue>> {
-        let mut targets = self.targets.lock().unwrap_or_else(PoisonError::into_inner);
-        if let [only] = targets.as_slice() {
-            return (only.percent > 0).then(|| Arc::clone(&only.queue));
-        }
-        let total: i64 = targets.iter().map(|share| share.percent).sum();
-        for share in targets.iter_mut() {
-            share.credit += share.percent;
-        }
-        let chosen = targets.iter_mut().filter(|share| share.percent > 0).max_by_key(|share| share.credit)?;
-        chosen.credit -= total;
-        Some(Arc::clone(&chosen.queue))
+    /// The host names that lead to one revision alone: `<tag>-<host>`, as Knative has them.
+    fn tag_hosts(&self) -> impl Iterator<Item = (String, &Arc<RevisionQueue>)> {
+        self.tags.iter().flat_map(|(tag, queue)| self.hosts.iter().map(move |host| (format!("{tag}-{host}"), queue)))
+    }
+
+    #[cfg(test)]
+    pub(super) fn for_tests(split: Arc<Split>, sticky_header: Option<HeaderName>) -> Self {
+        Self { name: "default/test".into(), split, sticky_header, hosts: vec![], tags: vec![], keys: vec![] }
     }
 }
 
@@ -76,16 +70,13 @@ impl RouteTable {
         *self.version.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
-    /// The service for a host, and whether it was found by it.
-    pub fn by_host(&self, host: &str) -> Option<Arc<Service>> {
+    /// The service for a host, and the revision where the host names its tag.
+    pub fn by_host(&self, host: &str) -> Option<(Arc<Service>, Option<Arc<RevisionQueue>>)> {
         let host = host
             .rsplit_once(':')
             .map_or(host, |(name, port)| if port.bytes().all(|byte| byte.is_ascii_digit()) { name } else { host });
         let table = self.table.load();
-        match table.by_host.get(host) {
-            Some(service) => Some(Arc::clone(service)),
-            None => table.by_host.get(&host.to_ascii_lowercase()).cloned(),
-        }
+        table.find(host).or_else(|| table.find(&host.to_ascii_lowercase()))
     }
 
     /// The service for a path below [`PATH_PREFIX`], and the path at the model server.
@@ -117,7 +108,7 @@ impl RouteTable {
             table.remove(&name);
         }
         for route in update.services {
-            table.insert(self.service(own_node, route));
+            table.insert(self.service(own_node, &former, route));
         }
         // Queues of revisions that have no route any more go, once nothing waits in them.
         let kept: std::collections::HashSet<&str> =
@@ -137,8 +128,8 @@ impl RouteTable {
         nodes
     }
 
-    fn service(&self, own_node: &str, route: fleet::ServiceRoute) -> Arc<Service> {
-        let mut targets = Vec::new();
+    fn service(&self, own_node: &str, former: &Table, route: fleet::ServiceRoute) -> Arc<Service> {
+        let (mut shares, mut tags) = (Vec::new(), Vec::new());
         let mut keys = Vec::new();
         for revision in route.revisions {
             let mut peers: BTreeMap<String, Vec<String>> = BTreeMap::new();
@@ -156,14 +147,18 @@ impl RouteTable {
                 peers,
             );
             keys.push(revision.revision);
-            targets.push(Share { percent: i64::from(revision.traffic_percent), credit: 0, queue });
+            if !revision.tag.is_empty() {
+                tags.push((revision.tag, Arc::clone(&queue)));
+            }
+            shares.push(Share::new(revision.traffic_percent, queue));
         }
-        Arc::new(Service {
-            name: format!("{}/{}", route.namespace, route.name),
-            hosts: route.hosts,
-            targets: Mutex::new(targets),
-            keys,
-        })
+        let name = format!("{}/{}", route.namespace, route.name);
+        // Turns go on where they were.
+        let split = former.by_name.get(&name).map(|service| Arc::clone(&service.split)).unwrap_or_default();
+        split.update(shares);
+        // An empty name, which is no header's, means none.
+        let sticky_header = HeaderName::from_bytes(route.sticky_header.as_bytes()).ok();
+        Arc::new(Service { name, split, sticky_header, hosts: route.hosts, tags, keys })
     }
 }
 
@@ -171,9 +166,20 @@ impl RouteTable {
 const LIMITS_WITHOUT_ROUTE: Limits = Limits { queue: 0, timeout: Duration::from_secs(300), concurrency: 0 };
 
 impl Table {
+    fn find(&self, host: &str) -> Option<(Arc<Service>, Option<Arc<RevisionQueue>>)> {
+        if let Some(service) = self.by_host.get(host) {
+            return Some((Arc::clone(service), None));
+        }
+        let (service, queue) = self.by_tag.get(host)?;
+        Some((Arc::clone(service), Some(Arc::clone(queue))))
+    }
+
     fn insert(&mut self, service: Arc<Service>) {
         for host in &service.hosts {
             self.by_host.insert(host.clone(), Arc::clone(&service));
+        }
+        for (host, queue) in service.tag_hosts() {
+            self.by_tag.insert(host, (Arc::clone(&service), Arc::clone(queue)));
         }
         self.by_name.insert(service.name.clone(), service);
     }
@@ -182,6 +188,9 @@ impl Table {
         if let Some(service) = self.by_name.remove(name) {
             for host in &service.hosts {
                 self.by_host.remove(host);
+            }
+            for (host, _) in service.tag_hosts() {
+                self.by_tag.remove(&host);
             }
         }
     }

@@ -251,7 +251,7 @@ fn path(key: &str) -> String {
 }
 
 /// Go's durations: `1h5m`, `90s`, `1.5h`, `300ms`, `0`. Negative ones are out of every range here.
-fn go_duration(text: &str) -> Option<Duration> {
+pub(crate) fn go_duration(text: &str) -> Option<Duration> {
     if text == "0" {
         return Some(Duration::ZERO);
     }

@@ -27,6 +27,7 @@ pub mod window;
 
 use std::time::Duration;
 
+pub(crate) use annotations::go_duration;
 pub use config::{Aggregation, Class, Defaults, Metric, ScalerConfig, metric_target};
 pub use scaler::{Decision, Observation, Reason, Sample, Scaler};
 

@@ -5,8 +5,9 @@ use tracing::info;
 
 use super::{
     commands::{Applied, Change, CommandError},
+    load::{insert_revision, scaling_of},
     record::Entry,
-    run::{Reconciler, insert_revision, scaling_of},
+    run::Reconciler,
     view,
     world::{Event, ServiceState},
 };
@@ -47,6 +48,7 @@ impl Reconciler {
         self.commit(write).await?;
 
         let state = self.world.services.entry(key.clone()).or_insert_with(|| ServiceState::new(record.clone()));
+        let replaced = state.record.revision_key(state.record.latest_revision);
         state.record = record;
         for number in expired {
             state.revisions.remove(&number);
@@ -57,6 +59,12 @@ impl Reconciler {
             true => self.amend(revision, now),
             false => self.begin(revision, now),
         }
+        // What was replaced before it was ready, or is stopped now, goes at once; what is stopped no
+        // more comes back.
+        let concerned = self.world.services.get(&key).map(|state| state.revisions.clone()).unwrap_or_default();
+        let of = |number| self.world.services.get(&key).map(|state| state.record.revision_key(number));
+        self.dirty.urgent.extend(concerned.into_iter().filter_map(of));
+        self.dirty.urgent.insert(replaced);
         info!(service = %key, ?outcome, "applied");
         self.dirty.services.insert(key);
         Ok(outcome)
@@ -71,13 +79,20 @@ impl Reconciler {
     ) -> (ServiceRecord, RevisionRecord) {
         let template = service.predictor.template.clone();
         let mut record = match former {
-            Some(former) => ServiceRecord { generation: former.generation + 1, service, ..former.clone() },
+            Some(former) => {
+                // As in Kubernetes, only the specification has generations.
+                let changed = former.service.manifest.get("spec") != service.manifest.get("spec");
+                let generation = former.generation + u64::from(changed);
+                ServiceRecord { generation, service, ..former.clone() }
+            }
             None => ServiceRecord {
                 uid: uuid::Uuid::new_v4().to_string(),
                 generation: 1,
                 created_at: now,
                 latest_revision: 0,
                 latest_ready: None,
+                latest_rolledout: None,
+                previous_rolledout: None,
                 service,
             },
         };
@@ -87,6 +102,7 @@ impl Reconciler {
             let predictor = &record.service.predictor;
             let (scaling, timeout) = (predictor.scaling.clone(), predictor.timeout);
             let revision = RevisionRecord { scaling, timeout, ..latest.record.clone() };
+            record.settle();
             return (record, revision);
         }
         record.latest_revision += 1;
@@ -98,6 +114,7 @@ impl Reconciler {
         if starts_at_zero {
             record.latest_ready = Some(record.latest_revision);
         }
+        record.settle();
         let revision = RevisionRecord {
             namespace: record.service.namespace.clone(),
             name: record.revision_name(record.latest_revision),
@@ -106,6 +123,8 @@ impl Reconciler {
             generation: record.generation,
             created_at: now,
             been_ready: starts_at_zero,
+            failed: None,
+            in_place: false,
             scaling,
             timeout,
             template,
@@ -134,8 +153,7 @@ impl Reconciler {
     fn expired(&self, record: &ServiceRecord) -> Vec<u32> {
         let Some(state) = self.world.services.get(&record.key()) else { return Vec::new() };
         let idle = state.revisions.iter().copied().filter(|number| {
-            *number != record.latest_revision
-                && Some(*number) != record.latest_ready
+            !record.history().needs(*number)
                 && self.world.revisions.get(&record.revision_key(*number)).is_none_or(|r| r.replicas.is_empty())
         });
         let mut idle: Vec<u32> = idle.collect();
@@ -148,8 +166,9 @@ impl Reconciler {
         let key = record.key();
         let service = record.service_key();
         let object = format!("Revision/{}", record.name);
-        insert_revision(&mut self.world, record);
-        if let Some(revision) = self.world.revisions.get_mut(&key) {
+        insert_revision(&mut self.world, record, now);
+        let stopped = self.world.services.get(&service).is_some_and(|state| state.record.service.stopped);
+        if let Some(revision) = self.world.revisions.get_mut(&key).filter(|_| !stopped) {
             revision.wanted = revision.scaling.initial_scale().max(revision.scaling.min_scale());
         }
         let message = "made from the applied spec".to_owned();
@@ -164,7 +183,7 @@ impl Reconciler {
         };
         let last = view::service(&self.world, state);
         let revisions: Vec<_> = state.revisions.iter().map(|number| state.record.revision_key(*number)).collect();
-        let mut write = Transaction::new().delete(&keys::service(key));
+        let mut write = Transaction::new().delete(&keys::service(key)).delete(&keys::conditions(key));
         for revision in &revisions {
             write = write.delete(&keys::revision(revision));
         }

@@ -1,15 +1,19 @@
 //! The one loop: observe, decide, write, push.
 //!
-//! [`world`] is what the loop knows, [`plan`] and [`routes`] are pure functions of it, [`run`] is the
-//! loop itself, [`commands`] what operators ask of it, and [`view`] how it is shown to them.
+//! [`world`] is what the loop knows, [`plan`], [`routes`] and [`conditions`] are pure functions of it,
+//! [`run`] is the loop itself, `load`, `apply` and `rolling` parts of it, [`commands`] what operators ask of it,
+//! and [`view`] how it is shown to them.
 
 mod apply;
 pub mod clock;
 pub mod commands;
+pub mod conditions;
+pub(crate) mod load;
 pub mod meter;
 pub mod observe;
 pub mod plan;
 pub mod record;
+mod rolling;
 pub mod routes;
 pub mod run;
 pub mod scale;

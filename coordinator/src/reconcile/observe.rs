@@ -9,7 +9,7 @@ use pilotlight_telemetry::TraceContext;
 use super::{
     clock::scaler_time,
     record::{Entry, Recorder},
-    world::{Event, World, since},
+    world::{Event, RevisionState, World, since},
 };
 use crate::{
     autoscaler::Sample,
@@ -40,9 +40,10 @@ impl Dirty {
         }
     }
 
-    /// Capacity came free: whoever waits for a place is planned again.
+    /// Capacity came free: whoever waits for a place, or holds back for a roll-out, is planned again.
     pub fn waiting_for_a_place(&mut self, world: &World) {
-        let waiting = world.revisions.iter().filter(|(_, revision)| revision.unplaced.is_some());
+        let waits = |revision: &RevisionState| revision.unplaced.is_some() || revision.most.is_some();
+        let waiting = world.revisions.iter().filter(|(_, revision)| waits(revision));
         self.revisions.extend(waiting.map(|(key, _)| key.clone()));
     }
 }
@@ -185,7 +186,16 @@ fn took(world: &mut World, status: fleet::ReplicaStatus, now: Timestamp, dirty: 
     let service = format!("{}/{}", replica.record.namespace, replica.record.service);
     let name = status.replica.clone();
     let message = status.message.clone();
+    let progress = replica.signs.progress(&status);
+    match phase {
+        ReplicaPhase::Failed => replica.failure = Some(status.clone()),
+        ReplicaPhase::Ready => replica.failure = None,
+        _ => {}
+    }
     replica.status = Some(status);
+    if let Some(revision) = world.revisions.get_mut(&revision).filter(|_| progress) {
+        revision.progress_at = now;
+    }
     dirty.revision(world, &revision);
     if before == phase {
         return;

@@ -61,7 +61,7 @@ pub fn plan(world: &World, revisions: &BTreeSet<RevisionKey>, now: Timestamp) ->
     for key in revisions {
         let Some(revision) = world.revisions.get(key) else { continue };
         let live = sort_out(world, revision, now, &mut plan);
-        let wanted = revision.wanted as usize;
+        let wanted = revision.allowed() as usize;
         if live.len() > wanted {
             plan.drain.extend(leavers(world, live, wanted));
             plan.unplaced.push((key.clone(), None));

@@ -13,23 +13,35 @@ pub fn hosts(world: &World, namespace: &str, name: &str) -> Vec<String> {
     vec![format!("{name}.{namespace}.{domain}"), format!("{name}-predictor.{namespace}.{domain}")]
 }
 
-/// Where one service's requests go.
+/// Where one service's requests go: its shares, the newest first, and then the revisions without a share
+/// that still have replicas, since requests may wait or run there.
 pub fn service_route(world: &World, service: &ServiceState) -> fleet::ServiceRoute {
     let spec = &service.record.service;
+    let targets = world.destinations(service);
+    let shares = targets.iter().filter_map(|target| {
+        let tag = target.tag.map(|tag| tag.to_string()).unwrap_or_default();
+        Some(revision_route(world, world.revision_of(service, target.revision)?, target.percent, tag))
+    });
+    let others = service.revisions.iter().filter(|number| targets.iter().all(|target| target.revision != **number));
+    let left = others
+        .filter_map(|number| world.revision_of(service, *number))
+        .filter(|revision| !revision.replicas.is_empty())
+        .map(|revision| revision_route(world, revision, 0, String::new()));
     fleet::ServiceRoute {
         namespace: spec.namespace.clone(),
         name: spec.name.clone(),
         hosts: hosts(world, &spec.namespace, &spec.name),
-        revisions: world.routed(service).map(|revision| revision_route(world, revision, 100)).into_iter().collect(),
+        revisions: shares.chain(left).collect(),
+        sticky_header: world.policy(service).sticky_header.unwrap_or_default(),
     }
 }
 
-fn revision_route(world: &World, revision: &RevisionState, traffic_percent: u32) -> fleet::RevisionRoute {
+fn revision_route(world: &World, revision: &RevisionState, percent: u8, tag: String) -> fleet::RevisionRoute {
     let record = &revision.record;
     fleet::RevisionRoute {
         revision: record.key(),
-        traffic_percent,
-        tag: String::new(),
+        traffic_percent: u32::from(percent),
+        tag,
         container_concurrency: record.scaling.container_concurrency as u32,
         timeout: Some(duration(record.timeout)),
         queue_limit: world.settings.queue_limit,

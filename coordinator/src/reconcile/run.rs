@@ -4,7 +4,7 @@
 //! the store has taken it, so that a failed write leaves nothing half done: the same revisions are
 //! simply planned again at the next tick.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use jiff::Timestamp;
 use pilotlight_proto::fleet::v1::{self as fleet, coordinator_message::Message as ToAgent};
@@ -14,23 +14,22 @@ use tokio::{
     time::MissedTickBehavior,
 };
 use tokio_util::sync::CancellationToken;
-use tracing::{Instrument as _, error, info, info_span, warn};
+use tracing::{Instrument as _, error, info_span, warn};
 
 use super::{
     clock::Clock,
     commands::{Change, Input},
-    meter::{Meter, UsageRecord},
+    meter::Meter,
     observe::{self, Dirty},
     plan::{self, Create, Gone, Plan},
     record::Recorder,
     routes, scale,
-    world::{Event, NodeState, RevisionState, ServiceState, Settings, World},
+    world::{Event, NodeState, Settings, World},
 };
 use crate::{
-    autoscaler::ScalerConfig,
     fleet::SessionHandle,
-    model::{NodeRecord, ReplicaRecord, RevisionRecord, ServiceRecord, keys},
-    store::{Store, StoreError, StoreExt as _, Transaction},
+    model::{NodeRecord, ReplicaRecord, keys},
+    store::{Store, StoreError, Transaction},
 };
 
 /// Time between writes of usage.
@@ -48,12 +47,12 @@ pub struct Reconciler {
     pub(super) dirty: Dirty,
     pub(super) changes: broadcast::Sender<Change>,
     pub(super) recorder: Recorder,
-    meter: Meter,
-    metered_at: Timestamp,
-    routes_version: u64,
-    tick: Duration,
-    report_interval: Duration,
-    inputs: mpsc::Receiver<Input>,
+    pub(super) meter: Meter,
+    pub(super) metered_at: Timestamp,
+    pub(super) routes_version: u64,
+    pub(super) tick: Duration,
+    pub(super) report_interval: Duration,
+    pub(super) inputs: mpsc::Receiver<Input>,
 }
 
 /// What the loop is made with.
@@ -75,56 +74,6 @@ pub struct Setup {
 }
 
 impl Reconciler {
-    /// Reads the whole desired state.
-    ///
-    /// # Errors
-    /// The store cannot be reached, or holds a record that cannot be read.
-    pub async fn load(setup: Setup) -> Result<Self, StoreError> {
-        let clock = Clock::start();
-        let now = clock.now();
-        let store = setup.store;
-        let mut world = World::new(setup.settings);
-        for record in store.list_json::<NodeRecord>(keys::NODES).await? {
-            world.nodes.insert(record.name.clone(), NodeState::unheard(record, now));
-        }
-        for record in store.list_json::<ServiceRecord>(keys::SERVICES).await? {
-            world.services.insert(record.key(), ServiceState::new(record));
-        }
-        for record in store.list_json::<RevisionRecord>(keys::REVISIONS).await? {
-            insert_revision(&mut world, record);
-        }
-        for record in store.list_json::<ReplicaRecord>(keys::REPLICAS).await? {
-            let key = record.revision.clone();
-            let counts = !record.draining;
-            world.insert_replica(record, TraceContext::default());
-            if let Some(revision) = world.revisions.get_mut(&key) {
-                revision.wanted += u32::from(counts);
-            }
-        }
-        let cursor = store.get_json::<Timestamp>(keys::USAGE_CURSOR).await?.unwrap_or(now);
-        let usage = store.list_json::<UsageRecord>(keys::USAGE).await?;
-        info!(
-            services = world.services.len(),
-            replicas = world.replicas.len(),
-            nodes = world.nodes.len(),
-            "desired state loaded"
-        );
-        Ok(Self {
-            world,
-            store,
-            clock,
-            dirty: Dirty::default(),
-            changes: setup.changes,
-            recorder: setup.recorder,
-            meter: Meter::resume(cursor, usage),
-            metered_at: now,
-            routes_version: 0,
-            tick: setup.tick,
-            report_interval: setup.report_interval,
-            inputs: setup.inputs,
-        })
-    }
-
     /// Runs until stopped.
     pub async fn run(mut self, stopping: CancellationToken) {
         let mut ticks = tokio::time::interval(self.tick);
@@ -220,6 +169,7 @@ impl Reconciler {
                 self.dirty.revision(&self.world, &key);
             }
         }
+        self.give_up(now).await;
         // Wishes that are open, and replicas on nodes that may have been lost meanwhile.
         self.dirty.waiting_for_a_place(&self.world);
         let lost = self.world.nodes.values().filter(|node| node.lost(self.world.settings.node_lease, now));
@@ -235,6 +185,8 @@ impl Reconciler {
     /// Acts on all that has changed.
     async fn act(&mut self) {
         let now = self.clock.now();
+        self.promote(now).await;
+        self.note_shares(now);
         for key in std::mem::take(&mut self.dirty.urgent) {
             let trace = self.world.revisions.get(&key).map(|revision| revision.trace.clone()).unwrap_or_default();
             let span = info_span!("autoscaler.decide", otel.kind = "internal", revision = %key);
@@ -248,64 +200,13 @@ impl Reconciler {
                 self.dirty.revision(&self.world, &key);
             }
         }
-        self.promote(now).await;
         if !self.dirty.revisions.is_empty() {
             self.replan(now).await;
         }
         self.push();
+        // Gateways do not wait for what only people read.
+        self.remember_conditions(now).await;
         self.publish();
-    }
-
-    /// Revisions that have reached their initial scale take the traffic.
-    async fn promote(&mut self, now: Timestamp) {
-        let mut promoted = Vec::new();
-        for key in &self.dirty.revisions {
-            let Some(revision) = self.world.revisions.get(key) else { continue };
-            let needed = revision.scaling.initial_scale().max(revision.scaling.min_scale()).max(1);
-            if !revision.record.been_ready && self.world.counts(revision).ready >= needed {
-                promoted.push(key.clone());
-            }
-        }
-        for key in promoted {
-            if let Err(error) = self.promote_one(&key, now).await {
-                warn!(revision = %key, %error, "cannot record that the revision is ready; will be tried again");
-                self.dirty.revisions.insert(key);
-            }
-        }
-    }
-
-    async fn promote_one(&mut self, key: &str, now: Timestamp) -> Result<(), StoreError> {
-        let Some(revision) = self.world.revisions.get(key) else { return Ok(()) };
-        let mut record = revision.record.clone();
-        record.been_ready = true;
-        let service_key = record.service_key();
-        let Some(service) = self.world.services.get(&service_key) else { return Ok(()) };
-        let former = service.record.latest_ready;
-        let mut service_record = service.record.clone();
-        service_record.latest_ready = former.max(Some(record.number));
-        let write = Transaction::new()
-            .put_json(&keys::revision(key), &record)
-            .put_json(&keys::service(&service_key), &service_record);
-        self.commit(write).await?;
-        let name = record.name.clone();
-        if let Some(revision) = self.world.revisions.get_mut(key) {
-            revision.record = record;
-        }
-        if let Some(service) = self.world.services.get_mut(&service_key) {
-            service.record = service_record;
-        }
-        self.world.note(
-            &service_key,
-            Event {
-                time: now,
-                warning: false,
-                reason: "RevisionReady",
-                object: format!("Revision/{name}"),
-                message: "takes the service's traffic".into(),
-            },
-        );
-        self.dirty.services.insert(service_key);
-        Ok(())
     }
 
     async fn replan(&mut self, now: Timestamp) {
@@ -317,13 +218,14 @@ impl Reconciler {
         for (key, why) in std::mem::take(&mut plan.unplaced) {
             self.note_unplaced(&key, why, now);
         }
-        if plan.is_empty() {
-            return;
-        }
+        let services = revisions.iter().filter_map(|key| Some(self.world.revisions.get(key)?.record.service_key()));
+        let services = services.collect();
         if let Err(error) = self.carry_out(plan, now).await {
             error!(%error, "cannot write the plan; will be planned again");
             self.dirty.revisions.extend(revisions);
+            return;
         }
+        self.make_room(services, now).await;
     }
 
     fn note_unplaced(&mut self, key: &str, why: Option<String>, now: Timestamp) {
@@ -341,7 +243,7 @@ impl Reconciler {
     }
 
     /// Writes the plan in steps that each hold on their own, and changes the world after each.
-    async fn carry_out(&mut self, plan: Plan, now: Timestamp) -> Result<(), StoreError> {
+    pub(super) async fn carry_out(&mut self, plan: Plan, now: Timestamp) -> Result<(), StoreError> {
         for gone in plan.forget.chunks(WRITES_AT_ONCE) {
             let write = gone.iter().fold(Transaction::new(), |write, (name, _)| write.delete(&keys::replica(name)));
             self.commit(write).await?;
@@ -542,48 +444,6 @@ impl Reconciler {
                 // Nobody may be watching.
                 let _ = self.changes.send(Change::Updated(key));
             }
-        }
-    }
-}
-
-impl ServiceState {
-    /// A service whose revisions are not yet known.
-    pub fn new(record: ServiceRecord) -> Self {
-        Self { record, revisions: Default::default(), events: Default::default() }
-    }
-}
-
-/// Puts a revision into the world and its service's index.
-pub(crate) fn insert_revision(world: &mut World, record: RevisionRecord) {
-    let scaling = scaling_of(world, &record);
-    if let Some(service) = world.services.get_mut(&record.service_key()) {
-        service.revisions.insert(record.number);
-    }
-    let state = RevisionState {
-        scaling,
-        scaler: None,
-        wanted: 0,
-        load_time: Duration::ZERO,
-        decisions: Default::default(),
-        replicas: Default::default(),
-        unplaced: None,
-        waiting: BTreeMap::new(),
-        trace: TraceContext::default(),
-        record,
-    };
-    world.revisions.insert(state.record.key(), state);
-}
-
-/// The autoscaler's settings for a revision. They were validated when the service was applied; fleet
-/// defaults that have changed since may contradict them, and then the defaults alone hold.
-pub(super) fn scaling_of(world: &World, record: &RevisionRecord) -> ScalerConfig {
-    let defaults = &world.settings.scaling;
-    match ScalerConfig::resolve(defaults, &record.template.annotations, &record.scaling) {
-        Ok((config, _)) => config,
-        Err(findings) => {
-            let reasons: Vec<_> = findings.iter().map(ToString::to_string).collect();
-            error!(revision = %record.key(), ?reasons, "stored scaling settings are not valid; using the defaults");
-            ScalerConfig::of_defaults(defaults)
         }
     }
 }

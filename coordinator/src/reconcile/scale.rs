@@ -38,6 +38,9 @@ impl Room {
 pub fn decide(world: &mut World, key: &str, now: Timestamp, recorder: &mut Recorder, room: &mut Room) -> bool {
     let settled = world.settled(now);
     let Some(revision) = world.revisions.get(key) else { return false };
+    if world.retired(revision) {
+        return retire(world, key);
+    }
     let counts = world.counts(revision);
     let reachable = world.reachable(revision);
     if !settled {
@@ -76,8 +79,15 @@ pub fn decide(world: &mut World, key: &str, now: Timestamp, recorder: &mut Recor
     }
     let decision = scaler.decide(time, &observation);
     recorder.write(now, key, || Entry::Decide { observation, decision: decision.clone() });
-    let changed = decision.applied != revision.wanted;
-    revision.wanted = decision.applied;
+    let mut wanted = decision.applied;
+    if reachable {
+        // Knative's scaler says nothing without load; one that takes traffic again needs its minimum at
+        // once. And one that was never ready is given up by the roll-out, which sees its progress.
+        let proven = revision.record.been_ready;
+        wanted = wanted.max(if proven { revision.scaling.min_scale() } else { revision.needed() });
+    }
+    let changed = wanted != revision.wanted;
+    revision.wanted = wanted;
     // Quiet repetitions would push out the decisions that explain something.
     if revision.decisions.back().is_none_or(|(_, last)| !last.same_but_for_time(&decision)) {
         revision.decisions.push_back((now, decision));
@@ -86,4 +96,12 @@ pub fn decide(world: &mut World, key: &str, now: Timestamp, recorder: &mut Recor
         }
     }
     changed
+}
+
+/// A revision that shall have no replicas needs no autoscaler.
+fn retire(world: &mut World, key: &str) -> bool {
+    world.revisions.get_mut(key).is_some_and(|revision| {
+        revision.scaler = None;
+        std::mem::take(&mut revision.wanted) > 0
+    })
 }

@@ -9,47 +9,57 @@ use pilotlight_proto::{
 };
 
 use super::{
-    routes,
+    conditions, routes,
     world::{Event, NodeState, ReplicaState, RevisionState, ServiceState, World},
 };
 use crate::{
     autoscaler::Decision,
-    spec::{
-        self, Condition, ConditionStatus, FailureInfo, ModelState, ModelStatus, StatusView, TrafficTarget,
-        TransitionStatus,
-    },
+    rollout::Tag,
+    spec::{self, FailureInfo, ModelState, ModelStatus, StatusView, TrafficTarget, TransitionStatus},
 };
 
 /// A service, with its object in KServe's shape.
 pub fn service(world: &World, state: &ServiceState) -> control::Service {
     let record = &state.record;
-    let routed = world.routed(state);
-    let latest = world.revisions.get(&record.revision_key(record.latest_revision));
-    let counts = routed.map(|revision| world.counts(revision)).unwrap_or_default();
+    let latest = world.newest(state);
     let status = status(world, state);
-    let ready = status.ready();
+    let ready = status.conditions.iter().find(|condition| condition.name == "Ready");
     let spec = &record.service;
+    // The replicas of all that takes traffic, or will: during a canary of both revisions.
+    let targets = world.destinations(state);
+    let shown =
+        |number: &&u32| **number == record.latest_revision || targets.iter().any(|target| target.revision == **number);
+    let revisions: Vec<_> =
+        state.revisions.iter().filter(shown).filter_map(|number| world.revision_of(state, *number)).collect();
+    let counts = revisions.iter().map(|revision| world.counts(revision));
+    let (ready_replicas, starting_replicas) =
+        counts.fold((0, 0), |(ready, starting), counts| (ready + counts.ready, starting + counts.starting));
+    let latest_share = status.traffic.iter().find(|target| target.latest);
+    let prev_share = status.traffic.iter().find(|target| target.tag == Tag::Prev.as_str());
     control::Service {
         namespace: spec.namespace.clone(),
         name: spec.name.clone(),
         url: url(world, &spec.namespace, &spec.name),
-        ready: ready.status.to_string(),
-        reason: ready.reason,
-        message: ready.message,
+        ready: ready.map(|ready| ready.status.to_string()).unwrap_or_default(),
+        reason: ready.map(|ready| ready.reason.clone()).unwrap_or_default(),
+        message: ready.map(|ready| ready.message.clone()).unwrap_or_default(),
         latest_created_revision: record.revision_name(record.latest_revision),
         latest_ready_revision: record.latest_ready.map(|n| record.revision_name(n)).unwrap_or_default(),
-        ready_replicas: counts.ready,
-        starting_replicas: counts.starting,
-        desired_replicas: routed.map_or(0, |revision| revision.wanted),
+        ready_replicas,
+        starting_replicas,
+        desired_replicas: revisions.iter().map(|revision| revision.wanted).sum(),
         min_replicas: latest.map_or(0, |revision| revision.scaling.min_scale()),
         max_replicas: latest.map_or(0, |revision| revision.scaling.max_scale()),
         created_at: Some(timestamp(record.created_at)),
         queue_depth: state
             .revisions
             .iter()
-            .filter_map(|number| world.revisions.get(&record.revision_key(*number)))
+            .filter_map(|number| world.revision_of(state, *number))
             .flat_map(|revision| revision.waiting.values())
             .sum(),
+        latest_traffic_percent: latest_share.map(|target| u32::from(target.percent)),
+        prev_traffic_percent: prev_share.map(|target| u32::from(target.percent)),
+        prev_revision: prev_share.map(|target| target.revision.clone()).unwrap_or_default(),
         object_json: spec::to_object(spec, &status).to_string(),
     }
 }
@@ -57,6 +67,10 @@ pub fn service(world: &World, state: &ServiceState) -> control::Service {
 /// The service's address as clients use it.
 pub fn url(world: &World, namespace: &str, name: &str) -> String {
     let host = routes::hosts(world, namespace, name).swap_remove(0);
+    url_of(world, &host)
+}
+
+fn url_of(world: &World, host: &str) -> String {
     match world.settings.ingress_port {
         80 => format!("http://{host}"),
         port => format!("http://{host}:{port}"),
@@ -65,24 +79,18 @@ pub fn url(world: &World, namespace: &str, name: &str) -> String {
 
 fn status(world: &World, state: &ServiceState) -> StatusView {
     let record = &state.record;
-    let latest = world.revisions.get(&record.revision_key(record.latest_revision));
-    let predictor_ready = predictor_condition(world, record.created_at, latest);
-    // A newer revision that fails leaves the last good one serving: its route stays ready.
-    let routable = record.latest_ready.is_some();
-    let ingress_ready = if routable {
-        condition(ConditionStatus::True, "", "", record.created_at)
-    } else {
-        let message = "no revision has been ready yet";
-        condition(ConditionStatus::Unknown, "PredictorNotReady", message, record.created_at)
-    };
-    let address = url(world, &record.service.namespace, &record.service.name);
+    let routable = record.latest_ready.is_some() && !record.service.stopped;
+    let mut hosts = routes::hosts(world, &record.service.namespace, &record.service.name);
+    let predictor = hosts.pop().map(|host| url_of(world, &host));
+    let host = hosts.pop().unwrap_or_default();
+    let address = url_of(world, &host);
     let name = |number| record.revision_name(number);
-    let traffic = world.routed(state).filter(|_| routable).map(|revision| TrafficTarget {
-        revision: revision.record.name.clone(),
-        percent: 100,
-        latest: revision.record.number == record.latest_revision,
-        tag: String::new(),
-        url: None,
+    let traffic = world.targets(state).into_iter().map(|target| TrafficTarget {
+        revision: name(target.revision),
+        percent: target.percent,
+        latest: target.latest,
+        tag: target.tag.map(|tag| tag.to_string()).unwrap_or_default(),
+        url: target.tag.map(|tag| url_of(world, &format!("{tag}-{host}"))),
     });
     StatusView {
         uid: record.uid.clone(),
@@ -91,99 +99,95 @@ fn status(world: &World, state: &ServiceState) -> StatusView {
         created_at: record.created_at,
         url: routable.then(|| address.clone()),
         address_url: routable.then_some(address),
-        predictor_ready,
-        ingress_ready,
-        stopped: None,
+        predictor_url: predictor.filter(|_| routable),
+        conditions: conditions::of(world, state),
         latest_created_revision: name(record.latest_revision),
         latest_ready_revision: record.latest_ready.map(name).unwrap_or_default(),
-        latest_rolledout_revision: record.latest_ready.map(name).unwrap_or_default(),
-        previous_rolledout_revision: String::new(),
-        traffic: traffic.into_iter().collect(),
-        model: model_status(world, record.latest_ready.is_some(), latest),
+        latest_rolledout_revision: record.latest_rolledout.map(name).unwrap_or_default(),
+        previous_rolledout_revision: record.previous_rolledout.map(name).unwrap_or_default(),
+        traffic: traffic.collect(),
+        model: model_status(world, state),
     }
 }
 
-fn condition(status: ConditionStatus, reason: &str, message: &str, since: Timestamp) -> Condition {
-    Condition { status, reason: reason.to_owned(), message: message.to_owned(), last_transition: since }
-}
-
-/// The newest replica of a revision that has failed, and what its agent says.
-fn failure<'a>(world: &'a World, revision: &'a RevisionState) -> Option<(&'a ReplicaState, &'a fleet::ReplicaStatus)> {
-    let replicas = revision.replicas.iter().filter_map(|name| world.replicas.get(name));
-    let failed = replicas.filter(|replica| replica.phase() == ReplicaPhase::Failed);
-    let newest = failed.max_by_key(|replica| replica.record.created_at)?;
-    newest.status.as_ref().map(|status| (newest, status))
-}
-
-/// Whether the newest revision can serve, and if not, why.
-fn predictor_condition(world: &World, since: Timestamp, latest: Option<&RevisionState>) -> Condition {
-    let Some(revision) = latest else {
-        return condition(ConditionStatus::Unknown, "RevisionMissing", "no revision yet", since);
-    };
-    let since = revision.record.created_at;
-    if world.counts(revision).ready == 0 {
-        if let Some((_, status)) = failure(world, revision) {
-            return condition(ConditionStatus::False, &status.reason, &status.message, since);
+/// State of a revision's model.
+fn model_state(world: &World, revision: &RevisionState) -> ModelState {
+    let counts = world.counts(revision);
+    match () {
+        () if counts.ready > 0 => ModelState::Loaded,
+        () if revision.record.failed.is_some() || conditions::failure(world, revision).is_some() => {
+            ModelState::FailedToLoad
         }
-        if let Some(why) = &revision.unplaced {
-            return condition(ConditionStatus::False, "Unschedulable", why, since);
-        }
+        () if counts.starting > 0 => ModelState::Loading,
+        () if revision.wanted == 0 && revision.record.been_ready => ModelState::Standby,
+        () => ModelState::Pending,
     }
-    if revision.record.been_ready {
-        return condition(ConditionStatus::True, "", "", since);
-    }
-    condition(ConditionStatus::Unknown, "Deploying", "waiting for the first replica to be ready", since)
 }
 
-fn model_status(world: &World, serves: bool, latest: Option<&RevisionState>) -> ModelStatus {
-    let counts = latest.map(|revision| world.counts(revision)).unwrap_or_default();
-    let failed = latest.and_then(|revision| failure(world, revision).map(|failure| (revision, failure)));
-    let target = match latest {
-        _ if counts.ready > 0 => ModelState::Loaded,
-        _ if failed.is_some() => ModelState::FailedToLoad,
-        _ if counts.starting > 0 => ModelState::Loading,
-        Some(revision) if revision.wanted == 0 && revision.record.been_ready => ModelState::Standby,
-        _ => ModelState::Pending,
-    };
-    let transition = match target {
-        ModelState::FailedToLoad => TransitionStatus::BlockedByFailedLoad,
-        ModelState::Loaded | ModelState::Standby => TransitionStatus::UpToDate,
-        ModelState::Loading | ModelState::Pending => TransitionStatus::InProgress,
-    };
+fn model_status(world: &World, state: &ServiceState) -> ModelStatus {
+    let latest = world.newest(state);
+    let target = latest.map_or(ModelState::Pending, |revision| model_state(world, revision));
+    let serving = state.record.latest_ready.and_then(|number| world.revision_of(state, number));
     ModelStatus {
-        transition,
-        active: serves.then_some(if target == ModelState::FailedToLoad { ModelState::Standby } else { target }),
+        transition: match target {
+            ModelState::FailedToLoad => TransitionStatus::BlockedByFailedLoad,
+            ModelState::Loaded | ModelState::Standby => TransitionStatus::UpToDate,
+            ModelState::Loading | ModelState::Pending => TransitionStatus::InProgress,
+        },
+        active: serving.map(|revision| model_state(world, revision)),
         target,
-        failed_copies: u32::from(failed.is_some()),
-        total_copies: counts.ready,
-        last_failure: failed.map(|(revision, (replica, status))| FailureInfo {
-            reason: "ModelLoadFailed".to_owned(),
-            message: status.message.clone(),
-            location: replica.record.name.clone(),
-            revision: revision.record.name.clone(),
-            time: replica.record.created_at,
-            exit_code: status.exit_code,
-        }),
+        failed_copies: latest.map_or(0, |revision| failed_copies(world, revision)),
+        total_copies: latest.map_or(0, |revision| world.counts(revision).ready),
+        last_failure: latest.and_then(|revision| last_failure(world, revision)),
     }
+}
+
+fn failed_copies(world: &World, revision: &RevisionState) -> u32 {
+    let replicas = revision.replicas.iter().filter_map(|name| world.replicas.get(name));
+    replicas.filter(|replica| replica.failure.is_some()).count() as u32
+}
+
+/// What a replica of the revision said last when it failed, or what was kept of it.
+fn last_failure(world: &World, revision: &RevisionState) -> Option<FailureInfo> {
+    let name = revision.record.name.clone();
+    if let Some(failed) = &revision.record.failed {
+        return Some(FailureInfo {
+            reason: "ModelLoadFailed".to_owned(),
+            message: failed.message.clone(),
+            location: failed.replica.clone(),
+            revision: name,
+            time: failed.at,
+            exit_code: failed.exit_code,
+        });
+    }
+    let (replica, status) = conditions::failure(world, revision)?;
+    Some(FailureInfo {
+        // Loading ends with the first readiness; what fails later is KServe's other reason.
+        reason: if status.ready_at.is_some() { "RuntimeUnhealthy" } else { "ModelLoadFailed" }.to_owned(),
+        message: status.message.clone(),
+        location: replica.record.name.clone(),
+        revision: name,
+        time: replica.record.created_at,
+        exit_code: status.exit_code,
+    })
 }
 
 /// A revision.
 pub fn revision(world: &World, state: &RevisionState) -> control::Revision {
     let record = &state.record;
     let counts = world.counts(state);
-    let routed = world
-        .services
-        .get(&record.service_key())
-        .and_then(|service| world.routed(service))
-        .is_some_and(|routed| routed.record.number == record.number);
+    let service = world.services.get(&record.service_key());
+    let targets = service.map(|service| world.destinations(service)).unwrap_or_default();
+    let share = targets.iter().find(|target| target.revision == record.number).map_or(0, |target| target.percent);
+    let failed = record.failed.as_ref().map(|failed| failed.message.clone());
     control::Revision {
         namespace: record.namespace.clone(),
         name: record.name.clone(),
         service: record.service.clone(),
         generation: record.generation,
         ready: record.been_ready,
-        message: state.unplaced.clone().unwrap_or_default(),
-        traffic_percent: if routed { 100 } else { 0 },
+        message: failed.or_else(|| state.unplaced.clone()).unwrap_or_default(),
+        traffic_percent: u32::from(share),
         ready_replicas: counts.ready,
         desired_replicas: state.wanted,
         created_at: Some(timestamp(record.created_at)),

@@ -12,7 +12,8 @@ use pilotlight_telemetry::TraceContext;
 use crate::{
     autoscaler::{Decision, Defaults, Scaler, ScalerConfig},
     fleet::SessionHandle,
-    model::{NodeRecord, ReplicaRecord, RevisionKey, RevisionRecord, ServiceKey, ServiceRecord},
+    model::{ConditionRecord, NodeRecord, ReplicaRecord, RevisionKey, RevisionRecord, ServiceKey, ServiceRecord},
+    rollout::{self, Policy, Signs, Target, progress},
 };
 
 /// Decisions kept per revision for `describe`.
@@ -59,6 +60,10 @@ pub struct ServiceState {
     pub record: ServiceRecord,
     /// Numbers of its revisions that still exist.
     pub revisions: BTreeSet<u32>,
+    /// Whether its conditions held when last looked at, and since when.
+    pub conditions: BTreeMap<String, ConditionRecord>,
+    /// Shares of its requests when last looked at, for telling of changes.
+    pub shares: Vec<Target>,
     /// What happened lately, oldest first.
     pub events: VecDeque<Event>,
 }
@@ -97,6 +102,12 @@ pub struct RevisionState {
     pub replicas: BTreeSet<String>,
     /// Why some wanted replicas have no place, empty where all have.
     pub unplaced: Option<String>,
+    /// Replicas that the roll-out of the service leaves it; `None` is as many as are wanted.
+    pub most: Option<u32>,
+    /// True where only the promise of a warm replica keeps it from taking another revision's place.
+    pub kept_out: bool,
+    /// When it last showed a sign of progress.
+    pub progress_at: Timestamp,
     /// Requests waiting for it, by node, as last reported.
     pub waiting: BTreeMap<String, u64>,
     /// Trace of the request that woke it, until a replica has been started for it.
@@ -110,6 +121,10 @@ pub struct ReplicaState {
     pub record: ReplicaRecord,
     /// What its agent last said of it; `None` until then.
     pub status: Option<fleet::ReplicaStatus>,
+    /// What it has shown so far.
+    pub signs: Signs,
+    /// What its agent said when it last failed; `None` once it was ready again.
+    pub failure: Option<fleet::ReplicaStatus>,
     /// Requests running on it, as last reported.
     pub running: u64,
     /// Trace of the decision that made it.
@@ -135,6 +150,19 @@ pub struct NodeState {
     pub replicas: BTreeSet<String>,
     /// Version of the last assignment sent.
     pub assignment_version: u64,
+}
+
+impl ServiceState {
+    /// A service whose revisions are not yet known.
+    pub fn new(record: ServiceRecord) -> Self {
+        Self {
+            record,
+            revisions: Default::default(),
+            conditions: Default::default(),
+            shares: Vec::new(),
+            events: Default::default(),
+        }
+    }
 }
 
 impl NodeState {
@@ -170,6 +198,24 @@ impl ReplicaState {
     }
 }
 
+impl RevisionState {
+    /// Replicas that make it ready, where there is room for them.
+    pub fn needed(&self) -> u32 {
+        let most = if self.scaling.max_scale() == 0 { u32::MAX } else { self.scaling.max_scale() };
+        progress::needed(self.scaling.initial_scale(), self.scaling.min_scale()).min(most)
+    }
+
+    /// Replicas that it shall have now.
+    pub fn allowed(&self) -> u32 {
+        self.most.map_or(self.wanted, |most| most.min(self.wanted))
+    }
+
+    /// True while it takes over from others one replica at a time.
+    pub fn replaces_in_place(&self) -> bool {
+        self.record.in_place && !self.record.been_ready && self.record.failed.is_none()
+    }
+}
+
 /// How many replicas of a revision are in which state.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Counts {
@@ -179,6 +225,13 @@ pub struct Counts {
     pub starting: u32,
     /// Finish and leave.
     pub draining: u32,
+}
+
+impl Counts {
+    /// Those that go on living.
+    pub fn live(&self) -> u32 {
+        self.ready + self.starting
+    }
 }
 
 impl World {
@@ -206,18 +259,79 @@ impl World {
         counts
     }
 
-    /// The revision that takes a service's traffic: the newest that was ever ready, else the newest.
-    pub fn routed<'a>(&'a self, service: &ServiceState) -> Option<&'a RevisionState> {
-        let number = service.record.latest_ready.unwrap_or(service.record.latest_revision);
+    /// One of a service's revisions.
+    pub fn revision_of(&self, service: &ServiceState, number: u32) -> Option<&RevisionState> {
         self.revisions.get(&service.record.revision_key(number))
+    }
+
+    /// The newest of a service's revisions, whatever its state.
+    pub fn newest(&self, service: &ServiceState) -> Option<&RevisionState> {
+        self.revision_of(service, service.record.latest_revision)
+    }
+
+    /// What the service's annotations say about its roll-out.
+    pub fn policy(&self, service: &ServiceState) -> Policy {
+        let spec = &service.record.service;
+        let annotations = [&spec.annotations, &spec.predictor.template.annotations];
+        Policy::resolve(annotations, self.settings.scaling.progress_deadline)
+    }
+
+    /// Shares of a service's requests; empty where no revision was ever ready, or the service is stopped.
+    pub fn targets(&self, service: &ServiceState) -> Vec<Target> {
+        let mut targets = self.steady_targets(service);
+        if let Some(newest) = self.newest(service).filter(|newest| newest.replaces_in_place()) {
+            let ready = self.counts(newest).ready;
+            let canary = service.record.service.predictor.canary_traffic_percent.unwrap_or(100);
+            let share = progress::share_in_place(newest.needed(), ready, canary);
+            rollout::shift(&mut targets, newest.record.number, share);
+        }
+        targets
+    }
+
+    /// The same, leaving out a revision that is about to replace others one replica at a time.
+    pub fn steady_targets(&self, service: &ServiceState) -> Vec<Target> {
+        let spec = &service.record.service;
+        if spec.stopped {
+            return Vec::new();
+        }
+        let tagged = spec.annotations.get(rollout::policy::TAG_ROUTING);
+        let tag_latest = tagged.is_some_and(|value| value.eq_ignore_ascii_case("true"));
+        rollout::split(&service.record.history(), spec.predictor.canary_traffic_percent, tag_latest)
+    }
+
+    /// Where requests go: [`World::targets`], and before anything was ready the newest revision, where
+    /// they wait unless it has failed.
+    pub fn destinations(&self, service: &ServiceState) -> Vec<Target> {
+        let targets = self.targets(service);
+        if !targets.is_empty() || service.record.service.stopped {
+            return targets;
+        }
+        let newest = self.newest(service).filter(|newest| newest.record.failed.is_none());
+        newest
+            .map(|newest| Target { revision: newest.record.number, percent: 100, latest: true, tag: None })
+            .into_iter()
+            .collect()
     }
 
     /// True where the revision takes traffic or is the one being rolled out (Knative's reachability).
     pub fn reachable(&self, revision: &RevisionState) -> bool {
+        let number = revision.record.number;
         self.services.get(&revision.record.service_key()).is_some_and(|service| {
-            let record = &service.record;
-            revision.record.number == record.latest_revision || Some(revision.record.number) == record.latest_ready
+            !service.record.service.stopped
+                && (number == service.record.latest_revision
+                    || self.steady_targets(service).iter().any(|target| target.revision == number))
         })
+    }
+
+    /// True where the revision shall have no replicas, whoever asks for it: it has failed, was replaced
+    /// before it was ever ready, or its service is stopped or gone.
+    pub fn retired(&self, revision: &RevisionState) -> bool {
+        let record = &revision.record;
+        record.failed.is_some()
+            || self.services.get(&record.service_key()).is_none_or(|service| {
+                let replaced = !record.been_ready && record.number != service.record.latest_revision;
+                replaced || service.record.service.stopped
+            })
     }
 
     /// True once every known node has told what runs there, or its lease has run out. Before that
@@ -234,7 +348,8 @@ impl World {
         if let Some(node) = self.nodes.get_mut(&record.node) {
             node.replicas.insert(record.name.clone());
         }
-        self.replicas.insert(record.name.clone(), ReplicaState { record, status: None, running: 0, trace });
+        let state = ReplicaState { record, status: None, signs: Signs::default(), failure: None, running: 0, trace };
+        self.replicas.insert(state.record.name.clone(), state);
     }
 
     /// Takes a replica out of the world and its indices.

@@ -19,10 +19,10 @@ use crate::{
     autoscaler::ScalerConfig,
     model::{ReplicaRecord, RevisionRecord, ServiceRecord},
     reconcile::{
+        load::insert_revision,
         observe::{self, Dirty},
         plan::{self, Gone},
         record::Recorder,
-        run::insert_revision,
         scale,
         world::{ServiceState, Settings, World},
     },
@@ -469,6 +469,8 @@ fn add(world: &mut World, service: &InferenceService, now: Timestamp) -> Result<
         created_at: now,
         latest_revision: 1,
         latest_ready: Some(1),
+        latest_rolledout: Some(1),
+        previous_rolledout: None,
         service: service.clone(),
     };
     let revision = RevisionRecord {
@@ -479,13 +481,15 @@ fn add(world: &mut World, service: &InferenceService, now: Timestamp) -> Result<
         generation: 1,
         created_at: now,
         been_ready: true,
+        failed: None,
+        in_place: false,
         scaling: predictor.scaling.clone(),
         timeout: predictor.timeout,
         template: predictor.template.clone(),
     };
     let key = revision.key();
     world.services.insert(record.key(), ServiceState::new(record));
-    insert_revision(world, revision);
+    insert_revision(world, revision, now);
     let concurrency = predictor.scaling.container_concurrency.max(0) as u32;
     Ok(VirtualService::new(key, concurrency, predictor.timeout))
 }

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::{documents::join, quantity, report::Report};
+use crate::rollout::policy;
 
 const AUTOSCALING: &str = "autoscaling.knative.dev/";
 const OWN: &str = "pilotlight.dev/";
@@ -16,6 +17,7 @@ pub(super) fn check_service(
     labels: &BTreeMap<String, String>,
     report: &mut Report,
 ) -> bool {
+    report.add(policy::check(annotations, "metadata.annotations"));
     for (key, value) in annotations {
         let at = join("metadata.annotations", key);
         if let Some(name) = key.strip_prefix(KSERVE) {
@@ -39,6 +41,8 @@ pub(super) fn check_service(
 fn check_kserve(name: &str, value: &str, at: &str, report: &mut Report) {
     match name {
         "stop" if value.eq_ignore_ascii_case("true") || value.eq_ignore_ascii_case("false") => {}
+        // The roll-out's own, checked there.
+        "enable-tag-routing" => {}
         "stop" => report.warning(at, value, "means false; must be true or false"),
         "deploymentMode" => match value {
             "Knative" | "Serverless" => {}
@@ -69,12 +73,14 @@ pub(super) fn of_revision(
             report.warning(join(path, key), &annotations[key], format!("has no effect: use {field}, as KServe does"));
         }
     }
+    report.add(policy::check(&component, at));
     for (key, value) in component.iter().filter(|(key, _)| key.starts_with(KSERVE)) {
         report.warning(join(at, key), value, "has no effect on a component: set it in metadata.annotations");
     }
     let mut merged: BTreeMap<String, String> = service
         .iter()
         .filter(|(key, _)| key.starts_with(AUTOSCALING) || key.starts_with(OWN))
+        .filter(|(key, _)| !policy::OF_SERVICE.contains(&key.as_str()))
         .map(|(key, value)| (key.clone(), value.clone()))
         .collect();
     merged.extend(component);

@@ -323,10 +323,8 @@ fn read_scaling(extension: &Extension, at: &str, report: &mut Report) -> Scaling
 fn read_canary(given: Option<i64>, at: &str, report: &mut Report) -> Option<u8> {
     let at = join(at, "canaryTrafficPercent");
     let percent = u8::try_from(given?).ok().filter(|percent| *percent <= 100);
-    match percent {
-        None => report.error(at, given.unwrap_or_default(), "must be 0 to 100"),
-        Some(100) => {}
-        Some(_) => report.unsupported(at, "all requests go to the newest ready revision"),
+    if percent.is_none() {
+        report.error(at, given.unwrap_or_default(), "must be 0 to 100");
     }
     percent
 }

@@ -3,12 +3,13 @@
 use std::fmt;
 
 use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::{API_VERSION, model::InferenceService};
 
 /// Whether a condition holds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ConditionStatus {
     /// It holds.
     True,
@@ -27,6 +28,10 @@ impl fmt::Display for ConditionStatus {
 /// One condition of a service.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Condition {
+    /// Its type, such as `PredictorReady`.
+    pub name: &'static str,
+    /// True where `Ready` does not depend on it.
+    pub informative: bool,
     /// Whether it holds.
     pub status: ConditionStatus,
     /// CamelCase; empty where it holds.
@@ -129,12 +134,10 @@ pub struct StatusView {
     pub url: Option<String>,
     /// Where other services reach it.
     pub address_url: Option<String>,
-    /// Whether the predictor's newest revision can serve.
-    pub predictor_ready: Condition,
-    /// Whether requests find their way to it.
-    pub ingress_ready: Condition,
-    /// Given where the service is, or was, stopped by annotation.
-    pub stopped: Option<Condition>,
+    /// All conditions, sorted by name, as Knative keeps them.
+    pub conditions: Vec<Condition>,
+    /// Where clients reach the predictor; `None` until it was first ready.
+    pub predictor_url: Option<String>,
     /// Revision names without the namespace; empty where there is none yet.
     pub latest_created_revision: String,
     /// The newest revision that was ready.
@@ -147,25 +150,6 @@ pub struct StatusView {
     pub traffic: Vec<TrafficTarget>,
     /// State of the model.
     pub model: ModelStatus,
-}
-
-impl StatusView {
-    /// KServe's `Ready`: false as soon as `PredictorReady` or `IngressReady` is, true when both are, with
-    /// the reason of the one that holds it back.
-    pub fn ready(&self) -> Condition {
-        let dependents = [&self.predictor_ready, &self.ingress_ready];
-        for status in [ConditionStatus::False, ConditionStatus::Unknown] {
-            if let Some(cause) = dependents.into_iter().find(|condition| condition.status == status) {
-                return cause.clone();
-            }
-        }
-        Condition {
-            status: ConditionStatus::True,
-            reason: String::new(),
-            message: String::new(),
-            last_transition: self.predictor_ready.last_transition.max(self.ingress_ready.last_transition),
-        }
-    }
 }
 
 /// The service as KServe's API would give it: metadata, `spec` as applied, and status.
@@ -192,13 +176,7 @@ pub fn to_object(service: &InferenceService, view: &StatusView) -> Value {
 }
 
 fn status(view: &StatusView) -> Value {
-    // Sorted by type, as Knative keeps them.
-    let mut conditions = vec![
-        condition("IngressReady", &view.ingress_ready),
-        condition("PredictorReady", &view.predictor_ready),
-        condition("Ready", &view.ready()),
-    ];
-    conditions.extend(view.stopped.as_ref().map(|stopped| condition("Stopped", stopped)));
+    let conditions: Vec<_> = view.conditions.iter().map(condition).collect();
     let mut predictor = Map::new();
     for (key, revision) in [
         ("latestCreatedRevision", &view.latest_created_revision),
@@ -209,6 +187,10 @@ fn status(view: &StatusView) -> Value {
         put_text(&mut predictor, key, revision);
     }
     predictor.insert("traffic".into(), view.traffic.iter().map(traffic).collect());
+    if let Some(url) = &view.predictor_url {
+        predictor.insert("url".into(), json!(url));
+        predictor.insert("address".into(), json!({ "url": url }));
+    }
 
     let mut status = json!({
         "deploymentMode": "Knative",
@@ -226,9 +208,12 @@ fn status(view: &StatusView) -> Value {
     status
 }
 
-fn condition(name: &str, condition: &Condition) -> Value {
+fn condition(condition: &Condition) -> Value {
     let mut object = Map::new();
-    object.insert("type".into(), json!(name));
+    object.insert("type".into(), json!(condition.name));
+    if condition.informative {
+        object.insert("severity".into(), json!("Info"));
+    }
     object.insert("status".into(), json!(condition.status.to_string()));
     put_text(&mut object, "reason", &condition.reason);
     put_text(&mut object, "message", &condition.message);
