@@ -2,6 +2,8 @@
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
+use crate::spec::PlacementPolicy;
+
 /// Settings of one coordinator process. `Default` is a single machine with mutual TLS.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -29,6 +31,8 @@ pub struct Config {
     pub node_lease: Duration,
     /// Requests that one gateway may hold for one revision.
     pub queue_limit: u32,
+    /// How replicas are placed unless their annotations say otherwise.
+    pub placement_policy: PlacementPolicy,
     /// Where to write what the autoscaler observes and decides, as JSON lines, for `pilotlight simulate`.
     pub record: Option<PathBuf>,
 }
@@ -84,6 +88,7 @@ impl Default for Config {
             report_interval: Duration::from_secs(1),
             node_lease: Duration::from_secs(20),
             queue_limit: 1000,
+            placement_policy: PlacementPolicy::BinPack,
             record: None,
         }
     }

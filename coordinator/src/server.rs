@@ -220,6 +220,7 @@ fn settings(config: &Config) -> Settings {
         queue_limit: config.queue_limit,
         scaling: scaling_defaults(),
         node_lease: config.node_lease,
+        placement_policy: config.placement_policy,
     }
 }
 

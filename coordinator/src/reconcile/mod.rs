@@ -7,6 +7,7 @@ mod apply;
 pub mod clock;
 pub mod commands;
 pub mod meter;
+mod nodes;
 pub mod observe;
 pub mod plan;
 pub mod record;

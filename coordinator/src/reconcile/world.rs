@@ -13,6 +13,7 @@ use crate::{
     autoscaler::{Decision, Defaults, Scaler, ScalerConfig},
     fleet::SessionHandle,
     model::{NodeRecord, ReplicaRecord, RevisionKey, RevisionRecord, ServiceKey, ServiceRecord},
+    spec::PlacementPolicy,
 };
 
 /// Decisions kept per revision for `describe`.
@@ -50,6 +51,8 @@ pub struct Settings {
     pub scaling: Defaults,
     /// Silence after which a node is lost.
     pub node_lease: Duration,
+    /// How replicas are placed unless their annotations say otherwise.
+    pub placement_policy: PlacementPolicy,
 }
 
 /// One service.
