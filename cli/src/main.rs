@@ -13,6 +13,7 @@ mod failure;
 mod get;
 mod json;
 mod logs;
+mod node;
 mod output;
 mod process;
 mod table;
@@ -62,6 +63,9 @@ enum Command {
     Delete(delete::Args),
     /// Print what a service's replicas write.
     Logs(logs::Args),
+    /// Take nodes out of use and back.
+    #[command(subcommand)]
+    Node(node::Command),
     /// Make join tokens for nodes.
     #[command(subcommand)]
     Token(token::Command),
@@ -112,6 +116,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
         Command::Describe(args) => process::ask(describe::run(connection, args)),
         Command::Delete(args) => process::ask(delete::run(connection, args)),
         Command::Logs(args) => process::ask(logs::run(connection, args)),
+        Command::Node(command) => process::ask(node::run(connection, command)),
         Command::Token(command) => process::ask(token::run(connection, command)),
         Command::Version(args) => process::ask(version::run(connection, args)),
         Command::Completions { shell } => {
