@@ -58,6 +58,7 @@ pub fn replica(replica: &Replica) -> Value {
     json!({
         "namespace": replica.namespace, "name": replica.name, "service": replica.service,
         "revision": replica.revision, "node": replica.node, "gpuIndices": replica.gpu_indices,
+        "migDevices": replica.mig_devices,
         "phase": replica.phase, "message": replica.message, "restarts": replica.restarts,
         "createdAt": moment(replica.created_at), "readyAt": moment(replica.ready_at), "pid": replica.pid,
         "adopted": replica.adopted,

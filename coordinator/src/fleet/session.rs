@@ -55,6 +55,13 @@ impl SessionHandle {
         sent
     }
 
+    /// A session with nobody at its other end.
+    #[cfg(test)]
+    pub(crate) fn of_nobody(node: &str) -> Self {
+        let (outbound, _) = mpsc::channel(1);
+        Self { node: node.to_owned(), id: 0, outbound, closed: CancellationToken::new() }
+    }
+
     /// Ends the session.
     pub fn close(&self) {
         self.closed.cancel();

@@ -1,5 +1,8 @@
 //! From wanted replica counts to what must change: which replicas to place, drain and forget. Pure.
 
+#[cfg(test)]
+mod tests;
+
 use std::{
     cmp::Reverse,
     collections::{BTreeMap, BTreeSet},

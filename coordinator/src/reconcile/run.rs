@@ -404,7 +404,11 @@ impl Reconciler {
     fn place(&mut self, record: ReplicaRecord, now: Timestamp) {
         let trace = self.world.revisions.get(&record.revision).map(|r| r.trace.clone()).unwrap_or_default();
         let service = format!("{}/{}", record.namespace, record.service);
-        let message = format!("placed on node {} with GPUs {:?}", record.node, record.gpu_indices);
+        let parts = match record.mig_devices.as_slice() {
+            [] => String::new(),
+            devices => format!(", of them only {}", devices.join(", ")),
+        };
+        let message = format!("placed on node {} with GPUs {:?}{parts}", record.node, record.gpu_indices);
         let object = format!("Replica/{}", record.name);
         self.world.note(&service, Event { time: now, warning: false, reason: "Scheduled", object, message });
         self.dirty.nodes.insert(record.node.clone());

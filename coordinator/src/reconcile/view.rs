@@ -201,6 +201,7 @@ pub fn replica(state: &ReplicaState) -> control::Replica {
         revision: revision.to_owned(),
         node: record.node.clone(),
         gpu_indices: record.gpu_indices.clone(),
+        mig_devices: record.mig_devices.clone(),
         phase: phase_name(record.draining, state.phase()).to_owned(),
         message: status.message,
         restarts: status.restarts,

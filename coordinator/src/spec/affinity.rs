@@ -94,3 +94,36 @@ fn check_field(requirement: &NodeSelectorRequirement, at: &str, report: &mut Rep
         report.error(join(at, "values"), values.join(", "), "must be one node name");
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn findings(yaml: &str) -> (usize, Vec<String>) {
+        let affinity: Affinity = serde_norway::from_str(yaml).unwrap();
+        let mut report = Report::new(false);
+        let (_, preferred) = read(Some(&affinity), "affinity", &mut report);
+        (preferred.len(), report.into_findings().iter().map(ToString::to_string).collect())
+    }
+
+    #[test]
+    fn preferred_terms_are_kept_and_checked() {
+        let preferred = |weight: i32, operator: &str| {
+            format!(
+                "nodeAffinity:\n  preferredDuringSchedulingIgnoredDuringExecution:\n  - weight: {weight}\n    \
+                 preference: {{matchExpressions: [{{key: gpu.nvidia.com/class, operator: {operator}, values: [A40]}}]}}\n"
+            )
+        };
+        assert_eq!(findings(&preferred(100, "In")), (1, vec![]));
+        let at = "affinity.nodeAffinity.preferredDuringSchedulingIgnoredDuringExecution[0]";
+        for weight in [0, 101] {
+            let (_, found) = findings(&preferred(weight, "In"));
+            assert_eq!(found, [format!("{at}.weight: must be 1 to 100 (got {weight})")]);
+        }
+        let (_, found) = findings(&preferred(1, "Like"));
+        assert!(
+            found.len() == 1 && found[0].starts_with(&format!("{at}.preference.matchExpressions[0].operator")),
+            "{found:?}"
+        );
+    }
+}
