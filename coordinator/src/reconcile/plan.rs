@@ -106,25 +106,39 @@ pub fn plan(world: &World, revisions: &BTreeSet<RevisionKey>, now: Timestamp) ->
     let mut plan = Plan::default();
     let mut wishes: Vec<Wish<'_>> = Vec::new();
     for key in revisions {
-        let Some(revision) = world.revisions.get(key) else { continue };
-        let live = sort_out(world, revision, now, &mut plan);
-        let wanted = revision.wanted as usize;
-        let (moving, mut staying): (Vec<_>, Vec<_>) = live.into_iter().partition(|name| on_draining_node(world, name));
-        let surplus = staying.len().saturating_sub(wanted);
-        sort_for_leaving(world, &mut staying);
-        let (leaving, staying) = staying.split_at(surplus);
-        plan.drain.extend(leaving.iter().map(|name| (*name).to_owned()));
-        let ready = staying.iter().filter(|name| world.replicas[**name].ready()).count();
-        let stand_in = stand_ins(world, moving, wanted.saturating_sub(ready), &mut plan);
-        let count = (wanted - staying.len()) as u32;
-        if surplus > 0 {
-            plan.unplaced.push((key.clone(), None));
-        } else {
-            wishes.push(Wish { revision, count, stand_in });
+        wishes.extend(wish(world, key, now, &mut plan));
+    }
+    // Whoever waits for a place already has a say when places are given: a place that comes free is
+    // not for the revision that happens to be looked at first.
+    if wishes.iter().any(|wish| wish.count > 0) {
+        let waiting =
+            world.revisions.iter().filter(|(key, state)| state.unplaced.is_some() && !revisions.contains(*key));
+        for (key, _) in waiting {
+            wishes.extend(wish(world, key, now, &mut plan));
         }
     }
     place(world, wishes, now, &mut plan);
     plan
+}
+
+/// Sorts out the revision's replicas; gives what it lacks, unless it has too many.
+fn wish<'a>(world: &'a World, key: &RevisionKey, now: Timestamp, plan: &mut Plan) -> Option<Wish<'a>> {
+    let revision = world.revisions.get(key)?;
+    let live = sort_out(world, revision, now, plan);
+    let wanted = revision.wanted as usize;
+    let (moving, mut staying): (Vec<_>, Vec<_>) = live.into_iter().partition(|name| on_draining_node(world, name));
+    let surplus = staying.len().saturating_sub(wanted);
+    sort_for_leaving(world, &mut staying);
+    let (leaving, staying) = staying.split_at(surplus);
+    plan.drain.extend(leaving.iter().map(|name| (*name).to_owned()));
+    let ready = staying.iter().filter(|name| world.replicas[**name].ready()).count();
+    let stand_in = stand_ins(world, moving, wanted.saturating_sub(ready), plan);
+    let count = (wanted - staying.len()) as u32;
+    if surplus > 0 {
+        plan.unplaced.push((key.clone(), None));
+        return None;
+    }
+    Some(Wish { revision, count, stand_in })
 }
 
 fn on_draining_node(world: &World, replica: &str) -> bool {

@@ -192,3 +192,15 @@ fn the_higher_priority_gets_the_last_place() {
     assert_eq!(created(&plan), [("default/z-high", "a")]);
     assert!(plan.evict.is_empty());
 }
+
+#[test]
+fn a_freed_place_is_for_whoever_waits_and_goes_first() {
+    // The one that was evicted has stopped, and is planned; the other one has been waiting for that.
+    let mut cell = Cell::of(&[1]).revision("low", 1, 0).revision("high", 1, 5).replica("low-1", "a", 0, DRAINING);
+    let status = cell.world.replicas.get_mut("low-1").unwrap().status.as_mut().unwrap();
+    status.set_phase(ReplicaPhase::Stopped);
+    cell.world.revisions.get_mut("default/high").unwrap().unplaced = Some("0/1 nodes fit".into());
+    let plan = plan(&cell.world, &BTreeSet::from(["default/low".to_owned()]), Timestamp::UNIX_EPOCH);
+    assert_eq!(plan.forget, [("low-1".to_owned(), Gone::Stopped)]);
+    assert_eq!(created(&plan), [("default/high", "a")]);
+}
