@@ -160,8 +160,11 @@ fn affinity_holds(request: &PlacementRequest, node: &Node) -> bool {
     })
 }
 
+/// Node, GPUs, MIG devices.
+type Place = (String, Vec<u32>, Vec<String>);
+
 /// What the index spares: every node for every request.
-fn one_by_one(fleet: &FleetView, requests: &[PlacementRequest]) -> Vec<Option<(String, Vec<u32>, Vec<String>)>> {
+fn one_by_one(fleet: &FleetView, requests: &[PlacementRequest]) -> Vec<Option<Place>> {
     let mut ledgers: Vec<_> = fleet.nodes.iter().map(Ledger::of).collect();
     ledgers.sort_by(|a, b| a.node.name.cmp(&b.node.name));
     let mut order: Vec<usize> = (0..requests.len()).collect();
@@ -182,7 +185,7 @@ fn one_by_one(fleet: &FleetView, requests: &[PlacementRequest]) -> Vec<Option<(S
     found
 }
 
-fn shape(placement: Placement) -> Option<(String, Vec<u32>, Vec<String>)> {
+fn shape(placement: Placement) -> Option<Place> {
     match placement.outcome {
         Outcome::Placed { node, gpu_indices, mig_devices } => Some((node, gpu_indices, mig_devices)),
         Outcome::Unplaced(_) => None,
