@@ -1,6 +1,6 @@
 //! Which GPUs of a node a request would get.
 
-use std::{cmp::Reverse, collections::BTreeMap};
+use std::cmp::Reverse;
 
 use super::{
     Gpu, PlacementRequest,
@@ -68,32 +68,22 @@ fn whole_gpus(ledger: &Ledger<'_>, wanted: u32) -> Result<Grant, Misfit> {
     if count == 0 {
         return Ok(Grant::default());
     }
-    let free: Vec<&Gpu> = ledger.whole_free().collect();
+    let mut free: Vec<&Gpu> = ledger.whole_free().collect();
     if free.len() < count {
         return Err(Misfit::Gpus { wanted });
     }
-    let mut groups: Vec<Vec<u32>> = groups(&free);
-    let best = groups.iter().filter(|group| group.len() >= count).min_by_key(|group| (group.len(), group[0]));
-    let mut chosen = match best {
-        Some(group) => group.clone(),
+    free.sort_unstable_by_key(|gpu| (gpu.nvlink_group, gpu.index));
+    // A GPU without links is a group of its own.
+    let groups = || free.chunk_by(|a, b| a.nvlink_group != 0 && a.nvlink_group == b.nvlink_group);
+    let best = groups().filter(|group| group.len() >= count).min_by_key(|group| (group.len(), group[0].index));
+    let mut gpu_indices: Vec<u32> = match best {
+        Some(group) => group[..count].iter().map(|gpu| gpu.index).collect(),
         None => {
-            groups.sort_by_key(|group| (Reverse(group.len()), group[0]));
-            groups.concat()
+            let mut groups: Vec<&[&Gpu]> = groups().collect();
+            groups.sort_unstable_by_key(|group| (Reverse(group.len()), group[0].index));
+            groups.into_iter().flatten().take(count).map(|gpu| gpu.index).collect()
         }
     };
-    chosen.truncate(count);
-    chosen.sort_unstable();
-    Ok(Grant { gpu_indices: chosen, mig_devices: Vec::new() })
-}
-
-/// Free GPUs by NVLink group, each ascending; a GPU without links is a group of its own.
-fn groups(free: &[&Gpu]) -> Vec<Vec<u32>> {
-    let mut groups: BTreeMap<(u32, u32), Vec<u32>> = BTreeMap::new();
-    for gpu in free {
-        let alone = if gpu.nvlink_group == 0 { gpu.index } else { 0 };
-        groups.entry((gpu.nvlink_group, alone)).or_default().push(gpu.index);
-    }
-    let mut groups: Vec<_> = groups.into_values().collect();
-    groups.iter_mut().for_each(|group| group.sort_unstable());
-    groups
+    gpu_indices.sort_unstable();
+    Ok(Grant { gpu_indices, mig_devices: Vec::new() })
 }

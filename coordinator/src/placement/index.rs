@@ -28,7 +28,7 @@ pub(super) struct Index<'a> {
     signature_of: Vec<usize>,
     partitions: BTreeMap<Vec<Key<'a>>, Partition>,
     /// For each revision, the nodes that have replicas of it.
-    hosts: BTreeMap<String, BTreeSet<usize>>,
+    hosts: BTreeMap<&'a str, BTreeSet<usize>>,
     /// For each model, the nodes that have it cached.
     caches: BTreeMap<&'a str, BTreeSet<usize>>,
 }
@@ -66,7 +66,7 @@ impl<'a> Index<'a> {
             let signature = index.number(ledger.signature());
             index.signature_of.push(signature);
             for revision in ledger.revisions() {
-                index.hosts.entry(revision.clone()).or_default().insert(at);
+                index.hosts.entry(revision).or_default().insert(at);
             }
             for model in &ledger.node.cached {
                 index.caches.entry(model).or_default().insert(at);
@@ -142,13 +142,13 @@ impl<'a> Index<'a> {
     /// Nodes whose score is their own: they have the revision or the model.
     fn own(&self, request: &PlacementRequest) -> impl Iterator<Item = &BTreeSet<usize>> {
         let caching = request.model.as_ref().and_then(|model| self.caches.get(model.as_str()));
-        self.hosts.get(&request.revision).into_iter().chain(caching)
+        self.hosts.get(request.revision.as_str()).into_iter().chain(caching)
     }
 
     /// Takes what [`Index::choose`] found.
-    pub(super) fn take(&mut self, node: usize, request: &PlacementRequest, grant: &Grant) {
+    pub(super) fn take(&mut self, node: usize, request: &'a PlacementRequest, grant: &Grant) {
         self.ledgers[node].take(request, grant);
-        self.hosts.entry(request.revision.clone()).or_default().insert(node);
+        self.hosts.entry(&request.revision).or_default().insert(node);
         let former = self.signature_of[node];
         let signature = self.ledgers[node].signature();
         let signature = self.number(signature);

@@ -13,7 +13,7 @@ pub(super) struct Ledger<'a> {
     cpu_taken: u64,
     memory_taken: u64,
     /// Replicas per revision, for spreading.
-    revisions: BTreeMap<String, u32>,
+    revisions: BTreeMap<&'a str, u32>,
 }
 
 /// A GPU and what is still free of it.
@@ -66,16 +66,16 @@ impl<'a> Ledger<'a> {
             ledger.hold(&taken.gpu_indices, &taken.mig_devices, taken.gpu_memory_bytes);
             ledger.cpu_taken += taken.cpu_millis;
             ledger.memory_taken += taken.memory_bytes;
-            *ledger.revisions.entry(taken.revision.clone()).or_default() += 1;
+            *ledger.revisions.entry(&taken.revision).or_default() += 1;
         }
         ledger
     }
 
-    pub(super) fn take(&mut self, request: &PlacementRequest, grant: &Grant) {
+    pub(super) fn take(&mut self, request: &'a PlacementRequest, grant: &Grant) {
         self.hold(&grant.gpu_indices, &grant.mig_devices, request.gpu_memory_bytes);
         self.cpu_taken += request.cpu_millis;
         self.memory_taken += request.memory_bytes;
-        *self.revisions.entry(request.revision.clone()).or_default() += 1;
+        *self.revisions.entry(&request.revision).or_default() += 1;
     }
 
     fn hold(&mut self, gpu_indices: &[u32], mig_devices: &[String], share: Option<u64>) {
@@ -115,8 +115,8 @@ impl<'a> Ledger<'a> {
         self.revisions.get(revision).copied().unwrap_or(0)
     }
 
-    pub(super) fn revisions(&self) -> impl Iterator<Item = &String> {
-        self.revisions.keys()
+    pub(super) fn revisions(&self) -> impl Iterator<Item = &'a str> {
+        self.revisions.keys().copied()
     }
 
     pub(super) fn signature(&self) -> Signature<'a> {
