@@ -58,6 +58,8 @@ pub enum InventorySource {
         product: String,
         /// Memory of each, bytes.
         memory_bytes: u64,
+        /// MIG profiles that each is divided into, such as `1g.10gb`; empty: none is divided.
+        mig_profiles: Vec<String>,
     },
     /// A YAML file that lists them.
     SimulatedFile(PathBuf),

@@ -49,6 +49,9 @@ pub struct NodeArgs {
     /// Memory of each.
     #[arg(long, env = "PILOTLIGHT_SIMULATE_GPU_MEMORY", default_value = "48GiB")]
     simulate_gpu_memory: ByteSize,
+    /// MIG profile that each pretended GPU is divided into, such as 1g.10gb; may be given again.
+    #[arg(long, env = "PILOTLIGHT_SIMULATE_GPU_MIG", value_delimiter = ',', value_name = "PROFILE")]
+    simulate_gpu_mig: Vec<String>,
     /// YAML file that lists pretended GPUs.
     #[arg(long, env = "PILOTLIGHT_SIMULATE_GPUS_FILE", value_name = "FILE", conflicts_with = "simulate_gpus")]
     simulate_gpus_file: Option<PathBuf>,
@@ -77,6 +80,7 @@ impl NodeArgs {
                 count,
                 product: self.simulate_gpu_product,
                 memory_bytes: self.simulate_gpu_memory.as_u64(),
+                mig_profiles: self.simulate_gpu_mig,
             },
             (None, None) => otherwise,
         };

@@ -2,7 +2,10 @@
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
-use pilotlight_coordinator::config::{Config, EtcdConfig, Security, StoreConfig};
+use pilotlight_coordinator::{
+    config::{Config, EtcdConfig, Security, StoreConfig},
+    spec::PlacementPolicy,
+};
 use tokio_util::sync::CancellationToken;
 
 use crate::scaling::ScalingArgs;
@@ -68,6 +71,9 @@ pub struct ServingArgs {
     /// Requests that one gateway holds for one revision; further ones get 503.
     #[arg(long, env = "PILOTLIGHT_QUEUE_LIMIT", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub queue_limit: u32,
+    /// How replicas are placed unless annotation pilotlight.dev/placement-policy says otherwise: binpack or spread.
+    #[arg(long, env = "PILOTLIGHT_PLACEMENT_POLICY", default_value_t = PlacementPolicy::BinPack, value_name = "POLICY")]
+    pub placement_policy: PlacementPolicy,
     /// Services are reached as <service>.<namespace>.<domain>.
     #[arg(long, env = "PILOTLIGHT_DOMAIN", default_value = "localhost")]
     pub domain: String,
@@ -110,6 +116,7 @@ fn config(args: Args) -> Config {
         report_interval: args.serving.report_interval,
         node_lease: args.serving.node_lease,
         queue_limit: args.serving.queue_limit,
+        placement_policy: args.serving.placement_policy,
         record: args.serving.record,
         scaling: args.serving.scaling.defaults(),
     }

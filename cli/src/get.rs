@@ -222,15 +222,21 @@ async fn nodes(mut client: Client, args: &Args) -> Result<(), Failure> {
     if nodes.is_empty() {
         return none_found("node", args);
     }
-    let mut table = Table::new(&["NAME", "STATE", "GPUS", "PRODUCT", "INGRESS", "VERSION"]);
+    let mut table = Table::new(&["NAME", "STATE", "GPUS", "REPLICAS", "PRODUCT", "INGRESS", "VERSION"]);
     for node in nodes {
         let held = node.gpus.iter().filter(|gpu| !gpu.replica.is_empty()).count();
         let product = node.gpus.first().map(|gpu| gpu.product.clone()).unwrap_or_default();
+        let mood = match node.state.as_str() {
+            "Ready" if node.availability() == control::NodeAvailability::Open => Mood::Good,
+            "Ready" => Mood::Waiting,
+            _ => Mood::Bad,
+        };
         let simulated = if node.simulated { " (simulated)" } else { "" };
         table.row([
-            node.name,
-            paint(&node.state, if node.state == "Ready" { Mood::Good } else { Mood::Bad }),
+            node.name.clone(),
+            paint(&crate::node::state(&node), mood),
             format!("{held}/{}", node.gpus.len()),
+            node.replicas.to_string(),
             format!("{product}{simulated}"),
             node.ingress_address,
             node.agent_version,

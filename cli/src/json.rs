@@ -1,6 +1,8 @@
 //! The control API's messages as JSON.
 
-use pilotlight_proto::control::v1::{Decision, Node, Replica, Revision, Service, Usage};
+use pilotlight_proto::control::v1::{
+    Decision, Node, NodeAvailability, NodeGpu, NodeMigDevice, Replica, Revision, Service, Usage,
+};
 use serde_json::{Value, json};
 
 use crate::table::moment;
@@ -17,16 +19,27 @@ pub fn service(service: &Service) -> Value {
 
 /// A node.
 pub fn node(node: &Node) -> Value {
-    let gpus: Vec<_> = node
-        .gpus
-        .iter()
-        .map(|gpu| json!({"index": gpu.index, "product": gpu.product, "memoryBytes": gpu.memory_bytes, "replica": gpu.replica}))
-        .collect();
+    let gpus: Vec<_> = node.gpus.iter().map(gpu).collect();
+    let availability = match node.availability() {
+        NodeAvailability::Unspecified | NodeAvailability::Open => "Open",
+        NodeAvailability::Cordoned => "Cordoned",
+        NodeAvailability::Draining => "Draining",
+    };
     json!({
         "name": node.name, "state": node.state, "agentVersion": node.agent_version,
         "peerAddress": node.peer_address, "ingressAddress": node.ingress_address, "gpus": gpus,
         "labels": node.labels, "simulated": node.simulated, "cpuCores": node.cpu_cores,
         "memoryBytes": node.memory_bytes, "lastSeen": moment(node.last_seen),
+        "availability": availability, "replicas": node.replicas,
+    })
+}
+
+fn gpu(gpu: &NodeGpu) -> Value {
+    let device =
+        |device: &NodeMigDevice| json!({"uuid": device.uuid, "profile": device.profile, "replica": device.replica});
+    json!({
+        "index": gpu.index, "product": gpu.product, "memoryBytes": gpu.memory_bytes, "replica": gpu.replica,
+        "replicas": gpu.replicas, "migDevices": gpu.mig_devices.iter().map(device).collect::<Vec<_>>(),
     })
 }
 
@@ -45,6 +58,7 @@ pub fn replica(replica: &Replica) -> Value {
     json!({
         "namespace": replica.namespace, "name": replica.name, "service": replica.service,
         "revision": replica.revision, "node": replica.node, "gpuIndices": replica.gpu_indices,
+        "migDevices": replica.mig_devices,
         "phase": replica.phase, "message": replica.message, "restarts": replica.restarts,
         "createdAt": moment(replica.created_at), "readyAt": moment(replica.ready_at), "pid": replica.pid,
         "adopted": replica.adopted,

@@ -13,6 +13,7 @@ mod failure;
 mod get;
 mod json;
 mod logs;
+mod node;
 mod output;
 mod process;
 mod rollout;
@@ -70,6 +71,9 @@ enum Command {
     Simulate(Box<simulate::Args>),
     /// Print what a service's replicas write.
     Logs(logs::Args),
+    /// Take nodes out of use and back.
+    #[command(subcommand)]
+    Node(node::Command),
     /// Make join tokens for nodes.
     #[command(subcommand)]
     Token(token::Command),
@@ -122,6 +126,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
         Command::Rollout(command) => process::ask(rollout::run(connection, command)),
         Command::Simulate(args) => simulate::run(*args),
         Command::Logs(args) => process::ask(logs::run(connection, args)),
+        Command::Node(command) => process::ask(node::run(connection, command)),
         Command::Token(command) => process::ask(token::run(connection, command)),
         Command::Version(args) => process::ask(version::run(connection, args)),
         Command::Completions { shell } => {

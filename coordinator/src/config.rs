@@ -2,7 +2,7 @@
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
-use crate::autoscaler::Defaults;
+use crate::{autoscaler::Defaults, spec::PlacementPolicy};
 
 /// Settings of one coordinator process. `Default` is a single machine with mutual TLS.
 #[derive(Debug, Clone)]
@@ -31,6 +31,8 @@ pub struct Config {
     pub node_lease: Duration,
     /// Requests that one gateway may hold for one revision.
     pub queue_limit: u32,
+    /// How replicas are placed unless their annotations say otherwise.
+    pub placement_policy: PlacementPolicy,
     /// Where to write what the autoscaler observes and decides, as JSON lines, for `pilotlight simulate`.
     pub record: Option<PathBuf>,
     /// Fleet-wide autoscaler settings, which annotations of a service win over.
@@ -88,6 +90,7 @@ impl Default for Config {
             report_interval: Duration::from_secs(1),
             node_lease: Duration::from_secs(20),
             queue_limit: 1000,
+            placement_policy: PlacementPolicy::BinPack,
             record: None,
             // A service may be born at zero, since GPUs are dear.
             scaling: Defaults { allow_zero_initial_scale: true, ..Defaults::default() },

@@ -169,12 +169,22 @@ pub struct ReplicaRecord {
     pub node: String,
     /// The GPUs it holds there.
     pub gpu_indices: Vec<u32>,
+    /// UUIDs of the MIG devices it holds there; then the GPUs are those that these are parts of.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub mig_devices: Vec<String>,
     /// Product of those GPUs, for metering; empty without GPUs.
     pub gpu_class: String,
     /// When it was placed.
     pub created_at: Timestamp,
     /// True: it takes no new request, finishes, and stops.
     pub draining: bool,
+}
+
+impl ReplicaRecord {
+    /// Devices that it holds: MIG devices, else GPUs.
+    pub fn devices(&self) -> usize {
+        if self.mig_devices.is_empty() { self.gpu_indices.len() } else { self.mig_devices.len() }
+    }
 }
 
 /// A node that has joined.
@@ -184,6 +194,21 @@ pub struct NodeRecord {
     pub name: String,
     /// When it was first seen.
     pub joined_at: Timestamp,
+    /// What the operator lets it do.
+    #[serde(default)]
+    pub availability: Availability,
+}
+
+/// What an operator lets a node do.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Availability {
+    /// It takes replicas.
+    #[default]
+    Open,
+    /// It keeps the replicas it has and takes no more.
+    Cordoned,
+    /// It takes none, and those it has move elsewhere.
+    Draining,
 }
 
 /// Keys in the store. Prefixes end in `/`, so that no name is a prefix of another's.

@@ -223,6 +223,7 @@ fn settings(config: &Config) -> Settings {
         queue_limit: config.queue_limit,
         scaling: config.scaling.clone(),
         node_lease: config.node_lease,
+        placement_policy: config.placement_policy,
     }
 }
 

@@ -22,6 +22,8 @@ pub struct Gpus {
     pub driver_version: String,
     /// CUDA version the driver supports, major.minor, empty where there is none.
     pub cuda_version: String,
+    /// Name of the machine's type, empty where unknown.
+    pub machine: String,
 }
 
 /// Why the inventory cannot be made.
@@ -64,9 +66,11 @@ pub fn discover(config: &Config) -> Result<fleet::Inventory, InventoryError> {
         InventorySource::Nvml => nvml::discover().unwrap_or_default(),
         InventorySource::NvmlOrSimulated => match nvml::discover() {
             Some(gpus) => gpus,
-            None => simulated::of(2, "NVIDIA A40", 48 << 30)?,
+            None => simulated::of(2, "NVIDIA A40", 48 << 30, &[])?,
         },
-        InventorySource::Simulated { count, product, memory_bytes } => simulated::of(*count, product, *memory_bytes)?,
+        InventorySource::Simulated { count, product, memory_bytes, mig_profiles } => {
+            simulated::of(*count, product, *memory_bytes, mig_profiles)?
+        }
         InventorySource::SimulatedFile(path) => simulated::read(path)?,
     };
     if gpus.simulated {

@@ -11,6 +11,9 @@ use super::Gpus;
 /// NVLinks of one GPU at most, for the search of its neighbours.
 const LINKS_MOST: u32 = 18;
 
+/// Where GPU feature discovery reads the type of the machine, too.
+const MACHINE: &str = "/sys/class/dmi/id/product_name";
+
 /// The driver's GPUs; `None` where there is no driver.
 pub(super) fn discover() -> Option<Gpus> {
     let nvml = match Nvml::init() {
@@ -26,6 +29,7 @@ pub(super) fn discover() -> Option<Gpus> {
         simulated: false,
         driver_version: nvml.sys_driver_version().unwrap_or_default(),
         cuda_version: format!("{}.{}", cuda_driver_version_major(cuda), cuda_driver_version_minor(cuda)),
+        machine: std::fs::read_to_string(MACHINE).map(|name| name.trim().to_owned()).unwrap_or_default(),
     };
     let mut links = BTreeMap::new();
     for index in 0..nvml.device_count().unwrap_or(0) {
@@ -45,6 +49,9 @@ pub(super) fn discover() -> Option<Gpus> {
 fn gpu(device: &Device<'_>, index: u32) -> Result<fleet::Gpu, NvmlError> {
     let memory = device.memory_info()?;
     let capability = device.cuda_compute_capability()?;
+    // GPUs that cannot be divided say so by an error.
+    let mig = device.mig_mode().ok();
+    let mig_enabled = mig.as_ref().is_some_and(|mode| mode.current != 0);
     Ok(fleet::Gpu {
         index,
         uuid: device.uuid()?,
@@ -54,9 +61,30 @@ fn gpu(device: &Device<'_>, index: u32) -> Result<fleet::Gpu, NvmlError> {
         compute_capability: format!("{}.{}", capability.major, capability.minor),
         nvlink_group: 0,
         pci_bus_id: device.pci_info()?.bus_id,
-        // Older GPUs do not know of MIG and say so by an error.
-        mig_enabled: device.mig_mode().is_ok_and(|mode| mode.current != 0),
+        mig_enabled,
+        mig_devices: if mig_enabled { mig_devices(device) } else { Vec::new() },
+        mig_capable: mig.is_some(),
     })
+}
+
+/// The parts of a GPU in MIG mode. Slots that hold none answer with an error.
+fn mig_devices(device: &Device<'_>) -> Vec<fleet::MigDevice> {
+    let slots = 0..device.mig_device_count().unwrap_or(0);
+    let parts = slots.filter_map(|slot| device.mig_device_by_index(slot).ok());
+    parts
+        .filter_map(|part| {
+            let (uuid, name) = (part.uuid().ok()?, part.name().ok()?);
+            let memory_bytes = part.memory_info().map_or(0, |memory| memory.total);
+            Some(fleet::MigDevice { uuid, profile: profile(&name)?, memory_bytes })
+        })
+        .collect()
+}
+
+/// The profile in a MIG device's name: `NVIDIA A100-SXM4-80GB MIG 1g.10gb` has `1g.10gb`. A resource may
+/// not have a plus in its name, so that the device plugin calls `1g.10gb+me` `1g.10gb.me`, and so do we.
+fn profile(name: &str) -> Option<String> {
+    let (_, profile) = name.rsplit_once("MIG ")?;
+    (!profile.is_empty()).then(|| profile.trim().replace('+', "."))
 }
 
 /// Bus ids at the other ends of a GPU's active NVLinks: GPUs or NVSwitches.
@@ -112,6 +140,13 @@ mod tests {
         let links = links.map(|(bus, ends)| (bus.to_owned(), ends.into_iter().map(str::to_owned).collect())).into();
         join(&mut gpus, &links);
         assert_eq!(gpus.map(|gpu| gpu.nvlink_group), [1, 1, 2, 2, 0]);
+    }
+
+    #[test]
+    fn a_mig_devices_name_ends_in_its_profile() {
+        assert_eq!(profile("NVIDIA A100-SXM4-80GB MIG 1g.10gb"), Some("1g.10gb".to_owned()));
+        assert_eq!(profile("NVIDIA H100 80GB HBM3 MIG 1g.10gb+me"), Some("1g.10gb.me".to_owned()));
+        assert_eq!(profile("NVIDIA A40"), None);
     }
 
     #[test]

@@ -102,7 +102,11 @@ impl ProcessRuntime {
 
 /// A replica's environment: the manifest's, and what Knative and CUDA give.
 fn variables(assignment: &ReplicaAssignment, container: &ContainerSpec, port: u16) -> BTreeMap<String, String> {
-    let gpus: Vec<_> = assignment.gpu_indices.iter().map(ToString::to_string).collect();
+    // CUDA takes the index of a GPU or the UUID of a MIG device.
+    let gpus: Vec<_> = match assignment.mig_devices.as_slice() {
+        [] => assignment.gpu_indices.iter().map(ToString::to_string).collect(),
+        devices => devices.to_vec(),
+    };
     let revision = assignment.revision.split_once('/').map_or(assignment.revision.as_str(), |(_, name)| name);
     let mut variables = BTreeMap::from(
         [

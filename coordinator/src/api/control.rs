@@ -18,7 +18,7 @@ use crate::{
     autoscaler::{Defaults, ScalerConfig},
     finding::Finding,
     fleet::LogHub,
-    model::keys,
+    model::{Availability, keys},
     reconcile::{Applied, CommandError, Handle, commands::Change, meter::UsageRecord, view, world::World},
     spec::{self, ParseOptions},
     store::{Store, StoreError, StoreExt as _, Transaction},
@@ -166,6 +166,30 @@ impl Control for ControlService {
             .await
             .map_err(status)?;
         Ok(Response::new(control::ListNodesResponse { nodes }))
+    }
+
+    async fn set_node_availability(
+        &self,
+        request: Request<control::SetNodeAvailabilityRequest>,
+    ) -> Answer<control::SetNodeAvailabilityResponse> {
+        self.access.operator(&request, Role::Operator)?;
+        let request = request.into_inner();
+        let availability = match request.availability() {
+            control::NodeAvailability::Open => Availability::Open,
+            control::NodeAvailability::Cordoned => Availability::Cordoned,
+            control::NodeAvailability::Draining => Availability::Draining,
+            control::NodeAvailability::Unspecified => {
+                return Err(Status::invalid_argument(format!(
+                    "availability: {}, expected OPEN, CORDONED or DRAINING",
+                    request.availability
+                )));
+            }
+        };
+        let name = request.name;
+        self.handle.set_availability(name.clone(), availability).await.map_err(status)?;
+        let look = move |world: &World, now| world.nodes.get(&name).map(|node| view::node(world, node, now));
+        let node = self.handle.read(look).await.map_err(status)?;
+        Ok(Response::new(control::SetNodeAvailabilityResponse { node }))
     }
 
     async fn list_revisions(
@@ -437,7 +461,7 @@ fn usage(record: UsageRecord) -> control::Usage {
 
 fn status(error: CommandError) -> Status {
     match &error {
-        CommandError::NotFound(_) => Status::not_found(error.to_string()),
+        CommandError::NotFound(_) | CommandError::NodeNotFound(_) => Status::not_found(error.to_string()),
         CommandError::Store(_) | CommandError::Stopping => Status::unavailable(error.to_string()),
     }
 }

@@ -1,28 +1,41 @@
 //! Which node and which GPUs a replica gets.
 //!
-//! [`place`] is a pure function over a [`FleetView`]: each request is tried against every node by
-//! [`filters`], the nodes that pass are ordered by [`score`], and the best one's GPUs are taken before
-//! the next request is looked at. Later requests of one call so see what earlier ones took.
+//! [`place`] is a pure function over a [`FleetView`]. Each request is tried against groups of nodes that
+//! cannot differ for it ([`index`]): labels decide whether a group may have it ([`filters`], [`affinity`]),
+//! free GPUs whether it can ([`grant`]), and the best of those by [`score`] gives its GPUs before the next
+//! request is looked at. Later requests of one call so see what earlier ones took. [`make_room`] says
+//! which idle replicas have to leave for requests of higher priority that found no place.
 
+mod affinity;
 mod filters;
-mod gpus;
+mod grant;
+mod index;
+mod ledger;
+mod preempt;
 mod score;
 #[cfg(test)]
 mod tests;
 
-use std::{collections::BTreeMap, fmt};
+use std::{
+    cmp::Reverse,
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+};
 
-use k8s_openapi::api::core::v1::NodeSelector;
+use k8s_openapi::api::core::v1::{NodeSelector, PreferredSchedulingTerm};
 
 pub use filters::Misfit;
+pub use preempt::{Preemption, Prospect, make_room, preempt};
 
-use crate::spec::RevisionTemplate;
+use crate::spec::{self, MigRequest, PlacementPolicy, RevisionTemplate};
 
 /// The nodes that replicas may be placed on.
 #[derive(Debug, Clone, Default)]
 pub struct FleetView {
     /// In any order; the result does not depend on it.
     pub nodes: Vec<Node>,
+    /// For requests that name no policy.
+    pub policy: PlacementPolicy,
 }
 
 /// One node as placement sees it.
@@ -30,7 +43,7 @@ pub struct FleetView {
 pub struct Node {
     /// Unique name.
     pub name: String,
-    /// False where it is cordoned.
+    /// False where it is cordoned or draining.
     pub schedulable: bool,
     /// For `nodeSelector` and `nodeAffinity`.
     pub labels: BTreeMap<String, String>,
@@ -40,6 +53,8 @@ pub struct Node {
     pub cpu_millis: Option<u64>,
     /// Memory that replicas may request, bytes; `None` is no limit.
     pub memory_bytes: Option<u64>,
+    /// Models whose weights are on its disk, as [`PlacementRequest::model`] names them.
+    pub cached: BTreeSet<String>,
     /// What is there already.
     pub taken: Vec<Taken>,
 }
@@ -55,6 +70,19 @@ pub struct Gpu {
     pub memory_bytes: u64,
     /// GPUs with the same non-zero number are joined by NVLink.
     pub nvlink_group: u32,
+    /// True where MIG mode is on: then only its MIG devices can be used.
+    pub mig_enabled: bool,
+    /// The parts it is divided into.
+    pub mig_devices: Vec<MigDevice>,
+}
+
+/// One part of a GPU that is divided by MIG.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct MigDevice {
+    /// How CUDA names it.
+    pub uuid: String,
+    /// Such as `1g.10gb`.
+    pub profile: String,
 }
 
 /// What a replica holds on its node.
@@ -64,14 +92,22 @@ pub struct Taken {
     pub replica: String,
     /// Key of its revision.
     pub revision: String,
-    /// The GPUs it holds.
+    /// The GPUs it holds, or holds a part of.
     pub gpu_indices: Vec<u32>,
-    /// Part of each GPU's memory that it holds, bytes; `None` is the whole GPU.
+    /// Part of each GPU's memory that it holds, bytes; `None` is the whole GPU, unless it holds MIG devices.
     pub gpu_memory_bytes: Option<u64>,
+    /// UUIDs of the MIG devices that it holds, instead of GPUs.
+    pub mig_devices: Vec<String>,
     /// Requested CPU, thousandths of a core.
     pub cpu_millis: u64,
     /// Requested memory, bytes.
     pub memory_bytes: u64,
+    /// Who goes first: the higher one.
+    pub priority: i32,
+    /// Nobody would miss it now: no request runs on it or waits for its revision.
+    pub idle: bool,
+    /// It drains: what it holds will be free.
+    pub leaving: bool,
 }
 
 /// What a replica asks for.
@@ -85,6 +121,8 @@ pub struct PlacementRequest {
     pub gpus: u32,
     /// Part of one GPU's memory, bytes, instead of whole GPUs.
     pub gpu_memory_bytes: Option<u64>,
+    /// MIG devices, instead of whole GPUs.
+    pub mig: Option<MigRequest>,
     /// Requested CPU, thousandths of a core.
     pub cpu_millis: u64,
     /// Requested memory, bytes.
@@ -93,6 +131,14 @@ pub struct PlacementRequest {
     pub node_selector: BTreeMap<String, String>,
     /// `requiredDuringSchedulingIgnoredDuringExecution`.
     pub required_affinity: Option<NodeSelector>,
+    /// `preferredDuringSchedulingIgnoredDuringExecution`: weights of terms that match are added up.
+    pub preferred_affinity: Vec<PreferredSchedulingTerm>,
+    /// `None` is the fleet's.
+    pub policy: Option<PlacementPolicy>,
+    /// Who goes first: the higher one.
+    pub priority: i32,
+    /// The model it loads, where it names one: nodes that have it cached are better.
+    pub model: Option<String>,
 }
 
 impl PlacementRequest {
@@ -104,12 +150,46 @@ impl PlacementRequest {
             revision: revision.to_owned(),
             gpus: resources.gpus,
             gpu_memory_bytes: resources.gpu_memory_bytes,
+            mig: resources.mig.clone(),
             cpu_millis: resources.cpu_millis,
             memory_bytes: resources.memory_bytes,
             node_selector: template.node_selector.clone(),
             required_affinity: template.node_affinity.clone(),
+            preferred_affinity: template.preferred_node_affinity.clone(),
+            policy: spec::placement_policy(&template.annotations),
+            priority: spec::priority(&template.annotations),
+            model: model_of(template),
         }
     }
+
+    /// What it would hold with this grant.
+    pub fn taking(&self, gpu_indices: Vec<u32>, mig_devices: Vec<String>) -> Taken {
+        Taken {
+            replica: self.replica.clone(),
+            revision: self.revision.clone(),
+            gpu_indices,
+            gpu_memory_bytes: self.gpu_memory_bytes,
+            mig_devices,
+            cpu_millis: self.cpu_millis,
+            memory_bytes: self.memory_bytes,
+            priority: self.priority,
+            idle: false,
+            leaving: false,
+        }
+    }
+
+    /// What counts as large: whole GPUs, then MIG devices, then the part of one GPU.
+    fn size(&self) -> (u32, u32, u64) {
+        let part = self.gpu_memory_bytes;
+        let whole = if part.is_some() { 0 } else { self.gpus };
+        (whole, self.mig.as_ref().map_or(0, |mig| mig.count), part.unwrap_or(0))
+    }
+}
+
+/// The model that a revision loads, by the address that it names.
+fn model_of(template: &RevisionTemplate) -> Option<String> {
+    let named = template.container.env.iter().find(|var| var.name == "STORAGE_URI");
+    named.map(|var| var.value.clone()).filter(|uri| !uri.is_empty())
 }
 
 impl Taken {
@@ -123,6 +203,8 @@ impl Taken {
             gpu_memory_bytes: resources.gpu_memory_bytes,
             cpu_millis: resources.cpu_millis,
             memory_bytes: resources.memory_bytes,
+            priority: spec::priority(&template.annotations),
+            ..Self::default()
         }
     }
 }
@@ -143,8 +225,10 @@ pub enum Outcome {
     Placed {
         /// Node name.
         node: String,
-        /// The GPUs it gets there, ascending.
+        /// The GPUs it gets there, ascending; with MIG, those that its devices are on.
         gpu_indices: Vec<u32>,
+        /// UUIDs of the MIG devices it gets, where it asked for such.
+        mig_devices: Vec<String>,
     },
     /// No node fits.
     Unplaced(Unplaced),
@@ -172,33 +256,28 @@ impl fmt::Display for Unplaced {
     }
 }
 
-/// Places the requests one after the other. Deterministic; the order of nodes does not matter.
+/// Places the requests: those of higher priority first, and among equals the large ones, since small
+/// ones fill the gaps. The answers are in the order of the requests. Deterministic; neither the order of
+/// nodes matters nor, but for equal requests, that of requests.
 pub fn place(fleet: &FleetView, requests: &[PlacementRequest]) -> Vec<Placement> {
-    let mut nodes: Vec<gpus::Ledger<'_>> = fleet.nodes.iter().map(gpus::Ledger::of).collect();
-    nodes.sort_by(|a, b| a.node.name.cmp(&b.node.name));
-    requests.iter().map(|request| place_one(&mut nodes, request)).collect()
+    let mut order: Vec<usize> = (0..requests.len()).collect();
+    order.sort_by_key(|index| (Reverse(requests[*index].priority), Reverse(requests[*index].size())));
+    let mut index = index::Index::of(fleet);
+    let mut placements = vec![None; requests.len()];
+    for at in order {
+        placements[at] = Some(place_one(&mut index, &requests[at]));
+    }
+    placements.into_iter().flatten().collect()
 }
 
-fn place_one(nodes: &mut [gpus::Ledger<'_>], request: &PlacementRequest) -> Placement {
-    let mut best: Option<(score::Score, usize, Vec<u32>)> = None;
-    let mut unplaced = Unplaced { nodes: nodes.len(), ..Default::default() };
-    for (index, ledger) in nodes.iter().enumerate() {
-        match filters::fit(ledger, request) {
-            Ok(gpu_indices) => {
-                let score = score::Score::of(ledger, request, &gpu_indices, index);
-                if best.as_ref().is_none_or(|(best, ..)| score < *best) {
-                    best = Some((score, index, gpu_indices));
-                }
-            }
-            Err(misfit) => *unplaced.misfits.entry(misfit).or_default() += 1,
+fn place_one<'a>(index: &mut index::Index<'a>, request: &'a PlacementRequest) -> Placement {
+    let outcome = match index.choose(request) {
+        Ok((node, grant)) => {
+            index.take(node, request, &grant);
+            let grant::Grant { gpu_indices, mig_devices } = grant;
+            Outcome::Placed { node: index.name(node).to_owned(), gpu_indices, mig_devices }
         }
-    }
-    let outcome = match best {
-        Some((_, index, gpu_indices)) => {
-            nodes[index].take(request, &gpu_indices);
-            Outcome::Placed { node: nodes[index].node.name.clone(), gpu_indices }
-        }
-        None => Outcome::Unplaced(unplaced),
+        Err(unplaced) => Outcome::Unplaced(unplaced),
     };
     Placement { replica: request.replica.clone(), outcome }
 }
@@ -207,22 +286,22 @@ fn place_one(nodes: &mut [gpus::Ledger<'_>], request: &PlacementRequest) -> Plac
 pub fn capacity(fleet: &FleetView, request: &PlacementRequest) -> u32 {
     /// Beyond this the answer bounds nothing: a replica that asks for no GPU fits without end.
     const MOST: u32 = 100_000;
-    fleet
-        .nodes
-        .iter()
-        .map(|node| {
-            let mut ledger = gpus::Ledger::of(node);
-            let mut count = 0;
-            while count < MOST
-                && let Ok(gpu_indices) = filters::fit(&ledger, request)
-            {
-                if gpu_indices.is_empty() && node.cpu_millis.is_none() && node.memory_bytes.is_none() {
-                    return MOST;
-                }
-                ledger.take(request, &gpu_indices);
-                count += 1;
+    let on = |node: &Node| {
+        if filters::admits(node, request).is_err() {
+            return 0;
+        }
+        let mut ledger = ledger::Ledger::of(node);
+        let mut count = 0;
+        while count < MOST
+            && let Ok(grant) = grant::of(&ledger, request)
+        {
+            if grant.gpu_indices.is_empty() && node.cpu_millis.is_none() && node.memory_bytes.is_none() {
+                return MOST;
             }
-            count
-        })
-        .fold(0, u32::saturating_add)
+            ledger.take(request, &grant);
+            count += 1;
+        }
+        count
+    };
+    fleet.nodes.iter().map(on).fold(0, u32::saturating_add)
 }

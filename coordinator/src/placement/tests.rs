@@ -1,5 +1,7 @@
+mod preemption;
+mod properties;
+
 use k8s_openapi::api::core::v1::{NodeSelector, NodeSelectorRequirement, NodeSelectorTerm};
-use proptest::prelude::*;
 
 use super::*;
 
@@ -11,14 +13,48 @@ fn node(name: &str, gpus: u32) -> Node {
         schedulable: true,
         labels: BTreeMap::from([("kubernetes.io/hostname".into(), name.into())]),
         gpus: (0..gpus)
-            .map(|index| Gpu { index, product: "A40".into(), memory_bytes: 48 * GIB, nvlink_group: 0 })
+            .map(|index| Gpu { index, product: "A40".into(), memory_bytes: 48 * GIB, ..Default::default() })
             .collect(),
         ..Default::default()
     }
 }
 
+/// A node whose GPUs are divided by MIG, each into these profiles.
+fn divided(name: &str, gpus: u32, profiles: &[&str]) -> Node {
+    let mut node = node(name, gpus);
+    for gpu in &mut node.gpus {
+        let device = |(at, profile): (usize, &&str)| MigDevice {
+            uuid: format!("MIG-{name}-{}-{at}", gpu.index),
+            profile: (*profile).to_owned(),
+        };
+        gpu.mig_enabled = true;
+        gpu.mig_devices = profiles.iter().enumerate().map(device).collect();
+    }
+    node
+}
+
 fn fleet(nodes: impl IntoIterator<Item = Node>) -> FleetView {
-    FleetView { nodes: nodes.into_iter().collect() }
+    FleetView { nodes: nodes.into_iter().collect(), ..Default::default() }
+}
+
+fn spread() -> Option<PlacementPolicy> {
+    Some(PlacementPolicy::Spread)
+}
+
+fn wants_mig(profile: &str, count: u32) -> PlacementRequest {
+    PlacementRequest { mig: Some(MigRequest { profile: profile.into(), count }), ..wants(0) }
+}
+
+/// Where each request goes, such as `a[0, 1]`, or why nowhere.
+fn outcomes(fleet: &FleetView, requests: &[PlacementRequest]) -> Vec<String> {
+    let shown = |placement: Placement| match placement.outcome {
+        Outcome::Placed { node, gpu_indices, mig_devices } if mig_devices.is_empty() => {
+            format!("{node}{gpu_indices:?}")
+        }
+        Outcome::Placed { mig_devices, .. } => mig_devices.join(" "),
+        Outcome::Unplaced(why) => why.to_string(),
+    };
+    place(fleet, requests).into_iter().map(shown).collect()
 }
 
 fn wants(gpus: u32) -> PlacementRequest {
@@ -27,32 +63,54 @@ fn wants(gpus: u32) -> PlacementRequest {
 
 fn placed(fleet: &FleetView, request: &PlacementRequest) -> Option<(String, Vec<u32>)> {
     match place(fleet, std::slice::from_ref(request)).swap_remove(0).outcome {
-        Outcome::Placed { node, gpu_indices } => Some((node, gpu_indices)),
+        Outcome::Placed { node, gpu_indices, .. } => Some((node, gpu_indices)),
         Outcome::Unplaced(_) => None,
     }
 }
 
-fn affinity(key: &str, operator: &str, values: &[&str]) -> PlacementRequest {
+fn term(key: &str, operator: &str, values: &[&str]) -> NodeSelectorTerm {
     let requirement = NodeSelectorRequirement {
         key: key.into(),
         operator: operator.into(),
         values: Some(values.iter().map(ToString::to_string).collect()),
     };
-    let term = NodeSelectorTerm { match_expressions: Some(vec![requirement]), match_fields: None };
-    PlacementRequest { required_affinity: Some(NodeSelector { node_selector_terms: vec![term] }), ..wants(0) }
+    NodeSelectorTerm { match_expressions: Some(vec![requirement]), match_fields: None }
+}
+
+fn affinity(key: &str, operator: &str, values: &[&str]) -> PlacementRequest {
+    let node_selector_terms = vec![term(key, operator, values)];
+    PlacementRequest { required_affinity: Some(NodeSelector { node_selector_terms }), ..wants(0) }
 }
 
 #[test]
-fn replicas_of_one_revision_spread_and_then_fill_up() {
+fn spread_goes_round_and_then_fills_up() {
     let fleet = fleet([node("a", 2), node("b", 2)]);
-    let nodes: Vec<_> = place(&fleet, &[wants(1), wants(1), wants(1), wants(1), wants(1)])
-        .into_iter()
-        .map(|placement| match placement.outcome {
-            Outcome::Placed { node, gpu_indices } => format!("{node}{gpu_indices:?}"),
-            Outcome::Unplaced(why) => why.to_string(),
-        })
-        .collect();
-    assert_eq!(nodes, ["a[0]", "b[0]", "a[1]", "b[1]", "0/2 nodes fit: 2 with fewer than 1 free GPUs"]);
+    let one = PlacementRequest { policy: spread(), ..wants(1) };
+    let requests = vec![one; 5];
+    let last = "0/2 nodes fit: 2 with fewer than 1 free GPUs";
+    assert_eq!(outcomes(&fleet, &requests), ["a[0]", "b[0]", "a[1]", "b[1]", last]);
+}
+
+#[test]
+fn binpack_fills_a_node_before_the_next() {
+    let fleet = fleet([node("a", 2), node("b", 2)]);
+    assert_eq!(outcomes(&fleet, &[wants(1), wants(1), wants(1)]), ["a[0]", "a[1]", "b[0]"]);
+}
+
+#[test]
+fn the_fleets_policy_holds_for_requests_that_name_none() {
+    let fleet = FleetView { policy: PlacementPolicy::Spread, ..fleet([node("a", 2), node("b", 2)]) };
+    let own = PlacementRequest { policy: Some(PlacementPolicy::BinPack), ..wants(1) };
+    assert_eq!(outcomes(&fleet, &[wants(1), wants(1)]), ["a[0]", "b[0]"]);
+    assert_eq!(outcomes(&fleet, &[own.clone(), own]), ["a[0]", "a[1]"]);
+}
+
+#[test]
+fn higher_priority_and_larger_requests_are_placed_first() {
+    let urgent = PlacementRequest { priority: 1, ..wants(1) };
+    let none = "0/1 nodes fit: 1 with fewer than 3 free GPUs";
+    assert_eq!(outcomes(&fleet([node("a", 4)]), &[wants(1), wants(3), wants(1)])[..2], ["a[3]", "a[0, 1, 2]"]);
+    assert_eq!(outcomes(&fleet([node("a", 3)]), &[wants(3), urgent]), [none, "a[0]"]);
 }
 
 #[test]
@@ -71,15 +129,118 @@ fn gangs_stay_within_an_nvlink_group() {
     assert_eq!(placed(&fleet([node("b", 2), linked]), &wants(2)), Some(("a".into(), vec![1, 2])));
 }
 
+fn linked(name: &str, groups: &[u32]) -> Node {
+    let mut linked = node(name, groups.len() as u32);
+    for (gpu, group) in linked.gpus.iter_mut().zip(groups) {
+        gpu.nvlink_group = *group;
+    }
+    linked
+}
+
+#[test]
+fn gangs_take_the_group_that_fits_best_or_else_few_groups() {
+    let gpus = |groups: &[u32], count| placed(&fleet([linked("a", groups)]), &wants(count)).unwrap().1;
+    assert_eq!(gpus(&[1, 1, 1, 1, 2, 2], 2), [4, 5], "the small group is enough");
+    assert_eq!(gpus(&[1, 1, 1, 1, 2, 2], 3), [0, 1, 2]);
+    assert_eq!(gpus(&[1, 1, 2, 2, 2, 0], 4), [0, 2, 3, 4], "no group is large enough: the largest first");
+    assert_eq!(gpus(&[1, 1, 0], 1), [2], "one GPU leaves the pair together");
+}
+
+#[test]
+fn mig_devices_are_given_by_profile_and_not_as_gpus() {
+    let mixed = fleet([divided("a", 2, &["1g.10gb", "1g.10gb", "3g.40gb"])]);
+    let requests = [wants_mig("1g.10gb", 1), wants_mig("3g.40gb", 2), wants_mig("1g.10gb", 2), wants_mig("1g.10gb", 2)];
+    let expected = [
+        // Large ones first: two pairs of one GPU each, and nothing is left for the single one.
+        "0/1 nodes fit: 1 with fewer than 1 free nvidia.com/mig-1g.10gb",
+        "MIG-a-0-2 MIG-a-1-2",
+        "MIG-a-0-0 MIG-a-0-1",
+        "MIG-a-1-0 MIG-a-1-1",
+    ];
+    assert_eq!(outcomes(&mixed, &requests), expected);
+    assert_eq!(outcomes(&mixed, &[wants(1)]), ["0/1 nodes fit: 1 with fewer than 1 free GPUs"]);
+    let part = PlacementRequest { gpu_memory_bytes: Some(GIB), ..wants(1) };
+    assert!(placed(&mixed, &part).is_none(), "memory of a divided GPU cannot be shared");
+    assert!(placed(&fleet([node("a", 1)]), &wants_mig("1g.10gb", 1)).is_none());
+}
+
+#[test]
+fn mig_devices_that_are_taken_are_not_given_again() {
+    let mut busy = divided("a", 2, &["1g.10gb", "1g.10gb"]);
+    let held = vec!["MIG-a-0-0".to_owned()];
+    busy.taken = vec![Taken { gpu_indices: vec![0], mig_devices: held, ..Default::default() }];
+    assert_eq!(outcomes(&fleet([busy.clone()]), &[wants_mig("1g.10gb", 1)]), ["MIG-a-0-1"], "the GPU in use");
+    assert_eq!(outcomes(&fleet([busy.clone()]), &[wants_mig("1g.10gb", 2)]), ["MIG-a-1-0 MIG-a-1-1"], "together");
+    assert_eq!(capacity(&fleet([busy]), &wants_mig("1g.10gb", 1)), 3);
+}
+
+#[test]
+fn preferred_terms_weigh_but_do_not_forbid() {
+    let labelled = |name: &str, class: &str| {
+        let mut node = node(name, 1);
+        node.labels.insert("class".into(), class.into());
+        node
+    };
+    let prefer = |weight, class| PreferredSchedulingTerm { weight, preference: term("class", "In", &[class]) };
+    let fleet = fleet([labelled("a", "A40"), labelled("b", "A100"), labelled("c", "H100")]);
+    let request = PlacementRequest {
+        preferred_affinity: vec![prefer(10, "A100"), prefer(90, "H100"), prefer(50, "none")],
+        ..wants(1)
+    };
+    let requests = vec![request; 3];
+    assert_eq!(outcomes(&fleet, &requests), ["c[0]", "b[0]", "a[0]"]);
+}
+
+#[test]
+fn terms_are_or_expressions_are_and_and_a_node_has_a_name() {
+    let mut labelled = node("a", 0);
+    labelled.labels.extend([("x".into(), "1".into()), ("y".into(), "2".into())]);
+    let fleet = fleet([labelled]);
+    let fits = |terms: Vec<NodeSelectorTerm>| {
+        let required_affinity = Some(NodeSelector { node_selector_terms: terms });
+        placed(&fleet, &PlacementRequest { required_affinity, ..wants(0) }).is_some()
+    };
+    let and = |first: NodeSelectorTerm, second: NodeSelectorTerm| NodeSelectorTerm {
+        match_expressions: Some([first, second].into_iter().flat_map(|t| t.match_expressions.unwrap()).collect()),
+        match_fields: None,
+    };
+    let named = |operator: &str, name: &str| NodeSelectorTerm {
+        match_fields: term("metadata.name", operator, &[name]).match_expressions,
+        match_expressions: None,
+    };
+    let (x, y, z) = (term("x", "In", &["1"]), term("y", "In", &["2"]), term("z", "Exists", &[]));
+    assert!(fits(vec![z.clone(), x.clone()]) && fits(vec![and(x.clone(), y)]) && !fits(vec![and(x, z)]));
+    assert!(fits(vec![named("In", "a")]) && !fits(vec![named("In", "b")]) && !fits(vec![named("NotIn", "a")]));
+    assert!(!fits(vec![NodeSelectorTerm::default()]), "an empty term matches nothing");
+}
+
+#[test]
+fn weights_on_the_disk_draw_replicas_but_not_all_of_them_where_they_spread() {
+    let mut warm = node("b", 2);
+    warm.cached.insert("hf://gpt-j".into());
+    let fleet = fleet([node("a", 1), warm]);
+    let request = PlacementRequest { model: Some("hf://gpt-j".into()), ..wants(1) };
+    assert_eq!(placed(&fleet, &request).unwrap().0, "b");
+    assert_eq!(placed(&fleet, &wants(1)).unwrap().0, "a", "the fullest where nothing draws");
+    let apart = PlacementRequest { policy: spread(), ..request };
+    assert_eq!(outcomes(&fleet, &[apart.clone(), apart]), ["b[0]", "a[0]"]);
+}
+
 #[test]
 fn parts_of_a_gpu_share_it_and_whole_ones_stay_whole() {
     let part = PlacementRequest { gpu_memory_bytes: Some(20 * GIB), ..wants(1) };
     let fleet = fleet([node("a", 2)]);
+    let none = format!("0/1 nodes fit: 1 without a GPU that has {} bytes of free memory", 20 * GIB);
     let requests = [part.clone(), part.clone(), wants(1), part];
-    let gpus: Vec<_> = place(&fleet, &requests).into_iter().map(|placement| placement.outcome).collect();
-    let on = |index| Outcome::Placed { node: "a".into(), gpu_indices: vec![index] };
-    assert_eq!(gpus[..3], [on(0), on(0), on(1)]);
-    assert!(matches!(gpus[3], Outcome::Unplaced(_)));
+    assert_eq!(outcomes(&fleet, &requests), ["a[1]", "a[1]", "a[0]", none.as_str()]);
+}
+
+#[test]
+fn a_part_goes_to_a_shared_gpu_even_on_an_emptier_node() {
+    let mut large = node("a", 8);
+    let part = PlacementRequest { gpu_memory_bytes: Some(GIB), ..wants(1) };
+    large.taken = vec![part.taking(vec![5], Vec::new())];
+    assert_eq!(placed(&fleet([large, node("b", 1)]), &part), Some(("a".into(), vec![5])));
 }
 
 #[test]
@@ -119,64 +280,4 @@ fn capacity_counts_what_fits_beside_what_is_taken() {
     busy.taken = vec![Taken { gpu_indices: vec![0], ..Default::default() }];
     assert_eq!(capacity(&fleet([busy, node("b", 1)]), &wants(2)), 1);
     assert_eq!(capacity(&FleetView::default(), &wants(1)), 0);
-}
-
-fn any_fleet() -> impl Strategy<Value = Vec<Node>> {
-    let sizes = proptest::collection::vec((0u32..5, any::<bool>(), prop::option::of(0u64..8_000)), 0..5);
-    sizes.prop_map(|sizes| {
-        let make = |(index, (gpus, labelled, cpu)): (usize, (u32, bool, Option<u64>))| {
-            let mut node = node(&format!("n{index}"), gpus);
-            node.cpu_millis = cpu;
-            if labelled {
-                node.labels.insert("class".into(), "A40".into());
-            }
-            node
-        };
-        sizes.into_iter().enumerate().map(make).collect()
-    })
-}
-
-fn any_requests() -> impl Strategy<Value = Vec<PlacementRequest>> {
-    let wishes = (0u32..4, prop::option::of(1u64..60), any::<bool>(), 0u64..3_000);
-    proptest::collection::vec(wishes, 0..12).prop_map(|wishes| {
-        let make = |(index, (gpus, share, picky, cpu)): (usize, (u32, Option<u64>, bool, u64))| PlacementRequest {
-            replica: format!("r{index}"),
-            revision: format!("default/m{}", index % 3),
-            gpu_memory_bytes: share.filter(|_| gpus == 1).map(|gib| gib * GIB),
-            cpu_millis: cpu,
-            node_selector: picky.then(|| ("class".to_owned(), "A40".to_owned())).into_iter().collect(),
-            ..wants(gpus)
-        };
-        wishes.into_iter().enumerate().map(make).collect()
-    })
-}
-
-proptest! {
-    #[test]
-    fn never_over_capacity_and_selectors_hold(nodes in any_fleet(), requests in any_requests()) {
-        let mut memory: BTreeMap<(String, u32), u64> = BTreeMap::new();
-        let mut cpu: BTreeMap<String, u64> = BTreeMap::new();
-        let fleet = fleet(nodes.clone());
-        for (placement, request) in place(&fleet, &requests).into_iter().zip(&requests) {
-            let Outcome::Placed { node: name, gpu_indices } = placement.outcome else { continue };
-            let node = nodes.iter().find(|node| node.name == name).unwrap();
-            prop_assert!(request.node_selector.iter().all(|(key, value)| node.labels.get(key) == Some(value)));
-            prop_assert_eq!(gpu_indices.len(), request.gpus as usize);
-            for index in gpu_indices {
-                let held = memory.entry((name.clone(), index)).or_default();
-                *held += request.gpu_memory_bytes.unwrap_or(48 * GIB);
-                prop_assert!(*held <= 48 * GIB);
-            }
-            let held = cpu.entry(name).or_default();
-            *held += request.cpu_millis;
-            prop_assert!(node.cpu_millis.is_none_or(|limit| *held <= limit));
-        }
-    }
-
-    #[test]
-    fn the_order_of_nodes_does_not_matter(nodes in any_fleet(), requests in any_requests()) {
-        let mut reversed = nodes.clone();
-        reversed.reverse();
-        prop_assert_eq!(place(&fleet(nodes), &requests), place(&fleet(reversed), &requests));
-    }
 }

@@ -4,7 +4,12 @@ use pilotlight_proto::fleet::v1 as fleet;
 use tokio::sync::{broadcast, mpsc, oneshot};
 
 use super::{meter::UsageRecord, world::World};
-use crate::{fleet::SessionHandle, model::ServiceKey, spec::InferenceService, store::StoreError};
+use crate::{
+    fleet::SessionHandle,
+    model::{Availability, ServiceKey},
+    spec::InferenceService,
+    store::StoreError,
+};
 
 /// Inputs that may wait for the loop; senders wait beyond that.
 const INPUTS_WAITING: usize = 4096;
@@ -55,6 +60,15 @@ pub enum Input {
         /// Where the answer goes.
         reply: oneshot::Sender<Result<(), CommandError>>,
     },
+    /// An operator says what a node may do.
+    SetAvailability {
+        /// Node name.
+        node: String,
+        /// What.
+        availability: Availability,
+        /// Where the answer goes.
+        reply: oneshot::Sender<Result<(), CommandError>>,
+    },
     /// Someone wants usage that is not yet in the store.
     Usage {
         /// Where the answer goes.
@@ -81,6 +95,9 @@ pub enum CommandError {
     /// No such service.
     #[error("inferenceservice {0} not found")]
     NotFound(ServiceKey),
+    /// No such node.
+    #[error("node {0} not found: no node of this name has joined")]
+    NodeNotFound(String),
     /// The store refused or could not be reached; nothing was changed.
     #[error("nothing was changed: {0}")]
     Store(#[from] StoreError),
@@ -138,6 +155,16 @@ impl Handle {
     pub async fn delete(&self, key: ServiceKey) -> Result<(), CommandError> {
         let (reply, answer) = oneshot::channel();
         self.send(Input::Delete { key, reply }).await?;
+        answer.await.map_err(|_| CommandError::Stopping)?
+    }
+
+    /// Stores what a node may do.
+    ///
+    /// # Errors
+    /// There is no such node, the store could not be reached, or the loop has ended.
+    pub async fn set_availability(&self, node: String, availability: Availability) -> Result<(), CommandError> {
+        let (reply, answer) = oneshot::channel();
+        self.send(Input::SetAvailability { node, availability, reply }).await?;
         answer.await.map_err(|_| CommandError::Stopping)?
     }
 

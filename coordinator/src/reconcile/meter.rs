@@ -23,11 +23,11 @@ pub struct UsageRecord {
     pub service: String,
     /// Start of the hour.
     pub hour: Timestamp,
-    /// GPU product, empty for replicas without GPU.
+    /// GPU product, with the profile of a MIG device; empty for replicas without GPU.
     pub gpu_class: String,
     /// Time that replicas existed, summed, milliseconds.
     pub replica_ms: u64,
-    /// The same times the number of GPUs held, milliseconds.
+    /// The same times the number of GPUs or MIG devices held, milliseconds.
     pub gpu_ms: u64,
 }
 
@@ -87,7 +87,7 @@ impl Meter {
         let total = self.totals.entry(key.clone()).or_insert(record);
         let millis = time.as_millis() as u64;
         total.replica_ms += millis;
-        total.gpu_ms += millis * replica.gpu_indices.len() as u64;
+        total.gpu_ms += millis * replica.devices() as u64;
         self.unwritten.insert(key);
     }
 
@@ -131,6 +131,7 @@ mod tests {
             revision: "default/iris-predictor-00001".into(),
             node: "n".into(),
             gpu_indices: gpus,
+            mig_devices: Vec::new(),
             gpu_class: "A40".into(),
             created_at: at(created),
             draining: false,

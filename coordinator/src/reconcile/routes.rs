@@ -84,6 +84,7 @@ pub fn assignment(world: &World, node: &NodeState) -> fleet::Assignment {
                 service: replica.record.service.clone(),
                 container: Some(container(&revision.template)),
                 gpu_indices: replica.record.gpu_indices.clone(),
+                mig_devices: replica.record.mig_devices.clone(),
                 container_concurrency: revision.scaling.container_concurrency as u32,
                 timeout: Some(duration(revision.timeout)),
                 draining: replica.record.draining,

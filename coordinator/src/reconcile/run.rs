@@ -21,14 +21,14 @@ use super::{
     commands::{Change, Input},
     meter::Meter,
     observe::{self, Dirty},
-    plan::{self, Create, Gone, Plan},
+    plan::{self, Create, Gone, Leaving, Plan},
     record::Recorder,
     routes, scale,
     world::{Event, NodeState, Settings, World},
 };
 use crate::{
     fleet::SessionHandle,
-    model::{NodeRecord, ReplicaRecord, keys},
+    model::{Availability, NodeRecord, ReplicaRecord, keys},
     store::{Store, StoreError, Transaction},
 };
 
@@ -115,6 +115,9 @@ impl Reconciler {
             Input::Delete { key, reply } => {
                 let _ = reply.send(self.delete(&key).await);
             }
+            Input::SetAvailability { node, availability, reply } => {
+                let _ = reply.send(self.set_availability(&node, availability).await);
+            }
             Input::Usage { reply } => {
                 self.account(now);
                 let _ = reply.send(self.meter.totals().cloned().collect());
@@ -126,7 +129,7 @@ impl Reconciler {
     async fn connected(&mut self, session: SessionHandle, hello: fleet::Hello, now: Timestamp) {
         let name = session.node.clone();
         if !self.world.nodes.contains_key(&name) {
-            let record = NodeRecord { name: name.clone(), joined_at: now };
+            let record = NodeRecord { name: name.clone(), joined_at: now, availability: Availability::Open };
             let write = Transaction::new().put_json(&keys::node(&name), &record);
             if let Err(error) = self.commit(write).await {
                 warn!(node = %name, %error, "cannot record the node; it has to connect again");
@@ -170,10 +173,12 @@ impl Reconciler {
             }
         }
         self.give_up(now).await;
-        // Wishes that are open, and replicas on nodes that may have been lost meanwhile.
+        // Wishes that are open, and replicas on nodes that drain or may have been lost meanwhile.
         self.dirty.waiting_for_a_place(&self.world);
-        let lost = self.world.nodes.values().filter(|node| node.lost(self.world.settings.node_lease, now));
-        let orphans = lost.flat_map(|node| &node.replicas).filter_map(|name| self.world.replicas.get(name));
+        let to_leave = self.world.nodes.values().filter(|node| {
+            node.lost(self.world.settings.node_lease, now) || node.record.availability == Availability::Draining
+        });
+        let orphans = to_leave.flat_map(|node| &node.replicas).filter_map(|name| self.world.replicas.get(name));
         let orphaned: Vec<_> = orphans.map(|replica| replica.record.revision.clone()).collect();
         self.dirty.revisions.extend(orphaned);
         if super::world::since(self.metered_at, now) >= METER_INTERVAL {
@@ -213,7 +218,7 @@ impl Reconciler {
         let revisions = std::mem::take(&mut self.dirty.revisions);
         let mut plan = plan::plan(&self.world, &revisions, now);
         if !self.world.settled(now) {
-            plan.drain.clear();
+            plan.keep_all();
         }
         for (key, why) in std::mem::take(&mut plan.unplaced) {
             self.note_unplaced(&key, why, now);
@@ -251,15 +256,16 @@ impl Reconciler {
                 self.forget(name, *why, now);
             }
         }
-        for names in plan.drain.chunks(WRITES_AT_ONCE) {
+        let leaving: Vec<_> = plan.leaving().collect();
+        for leaving in leaving.chunks(WRITES_AT_ONCE) {
             let mut write = Transaction::new();
-            for record in names.iter().filter_map(|name| self.world.replicas.get(name)).map(|r| &r.record) {
+            for record in leaving.iter().filter_map(|(name, _)| self.world.replicas.get(*name)).map(|r| &r.record) {
                 let drained = ReplicaRecord { draining: true, ..record.clone() };
                 write = write.put_json(&keys::replica(&record.name), &drained);
             }
             self.commit(write).await?;
-            for name in names {
-                self.drain(name, now);
+            for (name, why) in leaving {
+                self.drain(name, why, now);
             }
         }
         for creates in plan.create.chunks(WRITES_AT_ONCE) {
@@ -282,6 +288,8 @@ impl Reconciler {
         let inventory = self.world.nodes.get(&create.node)?.inventory.as_ref()?;
         let first = create.gpu_indices.first();
         let gpu = first.and_then(|index| inventory.gpus.iter().find(|gpu| gpu.index == *index));
+        let profile = revision.template.resources.mig.as_ref().map(|mig| format!(" MIG {}", mig.profile));
+        let class = gpu.map(|gpu| gpu.product.clone() + &profile.unwrap_or_default());
         let suffix = uuid::Uuid::new_v4().simple().to_string();
         Some(ReplicaRecord {
             name: format!("{}-{}", revision.name, &suffix[..8]),
@@ -290,7 +298,8 @@ impl Reconciler {
             revision: create.revision.clone(),
             node: create.node.clone(),
             gpu_indices: create.gpu_indices.clone(),
-            gpu_class: gpu.map(|gpu| gpu.product.clone()).unwrap_or_default(),
+            mig_devices: create.mig_devices.clone(),
+            gpu_class: class.unwrap_or_default(),
             created_at: now,
             draining: false,
         })
@@ -299,7 +308,11 @@ impl Reconciler {
     fn place(&mut self, record: ReplicaRecord, now: Timestamp) {
         let trace = self.world.revisions.get(&record.revision).map(|r| r.trace.clone()).unwrap_or_default();
         let service = format!("{}/{}", record.namespace, record.service);
-        let message = format!("placed on node {} with GPUs {:?}", record.node, record.gpu_indices);
+        let parts = match record.mig_devices.as_slice() {
+            [] => String::new(),
+            devices => format!(", of them only {}", devices.join(", ")),
+        };
+        let message = format!("placed on node {} with GPUs {:?}{parts}", record.node, record.gpu_indices);
         let object = format!("Replica/{}", record.name);
         self.world.note(&service, Event { time: now, warning: false, reason: "Scheduled", object, message });
         self.dirty.nodes.insert(record.node.clone());
@@ -307,14 +320,19 @@ impl Reconciler {
         self.world.insert_replica(record, trace);
     }
 
-    fn drain(&mut self, name: &str, now: Timestamp) {
+    fn drain(&mut self, name: &str, why: &Leaving, now: Timestamp) {
         let Some(replica) = self.world.replicas.get_mut(name) else { return };
         replica.record.draining = true;
-        let service = format!("{}/{}", replica.record.namespace, replica.record.service);
-        self.dirty.nodes.insert(replica.record.node.clone());
-        let object = format!("Replica/{name}");
-        let message = "takes no new requests, then stops".to_owned();
-        self.world.note(&service, Event { time: now, warning: false, reason: "Draining", object, message });
+        let record = &replica.record;
+        let service = format!("{}/{}", record.namespace, record.service);
+        let (warning, reason, why) = match why {
+            Leaving::ScaledDown => (false, "Draining", String::new()),
+            Leaving::NodeDrained => (false, "NodeDrained", format!("node {} drains: ", record.node)),
+            Leaving::Evicted(by) => (true, "Preempted", format!("idle, and {by} of higher priority needs its place: ")),
+        };
+        let message = format!("{why}takes no new requests, then stops");
+        self.dirty.nodes.insert(record.node.clone());
+        self.world.note(&service, Event { time: now, warning, reason, object: format!("Replica/{name}"), message });
         self.dirty.services.insert(service);
     }
 

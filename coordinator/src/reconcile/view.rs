@@ -1,7 +1,5 @@
 //! The world as operators see it. Pure.
 
-use std::collections::BTreeMap;
-
 use jiff::Timestamp;
 use pilotlight_proto::{
     control::v1 as control,
@@ -14,6 +12,7 @@ use super::{
 };
 use crate::{
     autoscaler::Decision,
+    model::Availability,
     rollout::Tag,
     spec::{self, FailureInfo, ModelState, ModelStatus, StatusView, TrafficTarget, TransitionStatus},
 };
@@ -206,6 +205,7 @@ pub fn replica(state: &ReplicaState) -> control::Replica {
         revision: revision.to_owned(),
         node: record.node.clone(),
         gpu_indices: record.gpu_indices.clone(),
+        mig_devices: record.mig_devices.clone(),
         phase: phase_name(record.draining, state.phase()).to_owned(),
         message: status.message,
         restarts: status.restarts,
@@ -231,10 +231,7 @@ fn phase_name(draining: bool, phase: ReplicaPhase) -> &'static str {
 /// A node with its GPUs and who holds them.
 pub fn node(world: &World, state: &NodeState, now: Timestamp) -> control::Node {
     let inventory = state.inventory.clone().unwrap_or_default();
-    let mut holders = BTreeMap::new();
-    for replica in state.replicas.iter().filter_map(|name| world.replicas.get(name)) {
-        holders.extend(replica.record.gpu_indices.iter().map(|index| (*index, replica.record.name.clone())));
-    }
+    let holders: Vec<_> = state.replicas.iter().filter_map(|name| world.replicas.get(name)).collect();
     let state_name = match state {
         _ if state.session.is_some() => "Ready",
         _ if state.lost(world.settings.node_lease, now) => "Lost",
@@ -252,15 +249,38 @@ pub fn node(world: &World, state: &NodeState, now: Timestamp) -> control::Node {
         cpu_cores: inventory.cpu_cores,
         memory_bytes: inventory.memory_bytes,
         last_seen: Some(timestamp(state.last_seen)),
+        availability: availability(state.record.availability).into(),
+        replicas: holders.len() as u32,
     }
 }
 
-fn node_gpu(gpu: &fleet::Gpu, holders: &BTreeMap<u32, String>) -> control::NodeGpu {
+fn availability(availability: Availability) -> control::NodeAvailability {
+    match availability {
+        Availability::Open => control::NodeAvailability::Open,
+        Availability::Cordoned => control::NodeAvailability::Cordoned,
+        Availability::Draining => control::NodeAvailability::Draining,
+    }
+}
+
+fn node_gpu(gpu: &fleet::Gpu, replicas: &[&ReplicaState]) -> control::NodeGpu {
+    let holding = replicas.iter().map(|replica| &replica.record);
+    let holders: Vec<_> = holding.clone().filter(|record| record.gpu_indices.contains(&gpu.index)).collect();
+    let device = |device: &fleet::MigDevice| control::NodeMigDevice {
+        uuid: device.uuid.clone(),
+        profile: device.profile.clone(),
+        replica: holding
+            .clone()
+            .find(|record| record.mig_devices.contains(&device.uuid))
+            .map(|record| record.name.clone())
+            .unwrap_or_default(),
+    };
     control::NodeGpu {
         index: gpu.index,
         product: gpu.product.clone(),
         memory_bytes: gpu.memory_bytes,
-        replica: holders.get(&gpu.index).cloned().unwrap_or_default(),
+        replica: holders.last().map(|record| record.name.clone()).unwrap_or_default(),
+        replicas: holders.iter().map(|record| record.name.clone()).collect(),
+        mig_devices: gpu.mig_devices.iter().map(device).collect(),
     }
 }
 

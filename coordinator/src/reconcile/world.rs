@@ -14,6 +14,7 @@ use crate::{
     fleet::SessionHandle,
     model::{ConditionRecord, NodeRecord, ReplicaRecord, RevisionKey, RevisionRecord, ServiceKey, ServiceRecord},
     rollout::{self, Policy, Signs, Target, progress},
+    spec::PlacementPolicy,
 };
 
 /// Decisions kept per revision for `describe`.
@@ -51,6 +52,8 @@ pub struct Settings {
     pub scaling: Defaults,
     /// Silence after which a node is lost.
     pub node_lease: Duration,
+    /// How replicas are placed unless their annotations say otherwise.
+    pub placement_policy: PlacementPolicy,
 }
 
 /// One service.

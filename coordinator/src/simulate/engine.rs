@@ -26,7 +26,7 @@ use crate::{
         scale,
         world::{ServiceState, Settings, World},
     },
-    spec::InferenceService,
+    spec::{InferenceService, PlacementPolicy},
 };
 
 /// Simulates a scenario from its first request until its tail is over.
@@ -319,6 +319,7 @@ impl<'a> Engine<'a> {
             let revisions = std::mem::take(&mut self.dirty.revisions);
             let now = self.time();
             let plan = plan::plan(&self.world, &revisions, now);
+            let leaving: Vec<String> = plan.leaving().map(|(name, _)| name.clone()).collect();
             for (key, why) in plan.unplaced {
                 if let Some(revision) = self.world.revisions.get_mut(&key) {
                     revision.unplaced = why;
@@ -327,7 +328,7 @@ impl<'a> Engine<'a> {
             for (name, gone) in plan.forget {
                 self.forget(&name, gone);
             }
-            for name in plan.drain {
+            for name in leaving {
                 self.drain(&name);
             }
             for create in plan.create {
@@ -350,6 +351,7 @@ impl<'a> Engine<'a> {
             revision: create.revision.clone(),
             node: create.node.clone(),
             gpu_indices: create.gpu_indices,
+            mig_devices: create.mig_devices,
             gpu_class: String::new(),
             created_at: self.time(),
             draining: false,
@@ -432,6 +434,7 @@ fn settings(scenario: &Scenario) -> Settings {
         ingress_port: 80,
         queue_limit: scenario.queue_limit as u32,
         scaling: scenario.scaling.clone(),
+        placement_policy: PlacementPolicy::BinPack,
         // Virtual nodes are never silent.
         node_lease: Duration::MAX,
     }

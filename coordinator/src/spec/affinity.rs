@@ -1,15 +1,21 @@
-//! `affinity`: required node affinity is kept, the rest is said to have no effect.
+//! `affinity`: node affinity is kept, the rest is said to have no effect.
 
-use k8s_openapi::api::core::v1::{Affinity, NodeSelector, NodeSelectorRequirement};
+use k8s_openapi::api::core::v1::{
+    Affinity, NodeSelector, NodeSelectorRequirement, NodeSelectorTerm, PreferredSchedulingTerm,
+};
 
 use super::{documents::join, names, report::Report};
 
 const REQUIRED: &str = "nodeAffinity.requiredDuringSchedulingIgnoredDuringExecution";
 const PREFERRED: &str = "nodeAffinity.preferredDuringSchedulingIgnoredDuringExecution";
 
-/// Reads the affinity at `at`; gives the required node affinity.
-pub(super) fn read(affinity: Option<&Affinity>, at: &str, report: &mut Report) -> Option<NodeSelector> {
-    let affinity = affinity?;
+/// Reads the affinity at `at`; gives the required node affinity and the preferred terms.
+pub(super) fn read(
+    affinity: Option<&Affinity>,
+    at: &str,
+    report: &mut Report,
+) -> (Option<NodeSelector>, Vec<PreferredSchedulingTerm>) {
+    let Some(affinity) = affinity else { return (None, Vec::new()) };
     for (key, given) in
         [("podAffinity", affinity.pod_affinity.is_some()), ("podAntiAffinity", affinity.pod_anti_affinity.is_some())]
     {
@@ -17,13 +23,20 @@ pub(super) fn read(affinity: Option<&Affinity>, at: &str, report: &mut Report) -
             report.unsupported(join(at, key), "replicas are placed without regard to each other's labels");
         }
     }
-    let node = affinity.node_affinity.as_ref()?;
-    if node.preferred_during_scheduling_ignored_during_execution.as_ref().is_some_and(|terms| !terms.is_empty()) {
-        report.unsupported(format!("{at}.{PREFERRED}"), "nodes that meet the required terms are equal");
+    let Some(node) = &affinity.node_affinity else { return (None, Vec::new()) };
+    let preferred = node.preferred_during_scheduling_ignored_during_execution.clone().unwrap_or_default();
+    for (index, term) in preferred.iter().enumerate() {
+        let at = format!("{at}.{PREFERRED}[{index}]");
+        if !(1..=100).contains(&term.weight) {
+            report.error(join(&at, "weight"), term.weight, "must be 1 to 100");
+        }
+        check_term(&term.preference, &join(&at, "preference"), report);
     }
-    let required = node.required_during_scheduling_ignored_during_execution.as_ref()?;
-    check(required, &format!("{at}.{REQUIRED}.nodeSelectorTerms"), report);
-    Some(required.clone())
+    let required = node.required_during_scheduling_ignored_during_execution.clone();
+    if let Some(required) = &required {
+        check(required, &format!("{at}.{REQUIRED}.nodeSelectorTerms"), report);
+    }
+    (required, preferred)
 }
 
 fn check(selector: &NodeSelector, at: &str, report: &mut Report) {
@@ -31,15 +44,18 @@ fn check(selector: &NodeSelector, at: &str, report: &mut Report) {
         report.error(at, "", "must have at least one term");
     }
     for (index, term) in selector.node_selector_terms.iter().enumerate() {
-        let at = format!("{at}[{index}]");
-        for (index, requirement) in term.match_expressions.iter().flatten().enumerate() {
-            let at = format!("{at}.matchExpressions[{index}]");
-            names::check_label_key(&requirement.key, &join(&at, "key"), report);
-            check_requirement(requirement, &at, report);
-        }
-        for (index, requirement) in term.match_fields.iter().flatten().enumerate() {
-            check_field(requirement, &format!("{at}.matchFields[{index}]"), report);
-        }
+        check_term(term, &format!("{at}[{index}]"), report);
+    }
+}
+
+fn check_term(term: &NodeSelectorTerm, at: &str, report: &mut Report) {
+    for (index, requirement) in term.match_expressions.iter().flatten().enumerate() {
+        let at = format!("{at}.matchExpressions[{index}]");
+        names::check_label_key(&requirement.key, &join(&at, "key"), report);
+        check_requirement(requirement, &at, report);
+    }
+    for (index, requirement) in term.match_fields.iter().flatten().enumerate() {
+        check_field(requirement, &format!("{at}.matchFields[{index}]"), report);
     }
 }
 
@@ -76,5 +92,38 @@ fn check_field(requirement: &NodeSelectorRequirement, at: &str, report: &mut Rep
     let values = requirement.values.as_deref().unwrap_or_default();
     if values.len() != 1 {
         report.error(join(at, "values"), values.join(", "), "must be one node name");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn findings(yaml: &str) -> (usize, Vec<String>) {
+        let affinity: Affinity = serde_norway::from_str(yaml).unwrap();
+        let mut report = Report::new(false);
+        let (_, preferred) = read(Some(&affinity), "affinity", &mut report);
+        (preferred.len(), report.into_findings().iter().map(ToString::to_string).collect())
+    }
+
+    #[test]
+    fn preferred_terms_are_kept_and_checked() {
+        let preferred = |weight: i32, operator: &str| {
+            format!(
+                "nodeAffinity:\n  preferredDuringSchedulingIgnoredDuringExecution:\n  - weight: {weight}\n    \
+                 preference: {{matchExpressions: [{{key: gpu.nvidia.com/class, operator: {operator}, values: [A40]}}]}}\n"
+            )
+        };
+        assert_eq!(findings(&preferred(100, "In")), (1, vec![]));
+        let at = "affinity.nodeAffinity.preferredDuringSchedulingIgnoredDuringExecution[0]";
+        for weight in [0, 101] {
+            let (_, found) = findings(&preferred(weight, "In"));
+            assert_eq!(found, [format!("{at}.weight: must be 1 to 100 (got {weight})")]);
+        }
+        let (_, found) = findings(&preferred(1, "Like"));
+        assert!(
+            found.len() == 1 && found[0].starts_with(&format!("{at}.preference.matchExpressions[0].operator")),
+            "{found:?}"
+        );
     }
 }

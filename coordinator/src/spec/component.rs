@@ -10,7 +10,7 @@ use super::{
     ParseOptions, affinity, annotations, container,
     documents::join,
     model::{Predictor, Resources, RevisionTemplate, Scaling},
-    names,
+    names, placing,
     report::Report,
     resources, typed,
 };
@@ -86,9 +86,9 @@ pub(super) const POD_UNSUPPORTED: [(&str, &str); 36] = [
     ("nodeName", "use nodeSelector or nodeAffinity by metadata.name"),
     ("os", "every node runs Linux"),
     ("overhead", "only the container's own requests count"),
-    ("preemptionPolicy", "no replica is evicted for another"),
-    ("priority", "no replica is evicted for another"),
-    ("priorityClassName", "no replica is evicted for another"),
+    ("preemptionPolicy", "idle replicas of lower priority may be evicted"),
+    ("priority", "use annotation pilotlight.dev/priority, an integer"),
+    ("priorityClassName", "there are no priority classes; use annotation pilotlight.dev/priority, an integer"),
     ("readinessGates", "the readiness probe decides alone"),
     ("resourceClaims", "use nvidia.com/gpu"),
     ("resources", "use the container's resources"),
@@ -102,8 +102,8 @@ pub(super) const POD_UNSUPPORTED: [(&str, &str); 36] = [
     ("setHostnameAsFQDN", "the runtime decides"),
     ("shareProcessNamespace", "only the main container is run"),
     ("subdomain", "replicas have no names of their own"),
-    ("tolerations", "nodes have no taints"),
-    ("topologySpreadConstraints", "replicas are placed by free GPUs, then spread"),
+    ("tolerations", "the only taints are cordon's and drain's, which nothing tolerates"),
+    ("topologySpreadConstraints", "use annotation pilotlight.dev/placement-policy: spread"),
     ("volumes", "nothing is mounted"),
 ];
 
@@ -146,6 +146,7 @@ pub(super) fn absent() -> Predictor {
             resources: Resources {
                 gpus: 0,
                 gpu_memory_bytes: None,
+                mig: None,
                 cpu_millis: 0,
                 cpu_limit_millis: 0,
                 memory_bytes: 0,
@@ -154,6 +155,7 @@ pub(super) fn absent() -> Predictor {
             termination_grace_period: Duration::ZERO,
             node_selector: BTreeMap::new(),
             node_affinity: None,
+            preferred_node_affinity: Vec::new(),
             labels: BTreeMap::new(),
             annotations: BTreeMap::new(),
         },
@@ -182,12 +184,14 @@ pub(super) fn read(
     let own_annotations = extension.annotations.take().unwrap_or_default();
     let annotations = annotations::of_revision(service_annotations, own_annotations, &join(at, "annotations"), report);
     let gpu_memory = annotations::gpu_memory(&annotations, report);
+    placing::check(&annotations, report);
 
     let main = container::read(&pod, &pod_value, at, !implementations.is_empty(), report);
     let resources =
         resources::read(main.given.and_then(|given| given.resources.as_ref()), gpu_memory, &main.at, report);
     let node_selector = pod.node_selector.clone().unwrap_or_default();
     names::check_labels(&node_selector, &join(at, "nodeSelector"), report);
+    let (node_affinity, preferred_node_affinity) = affinity::read(pod.affinity.as_ref(), &join(at, "affinity"), report);
     let template = RevisionTemplate {
         container: main.container,
         resources,
@@ -199,7 +203,8 @@ pub(super) fn read(
             report,
         ),
         node_selector,
-        node_affinity: affinity::read(pod.affinity.as_ref(), &join(at, "affinity"), report),
+        node_affinity,
+        preferred_node_affinity,
         labels,
         annotations,
     };

@@ -9,7 +9,7 @@
 //! | --- | --- |
 //! | `documents` | text to documents |
 //! | `typed` | JSON to typed values, with the path of each unknown field and type error |
-//! | `inference_service`, `annotations` | the object |
+//! | `inference_service`, `annotations`, `placing` | the object |
 //! | `component` | one component: implementation, extension fields and pod fields at one level |
 //! | `container`, `env`, `expand`, `probe`, `resources`, `quantity`, `affinity` | the pod part |
 //! | `object` | the way back, to KServe's shape with status |
@@ -25,6 +25,7 @@ mod inference_service;
 mod model;
 mod names;
 mod object;
+mod placing;
 mod probe;
 pub mod quantity;
 mod report;
@@ -43,13 +44,14 @@ use self::{
 };
 pub use self::{
     model::{
-        Container, EnvVar, InferenceService, Predictor, Probe, ProbeHandler, Resource, Resources, RevisionTemplate,
-        Scaling,
+        Container, EnvVar, InferenceService, MigRequest, Predictor, Probe, ProbeHandler, Resource, Resources,
+        RevisionTemplate, Scaling,
     },
     object::{
         Condition, ConditionStatus, FailureInfo, ModelState, ModelStatus, StatusView, TrafficTarget, TransitionStatus,
         to_object,
     },
+    placing::{PlacementPolicy, placement_policy, priority},
 };
 use crate::finding::Finding;
 

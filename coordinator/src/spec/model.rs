@@ -6,7 +6,7 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use k8s_openapi::api::core::v1::NodeSelector;
+use k8s_openapi::api::core::v1::{NodeSelector, PreferredSchedulingTerm};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -87,6 +87,9 @@ pub struct RevisionTemplate {
     /// `affinity.nodeAffinity.requiredDuringSchedulingIgnoredDuringExecution`, checked.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub node_affinity: Option<NodeSelector>,
+    /// `affinity.nodeAffinity.preferredDuringSchedulingIgnoredDuringExecution`, checked.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub preferred_node_affinity: Vec<PreferredSchedulingTerm>,
     /// The component's own labels.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub labels: BTreeMap<String, String>,
@@ -200,6 +203,9 @@ pub struct Resources {
     /// Annotation `pilotlight.dev/gpu-memory`: bytes of one GPU that may be shared with other replicas.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gpu_memory_bytes: Option<u64>,
+    /// `nvidia.com/mig-<profile>`: parts of GPUs that are divided by MIG, instead of GPUs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mig: Option<MigRequest>,
     /// Requested CPU, thousandths of a core. Default 1000 (at most the limit).
     pub cpu_millis: u64,
     /// CPU limit, thousandths of a core. Default 1000 (at least the request).
@@ -208,4 +214,13 @@ pub struct Resources {
     pub memory_bytes: u64,
     /// Memory limit, bytes. Default 2 GiB (at least the request).
     pub memory_limit_bytes: u64,
+}
+
+/// MIG devices that one replica needs.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MigRequest {
+    /// Such as `1g.10gb`.
+    pub profile: String,
+    /// How many, 1 to 64, all on one node.
+    pub count: u32,
 }

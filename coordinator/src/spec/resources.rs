@@ -7,7 +7,7 @@ use k8s_openapi::{api::core::v1::ResourceRequirements, apimachinery::pkg::api::r
 use super::{
     annotations::GPU_MEMORY,
     documents::join,
-    model::Resources,
+    model::{MigRequest, Resources},
     quantity::{self, QuantityError},
     report::Report,
 };
@@ -17,6 +17,10 @@ const DEFAULT_CPU_MILLIS: u64 = 1000;
 /// KServe's default memory, request and limit: 2 GiB.
 const DEFAULT_MEMORY_BYTES: u64 = 2 << 30;
 const GPU: &str = "nvidia.com/gpu";
+/// Before the profile, such as `1g.10gb`.
+const MIG: &str = "nvidia.com/mig-";
+/// GPUs of the largest machines times the devices of one.
+const MIG_LIMIT: u64 = 64;
 /// More than any machine holds; keeps sums far from overflow.
 const GPU_LIMIT: u64 = 1024;
 
@@ -40,7 +44,16 @@ pub(super) fn read(
     let (cpu_millis, cpu_limit_millis) = amounts.pair("cpu", DEFAULT_CPU_MILLIS, quantity::millis);
     let (memory_bytes, memory_limit_bytes) = amounts.pair("memory", DEFAULT_MEMORY_BYTES, quantity::units);
     let mut gpus = amounts.gpus();
+    let mig = amounts.mig();
     amounts.check_others();
+    if let Some(mig) = mig.as_ref().filter(|_| gpus > 0 || gpu_memory_bytes.is_some()) {
+        let key = format!("{MIG}{}", mig.profile);
+        report.error(
+            join(&join(&at, "limits"), &key),
+            mig.count,
+            format!("cannot be had together with {GPU} or annotation {GPU_MEMORY}"),
+        );
+    }
     if gpu_memory_bytes.is_some() {
         if gpus > 1 {
             report.error(
@@ -51,7 +64,7 @@ pub(super) fn read(
         }
         gpus = 1;
     }
-    Resources { gpus, gpu_memory_bytes, cpu_millis, cpu_limit_millis, memory_bytes, memory_limit_bytes }
+    Resources { gpus, gpu_memory_bytes, mig, cpu_millis, cpu_limit_millis, memory_bytes, memory_limit_bytes }
 }
 
 struct Reader<'a> {
@@ -79,22 +92,52 @@ impl Reader<'_> {
         (request_or_default, limit.unwrap_or_else(|| default.max(request_or_default)))
     }
 
-    /// Whole GPUs. Where only limits are given the request equals the limit, as for every resource that
-    /// cannot be overcommitted in Kubernetes.
+    /// Whole GPUs.
     fn gpus(&mut self) -> u32 {
-        let request = self.amount("requests", GPU, whole);
-        let limit = self.amount("limits", GPU, whole);
+        self.devices(GPU, GPU_LIMIT)
+    }
+
+    /// MIG devices, of one profile: a replica that needs two kinds fits no model server that we know.
+    fn mig(&mut self) -> Option<MigRequest> {
+        let mut keys: Vec<String> = self.requests.keys().chain(self.limits.keys()).cloned().collect();
+        keys.retain(|key| key.starts_with(MIG));
+        keys.sort();
+        keys.dedup();
+        let mut found = None;
+        for key in keys {
+            let profile = key[MIG.len()..].to_owned();
+            let count = self.devices(&key, MIG_LIMIT);
+            if !is_profile(&profile) {
+                self.report.error(
+                    self.path("limits", &key),
+                    count,
+                    "must name a profile, such as 1g.10gb or 1g.10gb.me",
+                );
+            } else if count > 0 && found.is_some() {
+                self.report.error(self.path("limits", &key), count, "must be the only MIG profile of the container");
+            } else if count > 0 {
+                found = Some(MigRequest { profile, count });
+            }
+        }
+        found
+    }
+
+    /// Whole devices. Where only limits are given the request equals the limit, as for every resource that
+    /// cannot be overcommitted in Kubernetes.
+    fn devices(&mut self, key: &str, most: u64) -> u32 {
+        let request = self.amount("requests", key, whole);
+        let limit = self.amount("limits", key, whole);
         match (request, limit) {
             (Some(request), Some(limit)) if request != limit => {
                 self.report.error(
-                    self.path("requests", GPU),
+                    self.path("requests", key),
                     request,
                     format!("must equal the limit, which is {limit}"),
                 );
             }
             (Some(request), None) => {
                 self.report.error(
-                    self.path("requests", GPU),
+                    self.path("requests", key),
                     request,
                     "must be given in limits too, with the same value",
                 );
@@ -102,8 +145,8 @@ impl Reader<'_> {
             _ => {}
         }
         let count = limit.unwrap_or(0);
-        if count > GPU_LIMIT {
-            self.report.error(self.path("limits", GPU), count, format!("must be 0 to {GPU_LIMIT}"));
+        if count > most {
+            self.report.error(self.path("limits", key), count, format!("must be 0 to {most}"));
         }
         u32::try_from(count).unwrap_or_default()
     }
@@ -114,7 +157,11 @@ impl Reader<'_> {
         match read(&given.0) {
             Ok(amount) => Some(amount),
             Err(error) => {
-                let whole = if key == GPU { "a whole number of GPUs: " } else { "" };
+                let whole = match key {
+                    GPU => "a whole number of GPUs: ",
+                    mig if mig.starts_with(MIG) => "a whole number of MIG devices: ",
+                    _ => "",
+                };
                 self.report.error(self.path(list, key), &given.0, format!("{whole}{error}"));
                 None
             }
@@ -124,13 +171,14 @@ impl Reader<'_> {
     /// Resources of other names: accelerators of another kind are an error, since nothing provides them.
     fn check_others(&mut self) {
         for (list, amounts) in [("requests", self.requests), ("limits", self.limits)] {
-            for (key, amount) in amounts.iter().filter(|(key, _)| !["cpu", "memory", GPU].contains(&key.as_str())) {
+            let known = |key: &str| ["cpu", "memory", GPU].contains(&key) || key.starts_with(MIG);
+            for (key, amount) in amounts.iter().filter(|(key, _)| !known(key)) {
                 let at = self.path(list, key);
                 if key.contains('/') {
                     self.report.error(
                         at,
                         &amount.0,
-                        format!("is not supported by this version; known are cpu, memory and {GPU}"),
+                        format!("is not supported by this version; known are cpu, memory, {GPU} and {MIG}<profile>"),
                     );
                 } else {
                     self.report.unsupported(at, "not counted");
@@ -148,4 +196,54 @@ impl Reader<'_> {
 fn whole(text: &str) -> Result<u64, QuantityError> {
     let units = quantity::units(text)?;
     if quantity::millis(text)? == units.saturating_mul(1000) { Ok(units) } else { Err(QuantityError::Malformed) }
+}
+
+/// True for `1g.10gb`, and with attributes as in `1g.10gb.me`.
+fn is_profile(text: &str) -> bool {
+    let number =
+        |word: &str, unit: &str| word.strip_suffix(unit).is_some_and(|n| n.parse::<u16>().is_ok_and(|n| n > 0));
+    let mut words = text.split('.');
+    let (slices, memory) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
+    // "1c.2g.10gb" is a part of a part, which the device plugin does not offer either.
+    number(slices, "g")
+        && number(memory, "gb")
+        && words.all(|word| !word.is_empty() && word.bytes().all(|byte| byte.is_ascii_alphanumeric()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn limits(amounts: &[(&str, &str)], gpu_memory: Option<u64>) -> (Resources, Vec<String>) {
+        let limits = amounts.iter().map(|(key, amount)| ((*key).to_owned(), Quantity((*amount).to_owned()))).collect();
+        let given = ResourceRequirements { limits: Some(limits), ..Default::default() };
+        let mut report = Report::new(false);
+        let resources = read(Some(&given), gpu_memory, "c", &mut report);
+        (resources, report.into_findings().iter().map(ToString::to_string).collect())
+    }
+
+    #[test]
+    fn mig_devices_are_counted_by_profile() {
+        let (resources, findings) = limits(&[("nvidia.com/mig-1g.10gb", "2")], None);
+        assert!(findings.is_empty(), "{findings:?}");
+        assert_eq!(resources.mig, Some(MigRequest { profile: "1g.10gb".into(), count: 2 }));
+        assert_eq!(resources.gpus, 0);
+        let (resources, findings) = limits(&[("nvidia.com/mig-1g.10gb", "0"), ("nvidia.com/gpu", "1")], None);
+        assert!(findings.is_empty() && resources.mig.is_none(), "{findings:?}");
+    }
+
+    #[test]
+    fn what_mig_cannot_be_is_refused_by_name() {
+        let refused = |amounts: &[(&str, &str)], memory, part: &str| {
+            let (_, findings) = limits(amounts, memory);
+            assert!(findings.len() == 1 && findings[0].contains(part), "{findings:?}");
+            assert!(findings[0].contains("nvidia.com/mig-"), "{findings:?}");
+        };
+        refused(&[("nvidia.com/mig-1g.10gb", "1"), ("nvidia.com/gpu", "1")], None, "cannot be had together");
+        refused(&[("nvidia.com/mig-1g.10gb", "1")], Some(1 << 30), "cannot be had together");
+        refused(&[("nvidia.com/mig-1g.10gb", "1"), ("nvidia.com/mig-2g.20gb", "1")], None, "only MIG profile");
+        refused(&[("nvidia.com/mig-big", "1")], None, "must name a profile");
+        refused(&[("nvidia.com/mig-1g.10gb", "0.5")], None, "a whole number of MIG devices");
+        refused(&[("nvidia.com/mig-1g.10gb", "65")], None, "must be 0 to 64");
+    }
 }
