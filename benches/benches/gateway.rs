@@ -90,6 +90,7 @@ async fn gateway(server: SocketAddr) -> SocketAddr {
                 replicas: vec![ReplicaRoute { replica: "r".into(), node: "bench".into(), ready: true }],
                 ..Default::default()
             }],
+            ..Default::default()
         }],
         nodes: vec![PeerNode { name: "bench".into(), peer_address: "127.0.0.1:1".into() }],
         ..Default::default()
