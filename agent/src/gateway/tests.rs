@@ -23,6 +23,7 @@ use super::{
     Connect, DataPath, GatewayMetrics, PeerStream, Setup,
     answer::{Answer, BoxError},
     body::Replay,
+    split::Destination,
 };
 use crate::{
     endpoint::{Endpoints as _, LocalReplica},
@@ -67,6 +68,7 @@ fn routes(node: &str, timeout: Duration, nodes: &[(&str, String)], concurrency: 
         name: "echo".to_owned(),
         hosts: vec![HOST.to_owned()],
         revisions: vec![revision],
+        ..Default::default()
     };
     let nodes =
         nodes.iter().map(|(name, address)| fleet::PeerNode { name: (*name).to_owned(), peer_address: address.clone() });
@@ -121,7 +123,9 @@ fn gateway_and_node() -> (Arc<DataPath>, Arc<RevisionQueue>, mpsc::UnboundedRece
 
 async fn hold(path: &DataPath, queue: &Arc<RevisionQueue>, at: &str) -> Result<Response<super::answer::Body>, Answer> {
     let (parts, body) = Request::post(at).body(Full::from("{}")).unwrap().into_parts();
-    path.hold(queue, parts, Replay::new(body, 100)).await
+    let (service, _) = path.routes.by_host(HOST).unwrap();
+    let destination = Destination::new(service, None, &parts.headers);
+    path.hold(&destination, Arc::clone(queue), parts, Replay::new(body, 100)).await
 }
 
 #[tokio::test(start_paused = true)]
