@@ -195,3 +195,79 @@ impl Table {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn revision(name: &str, percent: u32, tag: &str) -> fleet::RevisionRoute {
+        fleet::RevisionRoute {
+            revision: format!("default/{name}"),
+            traffic_percent: percent,
+            tag: tag.to_owned(),
+            ..Default::default()
+        }
+    }
+
+    fn service(name: &str, revisions: Vec<fleet::RevisionRoute>) -> fleet::ServiceRoute {
+        let hosts = vec![format!("{name}.default.test"), format!("{name}-predictor.default.test")];
+        fleet::ServiceRoute { namespace: "default".into(), name: name.into(), hosts, revisions, ..Default::default() }
+    }
+
+    fn update(version: u64, services: Vec<fleet::ServiceRoute>, removed: &[&str]) -> fleet::Routes {
+        let removed = removed.iter().map(ToString::to_string).collect();
+        fleet::Routes { version, full: version == 1, services, removed, ..Default::default() }
+    }
+
+    /// `<service> <revision of the tag>`.
+    fn found(routes: &RouteTable, host: &str) -> Option<String> {
+        let (service, tagged) = routes.by_host(host)?;
+        Some(format!("{} {}", service.name, tagged.map(|queue| queue.key().to_owned()).unwrap_or_default()))
+    }
+
+    #[test]
+    fn hosts_of_tags_lead_to_one_revision_until_the_tag_goes() {
+        let routes = RouteTable::new(Sidecar::new());
+        let canary = || service("iris", vec![revision("iris-2", 0, "latest"), revision("iris-1", 100, "prev")]);
+        routes.apply("node", update(1, vec![canary()], &[]));
+        assert_eq!(found(&routes, "iris.default.test:8080").unwrap(), "default/iris ");
+        for host in ["latest-iris.default.test", "Latest-Iris-Predictor.default.test:80"] {
+            assert_eq!(found(&routes, host).unwrap(), "default/iris default/iris-2", "{host}");
+        }
+        assert_eq!(found(&routes, "prev-iris.default.test").unwrap(), "default/iris default/iris-1");
+
+        // A service of that very name is what it says, not the other one's tag.
+        routes.apply("node", update(2, vec![service("prev-iris", vec![revision("own", 100, "")])], &[]));
+        assert_eq!(found(&routes, "prev-iris.default.test").unwrap(), "default/prev-iris ");
+        routes.apply("node", update(3, vec![], &["default/prev-iris"]));
+        assert_eq!(found(&routes, "prev-iris.default.test").unwrap(), "default/iris default/iris-1");
+
+        routes.apply("node", update(4, vec![service("iris", vec![revision("iris-2", 100, "")])], &[]));
+        assert_eq!(found(&routes, "prev-iris.default.test"), None);
+        assert_eq!(found(&routes, "latest-iris.default.test"), None);
+    }
+
+    #[test]
+    fn twenty_thousand_requests_are_split_exactly_while_routes_change() {
+        let routes = RouteTable::new(Sidecar::new());
+        let canary = |replica: u64| {
+            let mut newest = revision("iris-2", 10, "");
+            newest.replicas.push(fleet::ReplicaRoute {
+                replica: format!("iris-2-{replica}"),
+                node: "far".into(),
+                ready: true,
+            });
+            service("iris", vec![newest, revision("iris-1", 90, "prev")])
+        };
+        let mut newest = 0;
+        for request in 0..20_000 {
+            // Each update makes the service anew, as each change of a replica does.
+            if request % 7 == 0 {
+                routes.apply("node", update(request + 1, vec![canary(request)], &[]));
+            }
+            let (service, _) = routes.by_host("iris.default.test").unwrap();
+            newest += u32::from(service.split.next().unwrap().key() == "default/iris-2");
+        }
+        assert_eq!(newest, 2_000);
+    }
+}

@@ -360,3 +360,6 @@ fn victim(world: &World, former: &RevisionState, needy: &RevisionState, now: Tim
     let found = candidates.into_iter().find(|replica| fits(&replica.record.name))?;
     Some((found.record.name.clone(), former.record.key()))
 }
+
+#[cfg(test)]
+mod tests;
