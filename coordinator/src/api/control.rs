@@ -115,7 +115,12 @@ impl Control for ControlService {
         // Parsed as a whole before anything is awaited: the check of scaling is not to be sent elsewhere.
         let documents = spec::parse(
             &request.manifest,
-            ParseOptions { default_namespace: namespace, strict: request.strict, validate_scaling: &scaling },
+            ParseOptions {
+                default_namespace: namespace,
+                strict: request.strict,
+                validate_scaling: &scaling,
+                runtimes: &spec::Runtimes::built_in(),
+            },
         );
         let mut results = Vec::new();
         for document in documents {

@@ -1,15 +1,20 @@
-//! `affinity`: required node affinity is kept, the rest is said to have no effect.
+//! `affinity`: node affinity is kept, the rest is said to have no effect.
 
-use k8s_openapi::api::core::v1::{Affinity, NodeSelector, NodeSelectorRequirement};
+use k8s_openapi::api::core::v1::{
+    Affinity, NodeSelector, NodeSelectorRequirement, NodeSelectorTerm, PreferredSchedulingTerm,
+};
 
 use super::{documents::join, names, report::Report};
 
 const REQUIRED: &str = "nodeAffinity.requiredDuringSchedulingIgnoredDuringExecution";
 const PREFERRED: &str = "nodeAffinity.preferredDuringSchedulingIgnoredDuringExecution";
 
-/// Reads the affinity at `at`; gives the required node affinity.
-pub(super) fn read(affinity: Option<&Affinity>, at: &str, report: &mut Report) -> Option<NodeSelector> {
-    let affinity = affinity?;
+/// Where replicas must and where they would rather be.
+pub(super) type NodeAffinity = (Option<NodeSelector>, Vec<PreferredSchedulingTerm>);
+
+/// Reads the affinity at `at`; gives the node affinity.
+pub(super) fn read(affinity: Option<&Affinity>, at: &str, report: &mut Report) -> NodeAffinity {
+    let Some(affinity) = affinity else { return NodeAffinity::default() };
     for (key, given) in
         [("podAffinity", affinity.pod_affinity.is_some()), ("podAntiAffinity", affinity.pod_anti_affinity.is_some())]
     {
@@ -17,13 +22,23 @@ pub(super) fn read(affinity: Option<&Affinity>, at: &str, report: &mut Report) -
             report.unsupported(join(at, key), "replicas are placed without regard to each other's labels");
         }
     }
-    let node = affinity.node_affinity.as_ref()?;
-    if node.preferred_during_scheduling_ignored_during_execution.as_ref().is_some_and(|terms| !terms.is_empty()) {
+    let Some(node) = affinity.node_affinity.as_ref() else { return NodeAffinity::default() };
+    let preferred = node.preferred_during_scheduling_ignored_during_execution.clone().unwrap_or_default();
+    if !preferred.is_empty() {
         report.unsupported(format!("{at}.{PREFERRED}"), "nodes that meet the required terms are equal");
     }
-    let required = node.required_during_scheduling_ignored_during_execution.as_ref()?;
-    check(required, &format!("{at}.{REQUIRED}.nodeSelectorTerms"), report);
-    Some(required.clone())
+    for (index, preference) in preferred.iter().enumerate() {
+        let at = format!("{at}.{PREFERRED}[{index}]");
+        if !(1..=100).contains(&preference.weight) {
+            report.error(join(&at, "weight"), preference.weight, "must be 1 to 100");
+        }
+        check_term(&preference.preference, &join(&at, "preference"), report);
+    }
+    let required = node.required_during_scheduling_ignored_during_execution.clone();
+    if let Some(required) = &required {
+        check(required, &format!("{at}.{REQUIRED}.nodeSelectorTerms"), report);
+    }
+    (required, preferred)
 }
 
 fn check(selector: &NodeSelector, at: &str, report: &mut Report) {
@@ -31,15 +46,18 @@ fn check(selector: &NodeSelector, at: &str, report: &mut Report) {
         report.error(at, "", "must have at least one term");
     }
     for (index, term) in selector.node_selector_terms.iter().enumerate() {
-        let at = format!("{at}[{index}]");
-        for (index, requirement) in term.match_expressions.iter().flatten().enumerate() {
-            let at = format!("{at}.matchExpressions[{index}]");
-            names::check_label_key(&requirement.key, &join(&at, "key"), report);
-            check_requirement(requirement, &at, report);
-        }
-        for (index, requirement) in term.match_fields.iter().flatten().enumerate() {
-            check_field(requirement, &format!("{at}.matchFields[{index}]"), report);
-        }
+        check_term(term, &format!("{at}[{index}]"), report);
+    }
+}
+
+fn check_term(term: &NodeSelectorTerm, at: &str, report: &mut Report) {
+    for (index, requirement) in term.match_expressions.iter().flatten().enumerate() {
+        let at = format!("{at}.matchExpressions[{index}]");
+        names::check_label_key(&requirement.key, &join(&at, "key"), report);
+        check_requirement(requirement, &at, report);
+    }
+    for (index, requirement) in term.match_fields.iter().flatten().enumerate() {
+        check_field(requirement, &format!("{at}.matchFields[{index}]"), report);
     }
 }
 
