@@ -6,7 +6,13 @@ use anyhow::anyhow;
 use pilotlight_proto::control::v1::DeleteRequest;
 use serde_norway::Value;
 
-use crate::{apply, connect::ConnectionArgs, failure::Failure, get::Kind, output};
+use crate::{
+    connect::ConnectionArgs,
+    failure::Failure,
+    get::Kind,
+    manifests::{Files, Manifest},
+    output,
+};
 
 /// What to delete.
 #[derive(Debug, clap::Args)]
@@ -19,6 +25,9 @@ pub struct Args {
     /// Delete what these files hold.
     #[arg(short = 'f', long = "filename", value_name = "PATH", conflicts_with = "kind")]
     files: Vec<PathBuf>,
+    /// Read the directories below a directory too.
+    #[arg(short = 'R', long)]
+    recursive: bool,
     /// Namespace.
     #[arg(short, long, default_value = "default")]
     namespace: String,
@@ -31,8 +40,9 @@ pub async fn run(connection: ConnectionArgs, args: Args) -> Result<(), Failure> 
     }
     let mut targets: Vec<(String, String)> =
         args.names.into_iter().map(|name| (args.namespace.clone(), name)).collect();
-    for (source, manifest) in apply::read(&args.files)? {
-        targets.extend(named(&manifest, &args.namespace).map_err(|error| anyhow!("{source}: {error}"))?);
+    let files = Files { paths: args.files, recursive: args.recursive };
+    for Manifest { source, text } in files.read()? {
+        targets.extend(named(&text, &args.namespace).map_err(|error| anyhow!("{source}: {error}"))?);
     }
     let mut client = connection.client()?;
     for (namespace, name) in targets {
@@ -52,7 +62,9 @@ fn named(manifest: &str, default: &str) -> anyhow::Result<Vec<(String, String)>>
             let found = path.iter().try_fold(&value, |value, key| value.get(key))?;
             found.as_str().map(str::to_owned)
         };
-        if text(&["kind"]).as_deref() == Some("InferenceService") {
+        let kind = text(&["kind"]).unwrap_or_default();
+        let knative = text(&["apiVersion"]).is_some_and(|version| version.starts_with("serving.knative.dev/"));
+        if kind == "InferenceService" || (kind == "Service" && knative) {
             let name = text(&["metadata", "name"]).ok_or_else(|| anyhow!("metadata.name is missing"))?;
             named.push((text(&["metadata", "namespace"]).unwrap_or_else(|| default.to_owned()), name));
         }

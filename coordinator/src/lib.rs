@@ -1,6 +1,6 @@
 //! Pilotlight's coordinator: desired state, scaling and placement decisions.
 //!
-//! Pure decisions ([`spec`], [`autoscaler`], [`placement`]) are deterministic functions without clock,
+//! Pure decisions ([`spec`], [`manifest`], [`autoscaler`], [`placement`]) are deterministic functions without clock,
 //! I/O or randomness; [`store`], [`fleet`] and [`api`] are the effects; [`reconcile`] joins the two.
 
 pub mod api;
@@ -9,6 +9,7 @@ pub mod config;
 pub mod finding;
 pub mod fleet;
 pub mod leader;
+pub mod manifest;
 pub mod model;
 pub mod placement;
 pub mod reconcile;

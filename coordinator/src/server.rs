@@ -16,10 +16,9 @@ use tracing::{error, info};
 
 use crate::{
     api::{ControlService, access::Access},
-    autoscaler::Defaults,
     config::{Config, Security, StoreConfig},
     fleet::{FleetService, LogHub, enrollment::EnrollmentService},
-    leader,
+    leader, manifest,
     model::keys,
     reconcile::{Handle, Reconciler, record::Recorder, run::Setup, world::Settings},
     store::{Store, StoreError, StoreExt as _, Transaction, embedded::EmbeddedStore, etcd::EtcdStore},
@@ -185,7 +184,7 @@ async fn services(
         store: Arc::clone(store),
         authority: authority.clone(),
         access,
-        scaling: scaling_defaults(),
+        scaling: manifest::scaling_defaults(),
         cell: config.cell.clone(),
         logs: Arc::clone(&logs),
     };
@@ -218,14 +217,9 @@ fn settings(config: &Config) -> Settings {
         domain: config.domain.clone(),
         ingress_port: config.ingress_port,
         queue_limit: config.queue_limit,
-        scaling: scaling_defaults(),
+        scaling: manifest::scaling_defaults(),
         node_lease: config.node_lease,
     }
-}
-
-/// CoreWeave's values; and a service may be born at zero, since GPUs are dear.
-fn scaling_defaults() -> Defaults {
-    Defaults { allow_zero_initial_scale: true, ..Defaults::default() }
 }
 
 async fn listen(what: &'static str, address: SocketAddr) -> Result<TcpListener, CoordinatorError> {

@@ -15,12 +15,13 @@ use tonic::{Request, Response, Status};
 
 use super::access::Access;
 use crate::{
-    autoscaler::{Defaults, ScalerConfig},
+    autoscaler::Defaults,
     finding::Finding,
     fleet::LogHub,
+    manifest::{self, Reading},
     model::keys,
     reconcile::{Applied, CommandError, Handle, commands::Change, meter::UsageRecord, view, world::World},
-    spec::{self, ParseOptions},
+    spec,
     store::{Store, StoreError, StoreExt as _, Transaction},
 };
 
@@ -102,26 +103,13 @@ impl Control for ControlService {
             )));
         }
         let namespace = if request.namespace.is_empty() { "default" } else { &request.namespace };
-        let defaults = self.scaling.clone();
-        let scaling =
-            move |annotations: &BTreeMap<String, String>, component: &spec::Scaling| match ScalerConfig::resolve(
-                &defaults,
-                annotations,
-                component,
-            ) {
-                Ok((_, warnings)) => warnings,
-                Err(findings) => findings,
-            };
-        // Parsed as a whole before anything is awaited: the check of scaling is not to be sent elsewhere.
-        let documents = spec::parse(
-            &request.manifest,
-            ParseOptions {
-                default_namespace: namespace,
-                strict: request.strict,
-                validate_scaling: &scaling,
-                runtimes: &spec::Runtimes::built_in(),
-            },
-        );
+        let reading = Reading {
+            namespace,
+            strict: request.strict,
+            scaling: &self.scaling,
+            runtimes: &spec::Runtimes::built_in(),
+        };
+        let documents = manifest::read(&request.manifest, reading);
         let mut results = Vec::new();
         for document in documents {
             results.push(self.apply_document(document, request.dry_run).await?);

@@ -159,7 +159,11 @@ fn take_storage_uri(
             None
         }
         Part::Beside | Part::Fragment => {
-            report.warning(&at, "", format!("has no effect here: it is read in {MAIN} only, and a model has storageUri"));
+            report.warning(
+                &at,
+                "",
+                format!("has no effect here: it is read in {MAIN} only, and a model has storageUri"),
+            );
             None
         }
         Part::Merged => None,

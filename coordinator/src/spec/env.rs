@@ -86,7 +86,11 @@ fn read_source_of_all(given: &k8s::EnvFromSource, at: &str, report: &mut Report)
             return None;
         }
     };
-    names::check_dns_name(name, &join(at, if secret.is_some() { "secretRef.name" } else { "configMapRef.name" }), report);
+    names::check_dns_name(
+        name,
+        &join(at, if secret.is_some() { "secretRef.name" } else { "configMapRef.name" }),
+        report,
+    );
     Some(EnvSource { kind, name: name.clone(), key: String::new(), optional: optional == Some(true) })
 }
 

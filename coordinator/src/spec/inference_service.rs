@@ -45,8 +45,7 @@ pub(super) fn read(
     let stopped = annotations::check_service(&annotations, &labels, report);
 
     root.insert("apiVersion".into(), json!(API_VERSION));
-    let context =
-        Context { name: &name, namespace, labels: &labels, annotations: &annotations, options };
+    let context = Context { name: &name, namespace, labels: &labels, annotations: &annotations, options };
     let (predictor, transformer, explainer) = match root.get("spec") {
         Some(Value::Object(spec)) => read_spec(spec, context, report),
         given => {

@@ -73,12 +73,10 @@ fn overlay(under: &mut Map<String, Value>, over: &Map<String, Value>) {
         match (under.get_mut(key), value) {
             (_, Value::Null) => drop(under.remove(key)),
             (Some(Value::Object(there)), Value::Object(value)) => overlay(there, value),
-            (Some(Value::Array(there)), Value::Array(values)) => {
-                match KEYED.iter().find(|(list, _)| list == key) {
-                    Some((_, merge_key)) => overlay_list(there, values, merge_key),
-                    None => there.clone_from(values),
-                }
-            }
+            (Some(Value::Array(there)), Value::Array(values)) => match KEYED.iter().find(|(list, _)| list == key) {
+                Some((_, merge_key)) => overlay_list(there, values, merge_key),
+                None => there.clone_from(values),
+            },
             _ => drop(under.insert(key.clone(), value.clone())),
         }
     }

@@ -57,10 +57,6 @@ use std::{collections::BTreeMap, fmt};
 
 use serde_json::{Map, Value};
 
-use self::{
-    documents::Source,
-    report::{Report, show},
-};
 pub use self::{
     auxiliary::Data,
     model::{
@@ -74,12 +70,16 @@ pub use self::{
     },
     runtimes::{NoRuntime, Runtimes},
 };
+use self::{
+    documents::Source,
+    report::{Report, show},
+};
 use crate::finding::Finding;
 
 /// `apiVersion` of an InferenceService; older group names are normalised to it.
 pub const API_VERSION: &str = "serving.kserve.io/v1beta1";
 /// Checks annotations and scaling fields together; the autoscaler's validation is plugged in here.
-pub type ValidateScaling = dyn Fn(&BTreeMap<String, String>, &Scaling) -> Vec<Finding>;
+pub type ValidateScaling<'a> = dyn Fn(&BTreeMap<String, String>, &Scaling) -> Vec<Finding> + 'a;
 
 /// How to read a manifest.
 #[derive(Clone, Copy)]
@@ -90,7 +90,7 @@ pub struct ParseOptions<'a> {
     pub strict: bool,
     /// Called once for each predictor with its effective annotations (those of the revision template)
     /// and its scaling fields.
-    pub validate_scaling: &'a ValidateScaling,
+    pub validate_scaling: &'a ValidateScaling<'a>,
     /// Runtimes that models may use, beside those that the manifest itself holds.
     pub runtimes: &'a Runtimes,
 }

@@ -19,7 +19,8 @@ pub(super) struct Metadata<'a> {
     pub(super) annotations: &'a BTreeMap<String, String>,
 }
 
-const KNOWN: &str = "known are {{.Name}}, {{.Namespace}}, {{.Labels.x}}, {{.Annotations.x}} and {{index .Labels \"x\"}}";
+const KNOWN: &str =
+    "known are {{.Name}}, {{.Namespace}}, {{.Labels.x}}, {{.Annotations.x}} and {{index .Labels \"x\"}}";
 
 /// Fills the placeholders in every text of `value`, which stands at `at`.
 pub(super) fn fill_all(value: &mut Value, at: &str, metadata: Metadata<'_>, report: &mut Report) {
@@ -85,7 +86,8 @@ fn evaluate(expression: &str, metadata: Metadata<'_>) -> Result<String, String> 
     }
     if let Some(arguments) = expression.strip_prefix("index ") {
         let (map, key) = arguments.trim().split_once(char::is_whitespace).unwrap_or((arguments, ""));
-        let key = quoted(key.trim()).ok_or_else(|| format!("index needs a map and a quoted key: {expression}; {KNOWN}"))?;
+        let key =
+            quoted(key.trim()).ok_or_else(|| format!("index needs a map and a quoted key: {expression}; {KNOWN}"))?;
         return look_up(map.strip_prefix('.').unwrap_or_default(), key, metadata);
     }
     match expression.strip_prefix('.').unwrap_or_default().split_once('.') {
@@ -136,8 +138,18 @@ mod tests {
         ] {
             assert_eq!(fill(text, metadata).as_deref(), Ok(expected), "{text}");
         }
-        for text in ["{{.Name", "{{.Spec.x}}", "{{.Labels.none}}", "{{range .Labels}}", "{{messages}}", "{{}}", "{{.}}",
-            "{{index .Labels x}}", "{{.Labels.a.b}}", "{{index . \"x\"}}"] {
+        for text in [
+            "{{.Name",
+            "{{.Spec.x}}",
+            "{{.Labels.none}}",
+            "{{range .Labels}}",
+            "{{messages}}",
+            "{{}}",
+            "{{.}}",
+            "{{index .Labels x}}",
+            "{{.Labels.a.b}}",
+            "{{index . \"x\"}}",
+        ] {
             assert!(fill(text, metadata).is_err(), "{text}");
         }
     }

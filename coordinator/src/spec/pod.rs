@@ -161,8 +161,7 @@ fn main_index(containers: &[K8sContainer], main: Main, at: &str, report: &mut Re
     if named.is_some() || main != Main::Custom || containers.is_empty() {
         return named;
     }
-    let candidates: Vec<usize> =
-        (0..containers.len()).filter(|index| containers[*index].name != TRANSFORMER).collect();
+    let candidates: Vec<usize> = (0..containers.len()).filter(|index| containers[*index].name != TRANSFORMER).collect();
     if let [only] = candidates[..] {
         return Some(only);
     }

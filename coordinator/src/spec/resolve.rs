@@ -211,7 +211,8 @@ fn merged_pod(
 
 fn choose_image(container: &mut Value, model: &Model, runtime: &ServingRuntime) {
     let amount = |list: &str| container["resources"][list]["nvidia.com/gpu"].clone();
-    let gpu = [amount("limits"), amount("requests")].iter().any(|amount| !amount.is_null() && *amount != "0" && *amount != 0);
+    let gpu =
+        [amount("limits"), amount("requests")].iter().any(|amount| !amount.is_null() && *amount != "0" && *amount != 0);
     if let Some(given) = container["image"].as_str() {
         let chosen = image::choose(given, model.runtime_version.as_deref(), &runtime.server_type, gpu);
         container["image"] = json!(chosen);

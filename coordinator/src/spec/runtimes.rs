@@ -29,8 +29,12 @@ const BUILT_IN: [&str; 10] = [
 
 static READ: LazyLock<Runtimes> = LazyLock::new(|| {
     let mut runtimes = Runtimes::default();
-    let options =
-        ParseOptions { default_namespace: "", strict: true, validate_scaling: &|_, _| Vec::new(), runtimes: &runtimes };
+    let options = ParseOptions {
+        default_namespace: "",
+        strict: false,
+        validate_scaling: &|_, _| Vec::new(),
+        runtimes: &runtimes,
+    };
     let read = BUILT_IN.iter().flat_map(|text| super::parse(text, options)).collect::<Vec<_>>();
     for document in read {
         if let Some(Resource::ServingRuntime(runtime)) = document.object {

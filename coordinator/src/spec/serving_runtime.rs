@@ -19,15 +19,8 @@ const SERVER_TYPE: &str = "serving.kserve.io/server-type";
 const ALIASES: &str = "pilotlight.dev/aliases";
 
 /// Fields of a runtime's `spec` that are its own; the rest is the pod's.
-const OWN: [&str; 7] = [
-    "supportedModelFormats",
-    "protocolVersions",
-    "multiModel",
-    "disabled",
-    "workerSpec",
-    "labels",
-    "annotations",
-];
+const OWN: [&str; 7] =
+    ["supportedModelFormats", "protocolVersions", "multiModel", "disabled", "workerSpec", "labels", "annotations"];
 /// Pod fields that KServe takes from a runtime.
 const POD: [&str; 9] = [
     "containers",
@@ -270,11 +263,9 @@ fn read_protocols(given: &[String], report: &mut Report) -> Vec<Protocol> {
     for (index, name) in given.iter().enumerate() {
         match Protocol::parse(name) {
             Some(protocol) => protocols.push(protocol),
-            None => report.error(
-                format!("spec.protocolVersions[{index}]"),
-                name,
-                format!("must be {}", Protocol::NAMES),
-            ),
+            None => {
+                report.error(format!("spec.protocolVersions[{index}]"), name, format!("must be {}", Protocol::NAMES))
+            }
         }
     }
     protocols

@@ -132,7 +132,11 @@ fn check_uri(uri: &str, at: &str, report: &mut Report) -> Option<bool> {
         }
         "s3" | "gs" | "hf" | "modelscope" | "oci" | "oci+native" | "oci+fetch" | "hdfs" | "webhdfs" | "http"
         | "https" => {}
-        _ => report.warning(at, uri, format!("nothing reads {scheme}://, so that replicas will fail; known are {SCHEMES}")),
+        _ => report.warning(
+            at,
+            uri,
+            format!("nothing reads {scheme}://, so that replicas will fail; known are {SCHEMES}"),
+        ),
     }
     Some(false)
 }

@@ -48,7 +48,9 @@ fn convert(spec: &Value, report: &mut Report) -> Value {
             let components = endpoint.iter().map(|(name, fields)| (name.clone(), component(fields)));
             converted.extend(components);
         }
-        given => report.error("spec.default", given.map(show).unwrap_or_default(), "must be a mapping with a predictor"),
+        given => {
+            report.error("spec.default", given.map(show).unwrap_or_default(), "must be a mapping with a predictor")
+        }
     }
     Value::Object(converted)
 }
