@@ -60,7 +60,8 @@ pub async fn run(connection: ConnectionArgs, args: Args) -> Result<(), Failure> 
     if refused { Err(Failure::Refused) } else { Ok(()) }
 }
 
-fn report(source: &str, result: &ApplyResult, dry_run: DryRun) -> Result<(), Failure> {
+/// Tells what there is to say about a document.
+pub fn report_findings(source: &str, result: &ApplyResult) -> Result<(), Failure> {
     for finding in &result.findings {
         let level = if finding.error { "error" } else { "warning" };
         let place = match (finding.line, finding.column) {
@@ -71,12 +72,28 @@ fn report(source: &str, result: &ApplyResult, dry_run: DryRun) -> Result<(), Fai
         let value = if finding.value.is_empty() { String::new() } else { format!(" (got {})", finding.value) };
         writeln!(stderr(), "{place}: {level}: {field}{}{value}", finding.message)?;
     }
+    Ok(())
+}
+
+fn report(source: &str, result: &ApplyResult, dry_run: DryRun) -> Result<(), Failure> {
+    report_findings(source, result)?;
     let outcome = match result.outcome() {
         ApplyOutcome::Created => "created",
         ApplyOutcome::Configured => "configured",
         ApplyOutcome::Unchanged => "unchanged",
+        ApplyOutcome::NotKept => "understood, not kept",
         ApplyOutcome::Refused | ApplyOutcome::Unspecified => return Ok(()),
     };
     let dry = if dry_run == DryRun::Server { " (server dry run)" } else { "" };
-    output::print(&format!("inferenceservice.serving.kserve.io/{} {outcome}{dry}\n", result.name))
+    output::print(&format!("{}/{} {outcome}{dry}\n", resource(&result.kind), result.name))
+}
+
+/// The kind as kubectl writes it, with its group.
+fn resource(kind: &str) -> String {
+    let group = match kind {
+        "InferenceService" | "ServingRuntime" | "ClusterServingRuntime" => ".serving.kserve.io",
+        "Service" => ".serving.knative.dev",
+        _ => "",
+    };
+    format!("{}{group}", kind.to_lowercase())
 }

@@ -47,6 +47,10 @@ pub struct Args {
     /// Its key, PEM.
     #[arg(long, env = "PILOTLIGHT_CA_KEY", value_name = "FILE", requires = "ca_cert")]
     ca_key: Option<PathBuf>,
+    /// Key that secrets are sealed with: 32 random bytes in base64. Coordinators that share etcd need the
+    /// same; without it, secrets.key in the data directory is used, and made where missing.
+    #[arg(long, env = "PILOTLIGHT_SECRETS_KEY", value_name = "FILE")]
+    secrets_key: Option<PathBuf>,
     #[command(flatten)]
     serving: ServingArgs,
 }
@@ -106,6 +110,7 @@ fn config(args: Args) -> Config {
         report_interval: args.serving.report_interval,
         node_lease: args.serving.node_lease,
         queue_limit: args.serving.queue_limit,
+        secrets_key: args.secrets_key,
         record: args.serving.record,
     }
 }

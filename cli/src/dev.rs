@@ -46,6 +46,7 @@ pub async fn run(args: Args, stopping: CancellationToken) -> anyhow::Result<()> 
         report_interval: args.serving.report_interval,
         node_lease: args.serving.node_lease,
         queue_limit: args.serving.queue_limit,
+        secrets_key: None,
         record: args.serving.record,
         ..Default::default()
     };

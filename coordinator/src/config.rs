@@ -29,6 +29,9 @@ pub struct Config {
     pub node_lease: Duration,
     /// Requests that one gateway may hold for one revision.
     pub queue_limit: u32,
+    /// File with the key that secrets are sealed with, 32 bytes in base64; all coordinators of a cell need
+    /// the same. `None`: `secrets.key` below `data_dir`, made where missing.
+    pub secrets_key: Option<PathBuf>,
     /// Where to write what the autoscaler observes and decides, as JSON lines, for `pilotlight simulate`.
     pub record: Option<PathBuf>,
 }
@@ -84,6 +87,7 @@ impl Default for Config {
             report_interval: Duration::from_secs(1),
             node_lease: Duration::from_secs(20),
             queue_limit: 1000,
+            secrets_key: None,
             record: None,
         }
     }

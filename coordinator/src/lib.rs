@@ -16,5 +16,6 @@ pub mod reconcile;
 mod server;
 pub mod spec;
 pub mod store;
+pub mod values;
 
 pub use server::{CoordinatorError, run};

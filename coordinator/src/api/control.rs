@@ -13,7 +13,7 @@ use pilotlight_proto::{
 use tokio::sync::broadcast::error::RecvError;
 use tonic::{Request, Response, Status};
 
-use super::access::Access;
+use super::{access::Access, objects::Objects};
 use crate::{
     autoscaler::Defaults,
     finding::Finding,
@@ -42,6 +42,8 @@ pub struct ControlService {
     pub store: Arc<dyn Store>,
     /// For join tokens; none where access is open.
     pub authority: Option<Arc<Authority>>,
+    /// Runtimes, secrets and config maps.
+    pub objects: Objects,
     /// Who may call.
     pub access: Access,
     /// Fleet-wide defaults that applied services are checked against.
@@ -61,17 +63,40 @@ impl ControlService {
             name: document.name,
             outcome: control::ApplyOutcome::Refused.into(),
             findings: document.findings.iter().map(finding).collect(),
+            ..Default::default()
         };
-        if let Some(spec::Resource::InferenceService(service)) = document.object {
-            let applied = self.handle.apply(*service, dry_run).await.map_err(status)?;
-            result.outcome = match applied {
-                Applied::Created => control::ApplyOutcome::Created,
-                Applied::Configured => control::ApplyOutcome::Configured,
-                Applied::Unchanged => control::ApplyOutcome::Unchanged,
+        let Some(object) = document.object else { return Ok(result) };
+        let outcome = match object {
+            spec::Resource::InferenceService(service) => {
+                result.findings.extend(self.objects.missing(&service).iter().map(finding));
+                if dry_run {
+                    result.object_json = service.manifest.to_string();
+                    result.stored_json = self.stored(&service.namespace, &service.name).await?;
+                }
+                self.handle.apply(*service, dry_run).await.map_err(status)?.into()
             }
-            .into();
-        }
+            spec::Resource::ServingRuntime(runtime) => {
+                let applied = self.objects.apply_runtime(*runtime, dry_run).await?;
+                applied.describe(&mut result, dry_run)
+            }
+            spec::Resource::Auxiliary(object) => {
+                let applied = self.objects.apply_auxiliary(*object, dry_run).await?;
+                applied.describe(&mut result, dry_run)
+            }
+        };
+        result.outcome = outcome.into();
         Ok(result)
+    }
+
+    /// A service as it was applied, JSON; empty where there is none.
+    async fn stored(&self, namespace: &str, name: &str) -> Result<String, Status> {
+        let key = format!("{namespace}/{name}");
+        let stored = self
+            .handle
+            .read(move |world, _| world.services.get(&key).map(|state| state.record.service.manifest.to_string()))
+            .await
+            .map_err(status)?;
+        Ok(stored.unwrap_or_default())
     }
 
     /// Looks at one service.
@@ -103,13 +128,12 @@ impl Control for ControlService {
             )));
         }
         let namespace = if request.namespace.is_empty() { "default" } else { &request.namespace };
-        let reading = Reading {
-            namespace,
-            strict: request.strict,
-            scaling: &self.scaling,
-            runtimes: &spec::Runtimes::built_in(),
-        };
-        let documents = manifest::read(&request.manifest, reading);
+        let runtimes = self.objects.runtimes().await?;
+        let reading = Reading { namespace, strict: request.strict, scaling: &self.scaling, runtimes: &runtimes };
+        let mut documents = manifest::read(&request.manifest, reading);
+        if request.strict {
+            all_or_nothing(&mut documents);
+        }
         let mut results = Vec::new();
         for document in documents {
             results.push(self.apply_document(document, request.dry_run).await?);
@@ -128,6 +152,28 @@ impl Control for ControlService {
         self.access.operator(&request, Role::Viewer)?;
         let services = services(&self.handle, request.into_inner().namespace, String::new()).await?;
         Ok(Response::new(control::ListResponse { services }))
+    }
+
+    async fn list_objects(
+        &self,
+        request: Request<control::ListObjectsRequest>,
+    ) -> Answer<control::ListObjectsResponse> {
+        self.access.operator(&request, Role::Viewer)?;
+        let request = request.into_inner();
+        let mut objects = self.objects.list().await?;
+        objects.retain(|object| asked(&request.kind, &object.kind));
+        objects.retain(|object| object.namespace.is_empty() || asked(&request.namespace, &object.namespace));
+        Ok(Response::new(control::ListObjectsResponse { objects }))
+    }
+
+    async fn delete_object(
+        &self,
+        request: Request<control::DeleteObjectRequest>,
+    ) -> Answer<control::DeleteObjectResponse> {
+        self.access.operator(&request, Role::Operator)?;
+        let control::DeleteObjectRequest { kind, namespace, name } = request.into_inner();
+        self.objects.delete(&kind, &namespace, &name).await?;
+        Ok(Response::new(control::DeleteObjectResponse {}))
     }
 
     type WatchStream = Streamed<control::WatchResponse>;
@@ -399,6 +445,28 @@ fn watch(
     }
 }
 
+/// With `strict`, a document that is refused keeps its whole file from being applied.
+fn all_or_nothing(documents: &mut [spec::Document]) {
+    if documents.iter().all(|document| document.object.is_some()) {
+        return;
+    }
+    for document in documents.iter_mut().filter(|document| document.object.is_some()) {
+        document.object = None;
+        let message = "not applied: another document of this file is refused, and strict is set";
+        document.findings.push(Finding::error("", "", message));
+    }
+}
+
+impl From<Applied> for control::ApplyOutcome {
+    fn from(applied: Applied) -> Self {
+        match applied {
+            Applied::Created => Self::Created,
+            Applied::Configured => Self::Configured,
+            Applied::Unchanged => Self::Unchanged,
+        }
+    }
+}
+
 /// Empty asks for all.
 fn asked(wanted: &str, is: &str) -> bool {
     wanted.is_empty() || wanted == is
@@ -428,13 +496,13 @@ fn usage(record: UsageRecord) -> control::Usage {
     }
 }
 
-fn status(error: CommandError) -> Status {
+pub(super) fn status(error: CommandError) -> Status {
     match &error {
         CommandError::NotFound(_) => Status::not_found(error.to_string()),
         CommandError::Store(_) | CommandError::Stopping => Status::unavailable(error.to_string()),
     }
 }
 
-fn unavailable(error: StoreError) -> Status {
+pub(super) fn unavailable(error: StoreError) -> Status {
     Status::unavailable(error.to_string())
 }

@@ -166,6 +166,7 @@ impl Reconciler {
             Input::Delete { key, reply } => {
                 let _ = reply.send(self.delete(&key).await);
             }
+            Input::ValuesChanged { namespace } => self.values_changed(&namespace),
             Input::Usage { reply } => {
                 self.account(now);
                 let _ = reply.send(self.meter.totals().cloned().collect());

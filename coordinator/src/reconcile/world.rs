@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
+    sync::Arc,
     time::Duration,
 };
 
@@ -13,6 +14,7 @@ use crate::{
     autoscaler::{Decision, Defaults, Scaler, ScalerConfig},
     fleet::SessionHandle,
     model::{NodeRecord, ReplicaRecord, RevisionKey, RevisionRecord, ServiceKey, ServiceRecord},
+    values::Values,
 };
 
 /// Decisions kept per revision for `describe`.
@@ -50,6 +52,8 @@ pub struct Settings {
     pub scaling: Defaults,
     /// Silence after which a node is lost.
     pub node_lease: Duration,
+    /// Values of secrets and config maps, for assignments.
+    pub values: Arc<Values>,
 }
 
 /// One service.
