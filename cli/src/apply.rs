@@ -89,7 +89,7 @@ fn report(source: &str, result: &ApplyResult, dry_run: DryRun) -> Result<(), Fai
 }
 
 /// The kind as kubectl writes it, with its group.
-fn resource(kind: &str) -> String {
+pub fn resource(kind: &str) -> String {
     let group = match kind {
         "InferenceService" | "ServingRuntime" | "ClusterServingRuntime" => ".serving.kserve.io",
         "Service" => ".serving.knative.dev",

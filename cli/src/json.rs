@@ -1,6 +1,6 @@
 //! The control API's messages as JSON.
 
-use pilotlight_proto::control::v1::{Decision, Node, Replica, Revision, Service, Usage};
+use pilotlight_proto::control::v1::{Decision, Node, Object, Replica, Revision, Service, Usage};
 use serde_json::{Value, json};
 
 use crate::table::moment;
@@ -13,6 +13,11 @@ pub fn list(items: Vec<Value>) -> Value {
 /// In KServe's shape.
 pub fn service(service: &Service) -> Value {
     serde_json::from_str(&service.object_json).unwrap_or_default()
+}
+
+/// As it was applied.
+pub fn object(object: &Object) -> Value {
+    serde_json::from_str(&object.object_json).unwrap_or_default()
 }
 
 /// A node.
