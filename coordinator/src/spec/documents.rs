@@ -194,7 +194,7 @@ mod tests {
     #[test]
     fn an_unfilled_placeholder_has_a_place() {
         let error = one("a:\n  command: {{inputs.command}}\n").unwrap_err();
-        assert_eq!(error.position, Some((2, 13)), "{error}");
+        assert_eq!(error.position, Some((2, 12)), "{error}");
         assert!(error.message.contains("a.command"), "{error}");
         let error = one("a:\n  image: {user}/image:latest\n").unwrap_err();
         assert_eq!(error.position.map(|(line, _)| line), Some(2), "{error}");
