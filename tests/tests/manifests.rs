@@ -142,6 +142,9 @@ async fn foreign_kinds_keep_only_themselves_out_unless_strict() {
     assert_eq!(dev.operator.json(&["get"])["items"].as_array().unwrap().len(), 0);
     let lenient = dev.operator.apply(&file, &[]);
     assert_eq!(lenient.code, 1, "one document is refused");
+    let both = dev.operator.apply(&format!("{SERVICE}---\n{SECRET}"), &[]);
+    assert_eq!(both.code, 0, "{}", both.err);
+    assert!(!both.err.contains("is not there"), "the secret stands in the same file: {}", both.err);
     assert!(lenient.err.contains("Job is not a kind this fleet serves"), "{}", lenient.err);
     assert_eq!(dev.operator.json(&["get"])["items"].as_array().unwrap().len(), 1);
 }

@@ -20,7 +20,7 @@ use crate::{
     fleet::LogHub,
     manifest::{self, Reading},
     model::keys,
-    reconcile::{Applied, CommandError, Handle, commands::Change, meter::UsageRecord, view, world::World},
+    reconcile::{CommandError, Handle, commands::Change, meter::UsageRecord, view, world::World},
     spec,
     store::{Store, StoreError, StoreExt as _, Transaction},
 };
@@ -134,10 +134,13 @@ impl Control for ControlService {
         if request.strict {
             all_or_nothing(&mut documents);
         }
+        // Secrets first, so that a service finds those that stand after it.
+        documents.sort_by_key(|document| !matches!(document.object, Some(spec::Resource::Auxiliary(_))));
         let mut results = Vec::new();
         for document in documents {
             results.push(self.apply_document(document, request.dry_run).await?);
         }
+        results.sort_by_key(|result| result.document);
         Ok(Response::new(control::ApplyResponse { results }))
     }
 
@@ -454,16 +457,6 @@ fn all_or_nothing(documents: &mut [spec::Document]) {
         document.object = None;
         let message = "not applied: another document of this file is refused, and strict is set";
         document.findings.push(Finding::error("", "", message));
-    }
-}
-
-impl From<Applied> for control::ApplyOutcome {
-    fn from(applied: Applied) -> Self {
-        match applied {
-            Applied::Created => Self::Created,
-            Applied::Configured => Self::Configured,
-            Applied::Unchanged => Self::Unchanged,
-        }
     }
 }
 

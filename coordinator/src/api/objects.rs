@@ -161,6 +161,16 @@ impl Objects {
     }
 }
 
+impl From<Applied> for control::ApplyOutcome {
+    fn from(applied: Applied) -> Self {
+        match applied {
+            Applied::Created => Self::Created,
+            Applied::Configured => Self::Configured,
+            Applied::Unchanged => Self::Unchanged,
+        }
+    }
+}
+
 fn outcome<T: PartialEq>(former: Option<&T>, wanted: &T) -> Applied {
     match former {
         None => Applied::Created,

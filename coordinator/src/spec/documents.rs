@@ -111,6 +111,11 @@ impl<'de> Visitor<'de> for NodeVisitor {
         Ok(Value::Null)
     }
 
+    /// What the parser calls a document without anything in it.
+    fn visit_none<E>(self) -> Result<Value, E> {
+        Ok(Value::Null)
+    }
+
     fn visit_seq<A: SeqAccess<'de>>(self, mut entries: A) -> Result<Value, A::Error> {
         let mut values = Vec::new();
         while let Some(Node(value)) = entries.next_element()? {
@@ -198,6 +203,13 @@ mod tests {
         assert!(error.message.contains("a.command"), "{error}");
         let error = one("a:\n  image: {user}/image:latest\n").unwrap_err();
         assert_eq!(error.position.map(|(line, _)| line), Some(2), "{error}");
+    }
+
+    #[test]
+    fn nothing_is_no_document() {
+        for text in ["", "\n", "# nothing\n", "---\n", "---\n---\n# nothing\n", "~"] {
+            assert!(read(text).is_empty(), "{text:?}");
+        }
     }
 
     #[test]
