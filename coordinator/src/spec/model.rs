@@ -120,7 +120,7 @@ pub struct RevisionTemplate {
     pub node_affinity: Option<NodeSelector>,
     /// `affinity.nodeAffinity.preferredDuringSchedulingIgnoredDuringExecution`, checked.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub preferred_affinity: Vec<PreferredSchedulingTerm>,
+    pub preferred_node_affinity: Vec<PreferredSchedulingTerm>,
     /// Containers beside the main one, such as a `transformer-container`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub sidecars: Vec<Sidecar>,

@@ -50,7 +50,7 @@ pub(super) struct ReadPod {
     pub(super) volumes: Vec<Volume>,
     pub(super) node_selector: BTreeMap<String, String>,
     pub(super) node_affinity: Option<NodeSelector>,
-    pub(super) preferred_affinity: Vec<PreferredSchedulingTerm>,
+    pub(super) preferred_node_affinity: Vec<PreferredSchedulingTerm>,
     pub(super) termination_grace_period: Duration,
 }
 
@@ -90,7 +90,7 @@ pub(super) fn read_within(mut raw: Value, at: &str, main: Main, around: Around, 
     let volumes = volumes::read(pod.volumes.as_deref().unwrap_or_default(), &raw["volumes"], &at_volumes, report);
     let node_selector = pod.node_selector.clone().unwrap_or_default();
     names::check_labels(&node_selector, &join(at, "nodeSelector"), report);
-    let (node_affinity, preferred_affinity) = affinity::read(pod.affinity.as_ref(), &join(at, "affinity"), report);
+    let (node_affinity, preferred_node_affinity) = affinity::read(pod.affinity.as_ref(), &join(at, "affinity"), report);
     let grace = pod.termination_grace_period_seconds;
     let mut read = ReadPod {
         termination_grace_period: seconds(
@@ -103,7 +103,7 @@ pub(super) fn read_within(mut raw: Value, at: &str, main: Main, around: Around, 
         volumes,
         node_selector,
         node_affinity,
-        preferred_affinity,
+        preferred_node_affinity,
         ..ReadPod::default()
     };
     read_containers(&pod.containers, &raw["containers"], &join(at, "containers"), main, around, &mut read, report);
