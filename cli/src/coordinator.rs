@@ -5,6 +5,8 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 use pilotlight_coordinator::config::{Config, EtcdConfig, Security, StoreConfig};
 use tokio_util::sync::CancellationToken;
 
+use crate::scaling::ScalingArgs;
+
 /// Settings of a coordinator.
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -79,6 +81,8 @@ pub struct ServingArgs {
     /// File for what the autoscaler sees and decides, as JSON lines.
     #[arg(long, env = "PILOTLIGHT_RECORD", value_name = "FILE")]
     pub record: Option<PathBuf>,
+    #[command(flatten)]
+    pub scaling: ScalingArgs,
 }
 
 /// Runs a coordinator.
@@ -112,5 +116,6 @@ fn config(args: Args) -> Config {
         queue_limit: args.serving.queue_limit,
         secrets_key: args.secrets_key,
         record: args.serving.record,
+        scaling: args.serving.scaling.defaults(),
     }
 }

@@ -48,6 +48,7 @@ pub async fn run(args: Args, stopping: CancellationToken) -> anyhow::Result<()> 
         queue_limit: args.serving.queue_limit,
         secrets_key: None,
         record: args.serving.record,
+        scaling: args.serving.scaling.defaults(),
         ..Default::default()
     };
     let any_port = SocketAddr::from(([127, 0, 0, 1], 0));

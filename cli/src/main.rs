@@ -18,6 +18,8 @@ mod logs;
 mod manifests;
 mod output;
 mod process;
+mod scaling;
+mod simulate;
 mod table;
 mod token;
 mod version;
@@ -65,6 +67,8 @@ enum Command {
     Describe(describe::Args),
     /// Delete services.
     Delete(delete::Args),
+    /// Simulate services over a trace of requests, or replay what an autoscaler was told.
+    Simulate(Box<simulate::Args>),
     /// Print what a service's replicas write.
     Logs(logs::Args),
     /// Make join tokens for nodes.
@@ -117,6 +121,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
         Command::Get(args) => process::ask(get::run(connection, args)),
         Command::Describe(args) => process::ask(describe::run(connection, args)),
         Command::Delete(args) => process::ask(delete::run(connection, args)),
+        Command::Simulate(args) => simulate::run(*args),
         Command::Logs(args) => process::ask(logs::run(connection, args)),
         Command::Token(command) => process::ask(token::run(connection, command)),
         Command::Version(args) => process::ask(version::run(connection, args)),

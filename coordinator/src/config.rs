@@ -2,6 +2,8 @@
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
+use crate::autoscaler::Defaults;
+
 /// Settings of one coordinator process. `Default` is a single machine with mutual TLS.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -34,6 +36,8 @@ pub struct Config {
     pub secrets_key: Option<PathBuf>,
     /// Where to write what the autoscaler observes and decides, as JSON lines, for `pilotlight simulate`.
     pub record: Option<PathBuf>,
+    /// Fleet-wide autoscaler settings, which annotations of a service win over.
+    pub scaling: Defaults,
 }
 
 /// Which store.
@@ -89,6 +93,8 @@ impl Default for Config {
             queue_limit: 1000,
             secrets_key: None,
             record: None,
+            // A service may be born at zero, since GPUs are dear.
+            scaling: Defaults { allow_zero_initial_scale: true, ..Defaults::default() },
         }
     }
 }

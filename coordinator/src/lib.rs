@@ -14,6 +14,7 @@ pub mod model;
 pub mod placement;
 pub mod reconcile;
 mod server;
+pub mod simulate;
 pub mod spec;
 pub mod store;
 pub mod values;

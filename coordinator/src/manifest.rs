@@ -3,6 +3,7 @@
 
 use crate::{
     autoscaler::{Defaults, ScalerConfig},
+    config::Config,
     spec::{self, Document, ParseOptions, Resource, Runtimes},
 };
 
@@ -19,9 +20,9 @@ pub struct Reading<'a> {
     pub runtimes: &'a Runtimes,
 }
 
-/// CoreWeave's values; and a service may be born at zero, since GPUs are dear.
+/// The scaling defaults of a coordinator that is not told otherwise.
 pub fn scaling_defaults() -> Defaults {
-    Defaults { allow_zero_initial_scale: true, ..Defaults::default() }
+    Config::default().scaling
 }
 
 /// Reads a manifest of one or more documents.

@@ -18,11 +18,11 @@ use crate::{
     api::{ControlService, Objects, access::Access},
     config::{Config, Security, StoreConfig},
     fleet::{FleetService, LogHub, enrollment::EnrollmentService},
-    leader, manifest,
+    leader,
     model::keys,
     reconcile::{Handle, Reconciler, record::Recorder, run::Setup, world::Settings},
     store::{Store, StoreError, StoreExt as _, Transaction, embedded::EmbeddedStore, etcd::EtcdStore},
-    values::{Values, ValuesError},
+    values::{Values, ValuesError, Vault},
 };
 
 /// How long a leader's claim outlives its process; a successor waits this long after a crash.
@@ -40,6 +40,9 @@ pub enum CoordinatorError {
     /// Plaintext is for this machine alone.
     #[error("listen: {0} is not a loopback address; without TLS only loopback is allowed")]
     PlaintextOffLoopback(SocketAddr),
+    /// Autoscaler settings are out of range.
+    #[error("{0}")]
+    Scaling(String),
     /// The data directory cannot be made.
     #[error("data-dir: {0}: {1}")]
     DataDir(std::path::PathBuf, std::io::Error),
@@ -81,6 +84,7 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), Coor
     if matches!(config.security, Security::Plaintext) && !config.listen.ip().is_loopback() {
         return Err(CoordinatorError::PlaintextOffLoopback(config.listen));
     }
+    config.scaling.validate().map_err(|wrong| CoordinatorError::Scaling(wrong.join("; ")))?;
     std::fs::create_dir_all(&config.data_dir)
         .map_err(|error| CoordinatorError::DataDir(config.data_dir.clone(), error))?;
     let listener = listen("listen", config.listen).await?;
@@ -129,9 +133,9 @@ async fn lead(
         }
     };
     let (handle, inputs, changes) = Handle::new();
-    let values = Arc::new(match &config.secrets_key {
-        Some(file) => Values::with_key_file(file, false)?,
-        None => Values::with_key_file(&config.data_dir.join(SECRETS_KEY), true)?,
+    let vault = Arc::new(match &config.secrets_key {
+        Some(file) => Vault::with_key_file(file, false)?,
+        None => Vault::with_key_file(&config.data_dir.join(SECRETS_KEY), true)?,
     });
     let recorder = match &config.record {
         Some(path) => Recorder::create(path).map_err(CoordinatorError::Record)?,
@@ -139,19 +143,19 @@ async fn lead(
     };
     let setup = Setup {
         store: Arc::clone(&store),
-        settings: settings(config, &values),
+        settings: settings(config, vault.values()),
         tick: config.tick,
         report_interval: config.report_interval,
         recorder,
         inputs,
         changes,
     };
-    values.load(&store).await?;
+    vault.load(&store).await?;
     let reconciler = Reconciler::load(setup).await?;
     let looping = tokio::spawn(reconciler.run(ending.clone()));
     leading.cancel();
 
-    let services = services(config, &store, &values, handle, access, authority.clone(), &ending).await;
+    let services = services(config, &store, &vault, handle, access, authority.clone(), &ending).await;
     let server = Server::builder()
         .http2_keepalive_interval(Some(Duration::from_secs(10)))
         .trace_fn(|request| tracing::debug_span!("grpc", path = request.uri().path()))
@@ -184,7 +188,7 @@ async fn lead(
 async fn services(
     config: &Config,
     store: &Arc<dyn Store>,
-    values: &Arc<Values>,
+    vault: &Arc<Vault>,
     handle: Handle,
     access: Access,
     authority: Option<Arc<Authority>>,
@@ -194,10 +198,10 @@ async fn services(
     let control = ControlService {
         handle: handle.clone(),
         store: Arc::clone(store),
-        objects: Objects::new(Arc::clone(store), Arc::clone(values), handle.clone()),
+        objects: Objects::new(Arc::clone(store), Arc::clone(vault), handle.clone()),
         authority: authority.clone(),
         access,
-        scaling: manifest::scaling_defaults(),
+        scaling: config.scaling.clone(),
         cell: config.cell.clone(),
         logs: Arc::clone(&logs),
     };
@@ -230,7 +234,7 @@ fn settings(config: &Config, values: &Arc<Values>) -> Settings {
         domain: config.domain.clone(),
         ingress_port: config.ingress_port,
         queue_limit: config.queue_limit,
-        scaling: manifest::scaling_defaults(),
+        scaling: config.scaling.clone(),
         node_lease: config.node_lease,
         values: Arc::clone(values),
     }

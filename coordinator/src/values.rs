@@ -70,9 +70,21 @@ impl SealedRecord {
     }
 }
 
-/// All values of the cell.
-pub struct Values {
+/// Seals values for the store, and opens what is stored.
+pub struct Vault {
     key: LessSafeKey,
+    values: Arc<Values>,
+}
+
+impl fmt::Debug for Vault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?}", self.values)
+    }
+}
+
+/// All values of the cell, open.
+#[derive(Default)]
+pub struct Values {
     open: ArcSwap<BTreeMap<String, Arc<Auxiliary>>>,
 }
 
@@ -82,7 +94,7 @@ impl fmt::Debug for Values {
     }
 }
 
-impl Values {
+impl Vault {
     /// No values yet, with the key in `file`; a missing file is made where `make` says so.
     ///
     /// # Errors
@@ -96,7 +108,12 @@ impl Values {
         let bytes = STANDARD.decode(text.trim()).ok().filter(|bytes| bytes.len() == KEY_BYTES);
         let bytes = bytes.ok_or_else(|| failed(format!("must hold {KEY_BYTES} random bytes in base64")))?;
         let key = UnboundKey::new(&AES_256_GCM, &bytes).map_err(|_| failed("is not a key".to_owned()))?;
-        Ok(Self { key: LessSafeKey::new(key), open: ArcSwap::default() })
+        Ok(Self { key: LessSafeKey::new(key), values: Arc::default() })
+    }
+
+    /// The open values.
+    pub fn values(&self) -> &Arc<Values> {
+        &self.values
     }
 
     /// Opens all that is stored.
@@ -108,7 +125,7 @@ impl Values {
         for record in store.list_json::<SealedRecord>(keys::VALUES).await? {
             open.insert(record.key(), Arc::new(self.unseal(&record)?));
         }
-        self.open.store(Arc::new(open));
+        self.values.open.store(Arc::new(open));
         Ok(())
     }
 
@@ -150,7 +167,9 @@ impl Values {
             data: serde_json::from_slice(opened).map_err(|_| failed())?,
         })
     }
+}
 
+impl Values {
     /// An object, where there is one.
     pub fn get(&self, kind: AuxiliaryKind, namespace: &str, name: &str) -> Option<Arc<Auxiliary>> {
         self.open.load().get(&keys::value(kind, namespace, name)).cloned()
@@ -253,15 +272,15 @@ mod tests {
     fn what_is_sealed_opens_only_in_its_place_and_with_its_key() {
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join("key");
-        assert!(Values::with_key_file(&file, false).is_err(), "a key that is named must be there");
-        let values = Values::with_key_file(&file, true).unwrap();
+        assert!(Vault::with_key_file(&file, false).is_err(), "a key that is named must be there");
+        let values = Vault::with_key_file(&file, true).unwrap();
         let record = values.seal(&secret("s", "hunter2")).unwrap();
         let stored = serde_json::to_string(&record).unwrap();
         assert!(!stored.contains("hunter2") && !stored.contains(&STANDARD.encode("hunter2")), "{stored}");
-        let again = Values::with_key_file(&file, true).unwrap();
+        let again = Vault::with_key_file(&file, true).unwrap();
         assert_eq!(again.unseal(&record).unwrap(), secret("s", "hunter2"));
         assert!(again.unseal(&SealedRecord { name: "other".into(), ..record.clone() }).is_err(), "moved");
-        let other = Values::with_key_file(&directory.path().join("other"), true).unwrap();
+        let other = Vault::with_key_file(&directory.path().join("other"), true).unwrap();
         assert!(other.unseal(&record).is_err(), "another key");
         let short = SealedRecord { sealed: "AA==".into(), ..record };
         assert!(again.unseal(&short).is_err(), "cut short");
@@ -269,8 +288,7 @@ mod tests {
 
     #[test]
     fn variables_are_filled_or_the_lack_is_named() {
-        let directory = tempfile::tempdir().unwrap();
-        let values = Values::with_key_file(&directory.path().join("key"), true).unwrap();
+        let values = Values::default();
         let missing = values.resolve("default", &[variable("A", "token", false)]).unwrap_err();
         assert_eq!(missing, "Secret default/s is not there");
         assert_eq!(values.resolve("default", &[variable("A", "token", true)]), Ok(vec![]));

@@ -18,7 +18,7 @@ use axum::{
 use tokio::net::TcpListener;
 use tracing::info;
 
-use crate::{Classifier, Server, Stats, error::Refusal, stream, v1, v2};
+use crate::{Classifier, Server, Stats, error::Refusal, openai, stream, v1, v2};
 
 /// Settings of one server.
 #[derive(Debug, Clone)]
@@ -117,6 +117,7 @@ pub fn router(server: Arc<Server>) -> Router {
         .merge(v1::routes())
         .merge(v2::routes())
         .merge(stream::routes())
+        .merge(openai::routes())
         .fallback(
             |request: Request| async move { Refusal::not_found(format!("no path {:?} here", request.uri().path())) },
         )

@@ -58,8 +58,12 @@ fn check(server: &Server, query: &StreamQuery) -> Result<Duration, Refusal> {
     if query.n > MAX_EVENTS {
         return Err(Refusal::field("n", format!("expected 0 to {MAX_EVENTS}, got {}", query.n)));
     }
-    Duration::try_from(query.interval)
-        .map_err(|_| Refusal::field("interval", format!("expected 0s or more, got {}", query.interval)))
+    pause("interval", query.interval)
+}
+
+/// A time to wait, as `field` gives it.
+pub(crate) fn pause(field: &str, given: SignedDuration) -> Result<Duration, Refusal> {
+    Duration::try_from(given).map_err(|_| Refusal::field(field, format!("expected 0s or more, got {given}")))
 }
 
 /// `data: {"token": i}`, one an interval, and `data: [DONE]`. The request counts as in flight for as long.

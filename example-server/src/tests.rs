@@ -211,6 +211,71 @@ async fn streams_events_as_they_come() {
     assert_eq!((refused.0, &refused.1["field"]), (StatusCode::BAD_REQUEST, &json!("interval")));
 }
 
+const CHAT: &str = "/v1/chat/completions";
+
+fn chat_of(content: &str) -> Value {
+    json!({ "model": "iris", "messages": [{ "role": "system", "content": "be brief" }, { "role": "user", "content": content }] })
+}
+
+#[tokio::test]
+async fn the_echo_says_the_last_message_and_counts_its_words() {
+    let mut request = chat_of("to be  or not");
+    let (status, answer) = post(&loaded(), CHAT, &request.to_string()).await;
+    assert_eq!(status, StatusCode::OK);
+    assert_eq!(answer["object"], "chat.completion");
+    assert_eq!(answer["system_fingerprint"], "echo-of-the-last-message", "it says what it is");
+    let choice =
+        json!({ "index": 0, "message": { "role": "assistant", "content": "to be or not" }, "finish_reason": "stop" });
+    assert_eq!(answer["choices"], json!([choice]));
+    assert_eq!(answer["usage"], json!({ "prompt_tokens": 6, "completion_tokens": 4, "total_tokens": 10 }));
+
+    request["max_tokens"] = json!(2);
+    let (_, short) = post(&loaded(), CHAT, &request.to_string()).await;
+    assert_eq!(short["choices"][0]["message"]["content"], "to be");
+    assert_eq!(
+        (&short["choices"][0]["finish_reason"], &short["usage"]["completion_tokens"]),
+        (&json!("length"), &json!(2))
+    );
+
+    request["model"] = json!("rose");
+    assert_eq!(post(&loaded(), CHAT, &request.to_string()).await.0, StatusCode::NOT_FOUND);
+    for body in ["{", r#"{"model": "iris"}"#, r#"{"model": "iris", "messages": []}"#] {
+        assert_eq!(post(&loaded(), CHAT, body).await.0, StatusCode::BAD_REQUEST, "{body}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_echo_streams_a_word_an_interval_and_its_usage_where_asked() {
+    for with_usage in [false, true] {
+        let server = loaded();
+        let mut request = chat_of("to be or");
+        request["stream"] = json!(true);
+        request["stream_options"] = json!({ "include_usage": with_usage });
+        let begun = tokio::time::Instant::now();
+        let path = format!("{CHAT}?interval=10s");
+        let response = send(&server, Method::POST, &path, &request.to_string()).await;
+        assert_eq!(response.headers()["content-type"], "text/event-stream");
+        let mut body = response.into_body().into_data_stream();
+        let (mut words, mut usage, mut events) = (Vec::new(), Value::Null, Vec::new());
+        while let Some(chunk) = body.next().await {
+            assert_eq!(server.stats().in_flight, 1);
+            let text = String::from_utf8(chunk.unwrap().to_vec()).unwrap();
+            let data = text.strip_prefix("data: ").unwrap().trim().to_owned();
+            let event: Value = serde_json::from_str(&data).unwrap_or_default();
+            if let Some(word) = event["choices"][0]["delta"]["content"].as_str() {
+                words.push((begun.elapsed().as_secs(), word.to_owned()));
+            }
+            usage = if event["usage"].is_null() { usage } else { event["usage"].clone() };
+            events.push(data);
+        }
+        assert_eq!(words, [(10, "to".to_owned()), (20, " be".to_owned()), (30, " or".to_owned())]);
+        assert_eq!(usage["completion_tokens"], if with_usage { json!(3) } else { Value::Null });
+        assert_eq!(events.len(), if with_usage { 6 } else { 5 }, "{events:?}");
+        assert_eq!(events.last().unwrap(), "[DONE]");
+        assert_eq!((server.stats().answered, server.stats().in_flight), (1, 0));
+    }
+}
+
 #[tokio::test]
 async fn stops_once_what_is_in_flight_is_answered() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();

@@ -163,6 +163,8 @@ pub struct Cell {
     pub operator: Operator,
     directory: TempDir,
     env: Vec<(&'static str, String)>,
+    /// Further flags of the coordinator.
+    flags: Vec<String>,
     etcd: Option<Process>,
     etcd_port: u16,
     grpc: u16,
@@ -197,13 +199,20 @@ pub fn etcd_binary() -> PathBuf {
 impl Cell {
     /// Starts etcd and a coordinator.
     pub async fn start(env: Vec<(&'static str, String)>) -> Self {
+        Self::start_with(env, &[]).await
+    }
+
+    /// Starts etcd and a coordinator with further flags, in which `{}` stands for the cell's directory.
+    pub async fn start_with(env: Vec<(&'static str, String)>, flags: &[&str]) -> Self {
         let directory = tempfile::tempdir().expect("a temporary directory");
         let (grpc, http, etcd_port) = (free_port(), free_port(), free_port());
         let operator = Operator {
             server: format!("https://127.0.0.1:{grpc}"),
             credentials: Some(directory.path().join("coordinator/operator")),
         };
-        let mut cell = Self { operator, directory, env, etcd: None, etcd_port, grpc, http, coordinator: None };
+        let path = directory.path().display().to_string();
+        let flags = flags.iter().map(|flag| flag.replace("{}", &path)).collect();
+        let mut cell = Self { operator, directory, env, flags, etcd: None, etcd_port, grpc, http, coordinator: None };
         cell.start_etcd();
         cell.start_coordinator().await;
         cell
@@ -227,13 +236,14 @@ impl Cell {
 
     /// Starts the coordinator, again or for the first time, and waits until it leads.
     pub async fn start_coordinator(&mut self) {
-        let args = [
+        let mut args = vec![
             "coordinator".to_owned(),
             format!("--listen=127.0.0.1:{}", self.grpc),
             format!("--listen-http=127.0.0.1:{}", self.http),
             format!("--data-dir={}", self.directory.path().join("coordinator").display()),
             format!("--etcd-endpoints=http://127.0.0.1:{}", self.etcd_port),
         ];
+        args.extend(self.flags.iter().cloned());
         self.coordinator = Some(Process::start(pilotlight(), self.directory.path(), "coordinator", args, &self.env));
         eventually("the coordinator answers", || async {
             (self.operator.run(&["get", "nodes"]).code == 0).then_some(())

@@ -40,6 +40,8 @@ struct Shared {
     ended: bool,
     trailers: Option<http::HeaderMap>,
     read_bytes: u64,
+    /// What the client has announced.
+    announced_bytes: u64,
     limit: u64,
 }
 
@@ -50,6 +52,7 @@ impl Replay {
         B: HttpBody<Data = Bytes> + Send + 'static,
         B::Error: Into<BoxError>,
     {
+        let announced_bytes = body.size_hint().lower();
         let shared = Shared {
             source: body.map_err(Into::into).boxed_unsync(),
             kept: Vec::new(),
@@ -58,6 +61,7 @@ impl Replay {
             ended: false,
             trailers: None,
             read_bytes: 0,
+            announced_bytes,
             limit,
         };
         Self { shared: Arc::new(Mutex::new(shared)), too_large: Arc::new(AtomicBool::new(false)) }
@@ -70,6 +74,12 @@ impl Replay {
             Attempt { shared: Arc::clone(&self.shared), next: 0, done: false, large: Arc::clone(&self.too_large) }
                 .boxed_unsync()
         })
+    }
+
+    /// Bytes that it has, as far as is known: announced, or read so far.
+    pub fn bytes(&self) -> u64 {
+        let shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
+        shared.announced_bytes.max(shared.read_bytes)
     }
 
     /// True once the body has turned out to be too large.

@@ -14,8 +14,9 @@ use super::{
     answer::{Answer, Body},
     body::{Holding, Replay},
     forward::Failure,
+    tokens,
 };
-use crate::sidecar::{Grant, Refusal, RevisionQueue, Target};
+use crate::sidecar::{Grant, Permit, Refusal, RevisionQueue, Target, TokenCount};
 
 /// Times a request is sent at most.
 const ATTEMPTS: u32 = 5;
@@ -34,18 +35,29 @@ impl DataPath {
         let deadline = Instant::now() + limits.timeout;
         let seconds = limits.timeout.as_secs();
         let mut reason = String::new();
+        let counts = tokens::counts(&parts);
         for attempt in 0..ATTEMPTS {
             if attempt > 0 {
                 self.metrics.retries.inc();
                 tokio::time::sleep(PAUSE * 2u32.pow(attempt - 1)).await;
             }
             let Some(content) = body.attempt() else { break };
+            let mut count = counts.then(|| queue.tokens().begin(body.bytes()));
             let granted = tokio::time::timeout_at(deadline, self.slot(queue, attempt > 0)).await;
             let grant = granted.map_err(|_| Answer::Timeout { seconds, waiting: true })??;
+            if matches!(grant.target, Target::Peer { .. }) {
+                // From here on that node counts it.
+                count = None;
+            }
             let request = Request::from_parts(parts.clone(), content);
             let sent = tokio::time::timeout_at(deadline, self.proxy(&grant, request)).await;
             match sent.map_err(|_| Answer::Timeout { seconds, waiting: false })? {
-                Ok(response) => return Ok(response.map(|body| Holding::new(body, grant.permit).boxed_unsync())),
+                Ok(mut response) => {
+                    if counts && count.is_none() {
+                        tokens::heard(response.headers_mut(), queue.tokens());
+                    }
+                    return Ok(answered(response, &body, count, grant.permit));
+                }
                 Err(_) if body.too_large() => return Err(Answer::BodyTooLarge { limit: self.max_request_body }),
                 Err(Failure::Unseen(why)) => reason = why,
                 Err(Failure::Broken(reason)) => return Err(Answer::BadGateway { reason }),
@@ -109,4 +121,19 @@ impl DataPath {
         };
         sending.instrument(span).await
     }
+}
+
+/// An answer on its way: its slot and its tokens are given back when it has ended, or its reader has gone.
+pub(super) fn answered(
+    response: Response<Body>,
+    request: &Replay,
+    count: Option<TokenCount>,
+    permit: Permit,
+) -> Response<Body> {
+    let (head, mut body) = response.into_parts();
+    if let Some(mut count) = count {
+        count.body(request.bytes());
+        body = tokens::counted(body, &head.headers, count);
+    }
+    Response::from_parts(head, Holding::new(body, permit.answered()).boxed_unsync())
 }

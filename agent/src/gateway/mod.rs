@@ -2,7 +2,7 @@
 //!
 //! In the order a request meets them: [`ingress`] (listener, limits), [`routes`] (which service and
 //! revision), [`hold`] (waits for a slot, tries again), [`forward`] (to a replica here or to the node that
-//! has it). [`peer`] is the other end: requests that come from other nodes' gateways.
+//! has it); [`tokens`] counts what answers have. [`peer`] is the other end: requests that come from other nodes' gateways.
 
 pub mod answer;
 pub mod body;
@@ -12,6 +12,9 @@ pub mod ingress;
 pub mod metrics;
 pub mod peer;
 pub mod routes;
+#[cfg(test)]
+mod tests;
+pub mod tokens;
 
 use std::{
     sync::{Arc, Mutex, PoisonError},

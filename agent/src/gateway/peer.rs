@@ -25,8 +25,9 @@ use tracing::{Instrument as _, debug, info_span};
 use super::{
     DataPath,
     answer::{Answer, Body, BoxError},
-    body::{Holding, Replay},
+    body::Replay,
     forward::{Connect, Failure, OFFER, PeerStream, REPLICA, UNSEEN},
+    hold, tokens,
 };
 use crate::sidecar::{Grant, Sidecar};
 
@@ -210,9 +211,17 @@ impl DataPath {
         parts.headers.remove(OFFER);
         let body = Replay::new(body, self.max_request_body);
         let Some(content) = body.attempt() else { return unseen() };
+        let queue = if tokens::counts(&parts) { grant.permit.queue() } else { None };
+        let load = queue.map(|queue| Arc::clone(queue.tokens()));
+        let count = load.as_ref().map(|load| load.begin(body.bytes()));
         let sent = self.proxy(&grant, Request::from_parts(parts, content)).instrument(span).await;
         match sent {
-            Ok(response) => response.map(|body| Holding::new(body, grant.permit).boxed_unsync()),
+            Ok(mut response) => {
+                if let Some(load) = load {
+                    tokens::tell(response.headers_mut(), &load);
+                }
+                hold::answered(response, &body, count, grant.permit)
+            }
             Err(Failure::Unseen(reason)) => {
                 debug!(%reason, "the replica has not seen the request");
                 unseen()

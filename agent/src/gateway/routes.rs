@@ -9,7 +9,7 @@ use std::{
 use arc_swap::ArcSwap;
 use pilotlight_proto::fleet::v1 as fleet;
 
-use crate::sidecar::{RevisionQueue, Sidecar, queue::Limits};
+use crate::sidecar::{Limits, RevisionQueue, Sidecar};
 
 /// Path prefix of services, as KServe's path template has it.
 pub const PATH_PREFIX: &str = "/serving/";

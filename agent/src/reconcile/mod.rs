@@ -5,6 +5,8 @@
 
 mod backoff;
 mod replica;
+#[cfg(test)]
+mod tests;
 
 use std::{
     collections::{BTreeMap, HashMap},

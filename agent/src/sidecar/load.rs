@@ -1,5 +1,7 @@
-//! Time-weighted means of a number that changes in steps, as Knative's queue-proxy computes them.
+//! How one revision's load on this node is counted: time-weighted means, as Knative's queue-proxy
+//! computes them, and events since the last report.
 
+use pilotlight_proto::fleet::v1::RevisionLoad;
 use tokio::time::Instant;
 
 /// A number and its integral over time.
@@ -37,6 +39,89 @@ impl Meter {
         self.area = 0.0;
         self.began = now;
         mean
+    }
+}
+
+/// What is counted of one revision between two reports, tokens aside.
+#[derive(Debug)]
+pub(super) struct Load {
+    waiting: Meter,
+    running: Meter,
+    draining: Meter,
+    arrivals: u64,
+    completed: u64,
+    /// True once it has been said that nothing happens.
+    told_quiet: bool,
+}
+
+impl Load {
+    pub(super) fn new(now: Instant) -> Self {
+        let meter = || Meter::new(now);
+        Self {
+            waiting: meter(),
+            running: meter(),
+            draining: meter(),
+            arrivals: 0,
+            completed: 0,
+            // There was nothing yet.
+            told_quiet: true,
+        }
+    }
+
+    /// A request has entered by this node's gateway.
+    pub(super) fn arrived(&mut self) {
+        self.arrivals += 1;
+        self.told_quiet = false;
+    }
+
+    /// An answer of one of this node's replicas has ended.
+    pub(super) fn completed(&mut self) {
+        self.completed += 1;
+        self.told_quiet = false;
+    }
+
+    /// There is something to report, whatever the numbers say.
+    pub(super) fn changed(&mut self) {
+        self.told_quiet = false;
+    }
+
+    /// So many wait here.
+    pub(super) fn waiting(&mut self, waiting: u64, now: Instant) {
+        self.waiting.set(waiting, now);
+    }
+
+    /// So many run on this node's replicas, `draining` of them on those that leave.
+    pub(super) fn running(&mut self, running: u64, draining: u64, now: Instant) {
+        self.running.set(running, now);
+        self.draining.set(draining, now);
+    }
+
+    /// True once it has been said that nothing happens.
+    pub(super) fn told_quiet(&self) -> bool {
+        self.told_quiet
+    }
+
+    /// What was counted since the last call; begins anew. `None` where that has been said already:
+    /// a revision without replicas here that has become quiet says so once.
+    pub(super) fn take(&mut self, now: Instant, replicas: bool) -> Option<RevisionLoad> {
+        let average_waiting = self.waiting.take(now);
+        let load = RevisionLoad {
+            average_waiting,
+            average_concurrency: average_waiting + self.running.take(now),
+            draining_concurrency: self.draining.take(now),
+            request_count: std::mem::take(&mut self.arrivals),
+            completed_count: std::mem::take(&mut self.completed),
+            queue_depth: self.waiting.value(),
+            running: self.running.value(),
+            ..Default::default()
+        };
+        let quiet = load.average_concurrency == 0.0
+            && load.request_count == 0
+            && load.completed_count == 0
+            && load.queue_depth == 0;
+        let silent = quiet && !replicas && self.told_quiet;
+        self.told_quiet = quiet;
+        (!silent).then_some(load)
     }
 }
 

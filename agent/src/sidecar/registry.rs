@@ -15,7 +15,10 @@ use tokio::{
     time::Instant,
 };
 
-use super::queue::{Grant, OFFER_LAPSE, RevisionQueue};
+use super::{
+    grant::{Grant, Slot},
+    queue::{OFFER_LAPSE, RevisionQueue},
+};
 use crate::endpoint::{Endpoints, LocalReplica};
 
 /// Where demands go. One that finds it full is dropped: the next report says the same.
@@ -37,7 +40,7 @@ pub struct Sidecar {
 struct Offered {
     gateway: u64,
     revision: Arc<RevisionQueue>,
-    replica: String,
+    slot: Slot,
 }
 
 /// Sends offers to one gateway elsewhere.
@@ -50,18 +53,18 @@ pub struct OfferSink {
 }
 
 impl OfferSink {
-    /// Offers a slot of `replica`. False where the gateway is gone.
-    pub(super) fn offer(&self, replica: &str) -> bool {
+    /// Offers a slot. False where the gateway is gone.
+    pub(super) fn offer(&self, slot: &Slot) -> bool {
         let (Some(sidecar), Some(revision)) = (self.sidecar.upgrade(), self.revision.upgrade()) else { return false };
         let offer = sidecar.next.fetch_add(1, Ordering::Relaxed);
         let message = peer::Offer {
             offer,
             revision: revision.key().to_owned(),
-            replica: replica.to_owned(),
+            replica: slot.replica.clone(),
             lapse_ms: OFFER_LAPSE.as_millis() as u32,
         };
         let response = peer::BindResponse { message: Some(peer::bind_response::Message::Offer(message)) };
-        let offered = Offered { gateway: self.gateway, revision, replica: replica.to_owned() };
+        let offered = Offered { gateway: self.gateway, revision, slot: slot.clone() };
         sidecar.offers().insert(offer, offered);
         if self.sender.send(response).is_err() {
             sidecar.offers().remove(&offer);
@@ -156,14 +159,14 @@ impl Sidecar {
     pub fn decline(&self, offer: u64) {
         let offered = self.offers().remove(&offer);
         if let Some(offered) = offered {
-            offered.revision.withdraw_offer(&offered.replica);
+            offered.revision.withdraw_offer(&offered.slot);
         }
     }
 
     /// A request that comes with an offer: its slot, once.
     pub fn use_offer(&self, offer: u64) -> Option<Grant> {
         let offered = self.offers().remove(&offer)?;
-        offered.revision.use_offer(&offered.replica)
+        offered.revision.use_offer(offered.slot)
     }
 
     /// A request from another node without an offer: a slot where concurrency is not limited.

@@ -14,14 +14,14 @@ use crate::{
     reconcile::{Applied, Handle, commands::Input},
     spec::{Auxiliary, AuxiliaryKind, InferenceService, Runtimes, ServingRuntime},
     store::{Store, StoreExt as _, Transaction},
-    values::{Values, ValuesError},
+    values::{ValuesError, Vault},
 };
 
 /// Applies, lists and deletes such objects.
 #[derive(Debug)]
 pub struct Objects {
     store: Arc<dyn Store>,
-    values: Arc<Values>,
+    vault: Arc<Vault>,
     handle: Handle,
 }
 
@@ -47,8 +47,8 @@ impl Change {
 
 impl Objects {
     /// For a store and the values that are in it.
-    pub fn new(store: Arc<dyn Store>, values: Arc<Values>, handle: Handle) -> Self {
-        Self { store, values, handle }
+    pub fn new(store: Arc<dyn Store>, vault: Arc<Vault>, handle: Handle) -> Self {
+        Self { store, vault, handle }
     }
 
     /// The runtimes that services may use: those built in, and over them those applied.
@@ -81,18 +81,18 @@ impl Objects {
     /// Seals and stores a secret or a config map.
     pub(super) async fn apply_auxiliary(&self, object: Auxiliary, dry_run: bool) -> Result<Change, Status> {
         let kept = matches!(object.kind, AuxiliaryKind::Secret | AuxiliaryKind::ConfigMap);
-        let former = self.values.get(object.kind, &object.namespace, &object.name).filter(|_| kept);
+        let former = self.vault.values().get(object.kind, &object.namespace, &object.name).filter(|_| kept);
         let applied = kept.then(|| outcome(former.as_deref(), &object));
         let stored = former.as_deref().map(|former| shown(former, None));
         let change = Change { applied, stored, object: shown(&object, former.as_deref()) };
         if dry_run || !kept || applied == Some(Applied::Unchanged) {
             return Ok(change);
         }
-        let record = self.values.seal(&object).map_err(internal)?;
+        let record = self.vault.seal(&object).map_err(internal)?;
         let key = keys::value(object.kind, &object.namespace, &object.name);
         self.store.commit(Transaction::new().put_json(&key, &record)).await.map_err(unavailable)?;
         let namespace = object.namespace.clone();
-        self.values.remember(object);
+        self.vault.values().remember(object);
         self.handle.send(Input::ValuesChanged { namespace }).await.map_err(status)?;
         Ok(change)
     }
@@ -105,7 +105,7 @@ impl Objects {
             ("spec.explainer", service.explainer.as_ref()),
         ];
         let missing = |(at, component): (&str, Option<&crate::spec::Component>)| {
-            let why = self.values.resolve(&service.namespace, &component?.template.container.env).err()?;
+            let why = self.vault.values().resolve(&service.namespace, &component?.template.container.env).err()?;
             Some(Finding::warning(at, "", format!("{why}: replicas fail until it is applied")))
         };
         components.into_iter().filter_map(missing).collect()
@@ -128,7 +128,7 @@ impl Objects {
         let mut objects: Vec<_> =
             built_in.iter().filter(|runtime| !replaced(runtime)).map(|runtime| of_runtime(runtime, true)).collect();
         objects.extend(applied.iter().map(|record| of_runtime(&record.runtime, false)));
-        objects.extend(self.values.all().iter().map(|object| control::Object {
+        objects.extend(self.vault.values().all().iter().map(|object| control::Object {
             kind: object.kind.to_string(),
             namespace: object.namespace.clone(),
             name: object.name.clone(),
@@ -153,7 +153,7 @@ impl Objects {
         }
         self.store.commit(Transaction::new().delete(&key)).await.map_err(unavailable)?;
         if let Some(kind) = value {
-            self.values.forget(kind, namespace, name);
+            self.vault.values().forget(kind, namespace, name);
             let namespace = namespace.to_owned();
             self.handle.send(Input::ValuesChanged { namespace }).await.map_err(status)?;
         }

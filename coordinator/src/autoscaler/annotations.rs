@@ -6,15 +6,19 @@ use std::{
     time::Duration,
 };
 
-use super::{Aggregation, Defaults, Metric};
+use super::{Aggregation, Class, Defaults, Metric};
 use crate::{finding::Finding, spec::Scaling};
 
 const GROUP: &str = "autoscaling.knative.dev/";
 const KPA: &str = "kpa.autoscaling.knative.dev";
+const GPU: &str = "gpu.autoscaling.pilotlight.dev";
+const SPARE_REPLICAS: &str = "pilotlight.dev/spare-replicas";
+const PREWARM: &str = "pilotlight.dev/prewarm";
+const METRICS: &str = "expected concurrency, rps, queue-depth or tokens-in-flight";
 const SCALE_MOST: i64 = i32::MAX as i64;
 const HOUR: Duration = Duration::from_secs(3600);
 /// Keys that have a camel-case alias.
-const ALIASED: [(&str, &str); 11] = [
+const ALIASED: [(&str, &str); 10] = [
     ("metric-aggregation-algorithm", "metricAggregationAlgorithm"),
     ("target-utilization-percentage", "targetUtilizationPercentage"),
     ("target-burst-capacity", "targetBurstCapacity"),
@@ -25,7 +29,6 @@ const ALIASED: [(&str, &str); 11] = [
     ("initial-scale", "initialScale"),
     ("scale-down-delay", "scaleDownDelay"),
     ("scale-to-zero-pod-retention-period", "scaleToZeroPodRetentionPeriod"),
-    ("activation-scale", "activationScale"),
 ];
 
 /// Annotations being read: remembers what was looked at and what is wrong.
@@ -71,10 +74,42 @@ impl<'a> Annotations<'a> {
         self.findings.push(Finding::error(path(key), value, message));
     }
 
-    pub(super) fn class(&mut self) {
-        let Some((key, value)) = self.get("class") else { return };
-        if value != KPA {
-            self.refuse(key, value, format!("expected {KPA}, the only class that this fleet has"));
+    pub(super) fn class(&mut self) -> Class {
+        match self.get("class") {
+            None | Some((_, KPA)) => Class::Kpa,
+            Some((_, GPU)) => Class::Gpu,
+            Some((key, value)) => {
+                self.refuse(key, value, format!("expected {KPA} or {GPU}, the classes that this fleet has"));
+                Class::Kpa
+            }
+        }
+    }
+
+    /// 0 to 1000, for the GPU class alone: Knative's has no such thing, and must stay as it is.
+    pub(super) fn spare_replicas(&mut self, class: Class) -> u32 {
+        let Some(value) = self.given.get(SPARE_REPLICAS) else { return 0 };
+        match value.parse() {
+            Ok(spare @ 1..=1000) if class != Class::Gpu => {
+                let message = format!("needs {GROUP}class: {GPU}; {spare} replicas would have no effect");
+                self.refuse(SPARE_REPLICAS, value, message);
+                0
+            }
+            Ok(spare @ 0..=1000) => spare,
+            _ => {
+                self.refuse(SPARE_REPLICAS, value, "expected a whole number, 0 <= value <= 1000");
+                0
+            }
+        }
+    }
+
+    pub(super) fn prewarm(&mut self) -> bool {
+        match self.given.get(PREWARM).map(String::as_str) {
+            None | Some("off") => false,
+            Some("auto") => true,
+            Some(value) => {
+                self.refuse(PREWARM, value, "expected auto or off");
+                false
+            }
         }
     }
 
@@ -84,8 +119,10 @@ impl<'a> Annotations<'a> {
         match field.or(annotated) {
             None | Some((_, "concurrency")) => Metric::Concurrency,
             Some((_, "rps")) => Metric::Rps,
+            Some((_, "queue-depth")) => Metric::QueueDepth,
+            Some((_, "tokens-in-flight")) => Metric::TokensInFlight,
             Some((at, value)) => {
-                self.findings.push(Finding::error(at, value, "expected concurrency or rps"));
+                self.findings.push(Finding::error(at, value, METRICS));
                 Metric::default()
             }
         }
@@ -258,7 +295,7 @@ mod tests {
     fn bad_values_are_refused_by_key_value_and_range() {
         let cases = [
             ("class", "hpa.autoscaling.knative.dev", "kpa.autoscaling.knative.dev"),
-            ("metric", "cpu", "concurrency or rps"),
+            ("metric", "cpu", "concurrency, rps, queue-depth or tokens-in-flight"),
             ("metric-aggregation-algorithm", "median", "linear"),
             ("target", "0.009", "at least 0.01"),
             ("target", "NaN", "at least 0.01"),
@@ -281,6 +318,22 @@ mod tests {
             let error = resolve(&[(key, value)], &Scaling::default()).expect_err(key);
             assert!(error.contains(key) && error.contains(value) && error.contains(expected), "{error}");
         }
+    }
+
+    #[test]
+    fn own_annotations_are_checked() {
+        let own = |pairs: &[(&str, &str)]| {
+            let given = pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
+            super::super::ScalerConfig::resolve(&Defaults::default(), &given, &Scaling::default())
+                .map(|(config, _)| (config.class, config.spare_replicas, config.prewarm))
+                .map_err(|findings| findings.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))
+        };
+        let gpu = ("autoscaling.knative.dev/class", GPU);
+        assert_eq!(own(&[]), Ok((Class::Kpa, 0, false)));
+        assert_eq!(own(&[gpu, (SPARE_REPLICAS, "2"), (PREWARM, "auto")]), Ok((Class::Gpu, 2, true)));
+        assert!(own(&[(SPARE_REPLICAS, "2")]).unwrap_err().contains("needs autoscaling.knative.dev/class"));
+        assert!(own(&[gpu, (SPARE_REPLICAS, "-1")]).unwrap_err().contains("0 <= value <= 1000"));
+        assert!(own(&[(PREWARM, "yes")]).unwrap_err().contains("auto or off"));
     }
 
     #[test]

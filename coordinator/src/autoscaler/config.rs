@@ -10,6 +10,17 @@ use crate::{finding::Finding, spec::Scaling};
 /// No target is smaller.
 const TARGET_LEAST: f64 = 0.01;
 
+/// Which autoscaler a revision has, by `autoscaling.knative.dev/class`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Class {
+    /// Knative's own, exactly.
+    #[default]
+    Kpa,
+    /// For models that load for long on GPUs that are dear; see the module [`super::gpu`].
+    Gpu,
+}
+
 /// What is averaged and held against the target.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -19,6 +30,11 @@ pub enum Metric {
     Concurrency,
     /// Requests that arrive per second.
     Rps,
+    /// Requests waiting; running ones hold the replicas that they fill. The target is the number of
+    /// waiting requests for which one more replica is worth its while.
+    QueueDepth,
+    /// Prompt and generated tokens of requests waiting or running, for LLM servers.
+    TokensInFlight,
 }
 
 /// How buckets are averaged.
@@ -50,6 +66,10 @@ pub struct Defaults {
     pub requests_per_second_target_default: f64,
     /// Part of the above that is aimed at, percent.
     pub requests_per_second_target_percentage: f64,
+    /// Waiting requests per replica, for `queue-depth`.
+    pub queue_depth_target_default: f64,
+    /// Tokens per replica, for `tokens-in-flight`.
+    pub tokens_in_flight_target_default: f64,
     /// Spare capacity below which Knative keeps its proxies in the path; -1 always, 0 never. Our
     /// gateways always are; it is reported in decisions.
     pub target_burst_capacity: f64,
@@ -83,6 +103,8 @@ impl Default for Defaults {
             container_concurrency_target_default: 100.0,
             requests_per_second_target_default: 200.0,
             requests_per_second_target_percentage: 70.0,
+            queue_depth_target_default: 5.0,
+            tokens_in_flight_target_default: 16_384.0,
             target_burst_capacity: 211.0,
             max_scale_up_rate: 20.0,
             max_scale_down_rate: 1.1,
@@ -100,6 +122,9 @@ impl Default for Defaults {
 /// One revision's settings.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ScalerConfig {
+    /// Which autoscaler.
+    #[serde(default)]
+    pub class: Class,
     /// What is measured.
     pub metric: Metric,
     /// How it is averaged.
@@ -108,6 +133,9 @@ pub struct ScalerConfig {
     pub target: f64,
     /// Load that one replica can carry.
     pub total: f64,
+    /// Requests that one replica can run, whatever the metric.
+    #[serde(default = "one")]
+    pub slots: f64,
     /// Spare capacity asked for; -1 without end.
     pub target_burst_capacity: f64,
     /// Stable window.
@@ -138,6 +166,16 @@ pub struct ScalerConfig {
     pub enable_scale_to_zero: bool,
     /// Time in which a new revision must become ready, Knative's 30 s of tolerance included.
     pub activation_timeout: Duration,
+    /// GPU class: replicas beyond what any load needs.
+    #[serde(default)]
+    pub spare_replicas: u32,
+    /// True: replicas are made ready ahead of load that the past makes likely.
+    #[serde(default)]
+    pub prewarm: bool,
+}
+
+fn one() -> f64 {
+    1.0
 }
 
 impl ScalerConfig {
@@ -176,33 +214,97 @@ impl ScalerConfig {
 
 /// Load that one replica should and can carry.
 ///
-/// `container_concurrency` is a hard limit, 0 none; `target` the annotation; `utilization` percent.
+/// `container_concurrency` is a hard limit, 0 none; `target` the annotation; `utilization` percent;
+/// `default` the fleet's total for this metric.
 pub fn metric_target(
     metric: Metric,
     container_concurrency: i64,
     target: Option<f64>,
     utilization: f64,
-    concurrency_default: f64,
-    rps_default: f64,
+    default: f64,
 ) -> (f64, f64) {
     let limit = container_concurrency as f64;
     let total = match metric {
         Metric::Concurrency if container_concurrency > 0 => target.map_or(limit, |target| target.min(limit)),
-        Metric::Concurrency => target.unwrap_or(concurrency_default),
-        Metric::Rps => target.unwrap_or(rps_default),
+        _ => target.unwrap_or(default),
     };
     ((total * (utilization / 100.0)).max(TARGET_LEAST), total)
 }
 
+impl Defaults {
+    /// The total of a replica where nothing is annotated, and the percentage of it that is aimed at.
+    fn target(&self, metric: Metric) -> (f64, f64) {
+        match metric {
+            Metric::Concurrency => {
+                (self.container_concurrency_target_default, self.container_concurrency_target_percentage)
+            }
+            Metric::Rps => (self.requests_per_second_target_default, self.requests_per_second_target_percentage),
+            Metric::QueueDepth => (self.queue_depth_target_default, 100.0),
+            Metric::TokensInFlight => (self.tokens_in_flight_target_default, 100.0),
+        }
+    }
+
+    /// Checks every setting against Knative's bounds for `config-autoscaler`.
+    ///
+    /// # Errors
+    /// Each setting that is out of range, by the name of its flag, with value and range.
+    pub fn validate(&self) -> Result<(), Vec<String>> {
+        let mut wrong = Vec::new();
+        let mut check = |ok: bool, name: &str, value: String, range: &str| {
+            if !ok {
+                wrong.push(format!("{name}: {value}: expected {range}"));
+            }
+        };
+        let between = |value: f64, least: f64, most: f64| value >= least && value <= most;
+        let duration = |value: Duration| humantime::format_duration(value).to_string();
+        let window = self.stable_window;
+        let whole = window.subsec_nanos() == 0;
+        let (least, most) = (Duration::from_secs(6), Duration::from_secs(3600));
+        check(whole && window >= least && window <= most, "stable-window", duration(window), "whole seconds, 6s to 1h");
+        let percentages = [
+            ("panic-window-percentage", self.panic_window_percentage, 1.0, 100.0),
+            ("panic-threshold-percentage", self.panic_threshold_percentage, 110.0, 1000.0),
+            ("container-concurrency-target-percentage", self.container_concurrency_target_percentage, 0.01, 100.0),
+        ];
+        for (name, value, least, most) in percentages {
+            check(between(value, least, most), name, value.to_string(), &format!("{least} to {most}"));
+        }
+        let targets = [
+            ("container-concurrency-target-default", self.container_concurrency_target_default),
+            ("requests-per-second-target-default", self.requests_per_second_target_default),
+            ("queue-depth-target-default", self.queue_depth_target_default),
+            ("tokens-in-flight-target-default", self.tokens_in_flight_target_default),
+        ];
+        for (name, value) in targets {
+            check(between(value, TARGET_LEAST, f64::MAX), name, value.to_string(), "at least 0.01");
+        }
+        let rates = [("max-scale-up-rate", self.max_scale_up_rate), ("max-scale-down-rate", self.max_scale_down_rate)];
+        for (name, value) in rates {
+            check(value > 1.0 && value.is_finite(), name, value.to_string(), "more than 1");
+        }
+        let burst = self.target_burst_capacity;
+        check(
+            burst == -1.0 || between(burst, 0.0, f64::MAX),
+            "target-burst-capacity",
+            burst.to_string(),
+            "at least 0, or -1",
+        );
+        let delay = self.scale_down_delay;
+        check(delay.subsec_nanos() == 0, "scale-down-delay", duration(delay), "whole seconds");
+        let grace = self.scale_to_zero_grace_period;
+        check(!grace.is_zero(), "scale-to-zero-grace-period", duration(grace), "more than 0s");
+        let initial = self.initial_scale;
+        check(initial > 0 || self.allow_zero_initial_scale, "initial-scale", initial.to_string(), "at least 1");
+        if wrong.is_empty() { Ok(()) } else { Err(wrong) }
+    }
+}
+
 impl Annotations<'_> {
     fn config(&mut self, defaults: &Defaults, fields: &Scaling) -> ScalerConfig {
-        self.class();
+        let class = self.class();
         let metric = self.metric(fields);
         let aggregation = self.aggregation();
-        let default_utilization = match metric {
-            Metric::Concurrency => defaults.container_concurrency_target_percentage,
-            Metric::Rps => defaults.requests_per_second_target_percentage,
-        };
+        let (default_total, default_utilization) = defaults.target(metric);
         let utilization = self.percentage("target-utilization-percentage", 1.0..=100.0).unwrap_or(default_utilization);
         let annotated = self.target();
         let (target, total) = metric_target(
@@ -210,18 +312,23 @@ impl Annotations<'_> {
             fields.container_concurrency,
             fields.scale_target.map(|target| target as f64).or(annotated),
             utilization,
-            defaults.container_concurrency_target_default,
-            defaults.requests_per_second_target_default,
+            default_total,
         );
+        let slots = match fields.container_concurrency {
+            limit if limit > 0 => limit as f64,
+            _ => defaults.container_concurrency_target_default,
+        };
         let stable_window = self.window().unwrap_or(defaults.stable_window);
         let panic_percentage = self.percentage("panic-window-percentage", 1.0..=100.0);
         let panic_threshold = self.percentage("panic-threshold-percentage", 110.0..=1000.0);
         let (min_scale, max_scale) = self.bounds(fields);
         ScalerConfig {
+            class,
             metric,
             aggregation,
             target,
             total,
+            slots,
             target_burst_capacity: self.burst_capacity().unwrap_or(defaults.target_burst_capacity),
             stable_window,
             panic_window: panic_window(stable_window, panic_percentage.unwrap_or(defaults.panic_window_percentage)),
@@ -237,6 +344,8 @@ impl Annotations<'_> {
             grace: defaults.scale_to_zero_grace_period,
             enable_scale_to_zero: defaults.enable_scale_to_zero,
             activation_timeout: defaults.progress_deadline + Duration::from_secs(30),
+            spare_replicas: self.spare_replicas(class),
+            prewarm: self.prewarm(),
         }
     }
 }

@@ -18,6 +18,22 @@ pub enum Activity {
     Activating,
 }
 
+/// What is known of the proxy that holds requests while no replica runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Proxy {
+    /// True where requests are sent through it.
+    pub in_path: bool,
+    /// For how long they have been.
+    pub for_time: Duration,
+    /// True where a probe has shown it to be in the path.
+    pub confirmed: bool,
+}
+
+impl Proxy {
+    /// Pilotlight's gateways: every request goes through one, always.
+    pub const GATEWAY: Self = Self { in_path: true, for_time: Duration::MAX, confirmed: true };
+}
+
 /// The state that the wish is applied to.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Situation {
@@ -33,10 +49,12 @@ pub struct Situation {
     pub reachable: bool,
     /// True once the revision has had its initial scale ready.
     pub initial_scale_reached: bool,
+    /// The proxy before it.
+    pub proxy: Proxy,
 }
 
 /// What becomes of it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Applied {
     /// The wish as it stands: -1 unknown.
     pub result: i32,
@@ -44,6 +62,10 @@ pub struct Applied {
     pub write: Option<u32>,
     /// The rule that held a replica back, if one did.
     pub held: Option<Held>,
+    /// When Knative looks again, where nothing else would make it. Our loop looks at every tick.
+    pub recheck_after: Option<Duration>,
+    /// True where the proxy has to be probed until it answers.
+    pub probe: bool,
 }
 
 /// Why replicas are kept that the load does not need.
@@ -57,6 +79,8 @@ pub enum Held {
     ActiveWindow,
     /// It has just become inactive; the gateways hold requests from now on.
     BecomingInactive,
+    /// The proxy has not been seen in the path, or not for the grace period.
+    Proxy,
     /// The pod retention period, of which this much is left.
     Retention(Duration),
 }
@@ -69,42 +93,67 @@ pub fn least(config: &ScalerConfig, reachable: bool, initial_scale_reached: bool
     min.max(initial)
 }
 
-/// Applies bounds and the scale-to-zero rules. In Pilotlight gateways always are in the path, so that
-/// Knative's wait for its proxy is over as soon as the revision is inactive.
+/// Applies bounds and the scale-to-zero rules.
 pub fn apply(config: &ScalerConfig, situation: &Situation) -> Applied {
     let Situation { activity, current, .. } = *situation;
     if situation.desired < 0 && activity != Activity::Activating {
-        return Applied { result: situation.desired, write: None, held: None };
+        return Applied { result: situation.desired, ..Default::default() };
     }
     let min = least(config, situation.reachable, situation.initial_scale_reached);
     let max = if config.max_scale == 0 { u32::MAX } else { config.max_scale };
     let desired = (situation.desired.max(0) as u32).max(min).min(max);
     if desired > 0 {
-        return Applied { result: desired as i32, write: (desired != current).then_some(desired), held: None };
+        let write = (desired != current).then_some(desired);
+        return Applied { result: desired as i32, write, ..Default::default() };
     }
     to_zero(config, situation)
 }
 
 fn to_zero(config: &ScalerConfig, situation: &Situation) -> Applied {
-    let Situation { activity, for_time, current, .. } = *situation;
-    let keep_one = |held| Applied { result: 1, write: (current != 1).then_some(1), held: Some(held) };
-    let go = Applied { result: 0, write: (current != 0).then_some(0), held: None };
-    let wait = |result, held| Applied { result, write: None, held: Some(held) };
+    let Situation { activity, for_time, current, proxy, .. } = *situation;
+    let keep_one = |held, recheck_after| Applied {
+        result: 1,
+        write: (current != 1).then_some(1),
+        held: Some(held),
+        recheck_after,
+        probe: false,
+    };
+    let wait = |result, held, recheck_after| Applied { result, held: Some(held), recheck_after, ..Default::default() };
     if !config.enable_scale_to_zero {
-        return keep_one(Held::ScaleToZeroDisabled);
+        return keep_one(Held::ScaleToZeroDisabled, None);
     }
     match activity {
-        Activity::Activating if for_time > config.activation_timeout => go,
-        Activity::Activating => wait(-1, Held::Activating),
-        Activity::Active if for_time < config.stable_window => keep_one(Held::ActiveWindow),
-        Activity::Active => wait(0, Held::BecomingInactive),
-        Activity::Inactive => {
-            let retention = if situation.reachable { config.pod_retention } else { Duration::ZERO };
-            match retention.checked_sub(for_time) {
-                Some(left) if !left.is_zero() => wait(0, Held::Retention(left)),
-                _ => go,
-            }
+        Activity::Activating if for_time > config.activation_timeout => go(current),
+        Activity::Activating => wait(-1, Held::Activating, Some(config.activation_timeout)),
+        Activity::Active if for_time < config.stable_window => {
+            keep_one(Held::ActiveWindow, Some(config.stable_window - for_time))
         }
+        // Nothing changes in the path that would make Knative look again.
+        Activity::Active => wait(0, Held::BecomingInactive, proxy.in_path.then_some(config.grace)),
+        Activity::Inactive if config.target_burst_capacity != -1.0 && !proxy.confirmed => {
+            Applied { probe: true, ..wait(0, Held::Proxy, None) }
+        }
+        Activity::Inactive => inactive(config, situation),
+    }
+}
+
+fn go(current: u32) -> Applied {
+    Applied { result: 0, write: (current != 0).then_some(0), ..Default::default() }
+}
+
+/// Inactive, and the proxy is in the path. Retention is a least time, the grace period a most.
+fn inactive(config: &ScalerConfig, situation: &Situation) -> Applied {
+    let Situation { for_time, current, proxy, .. } = *situation;
+    let retention = if situation.reachable { config.pod_retention } else { Duration::ZERO };
+    let wait = |held, left| Applied { held: Some(held), recheck_after: Some(left), ..Default::default() };
+    if for_time >= config.grace.max(retention) {
+        go(current)
+    } else if for_time < retention {
+        wait(Held::Retention(retention - for_time), retention - for_time)
+    } else if proxy.for_time >= config.grace {
+        go(current)
+    } else {
+        wait(Held::Proxy, config.grace - proxy.for_time)
     }
 }
 

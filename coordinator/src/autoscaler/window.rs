@@ -72,6 +72,13 @@ impl Window {
         }
     }
 
+    /// Seconds up to `now` in which nothing was written are zeros. What was written stays.
+    pub fn pass(&mut self, now: Time) {
+        if self.written.is_none_or(|(_, last)| bucket(now) > last) {
+            self.record(now, 0.0);
+        }
+    }
+
     /// True where nothing was written within the last window.
     pub fn is_empty(&self, now: Time) -> bool {
         self.written.is_none_or(|(_, last)| bucket(now) - last >= self.len())
@@ -145,7 +152,14 @@ impl MaxWindow {
         Self { slots: slots.max(1) as i64, values: VecDeque::new() }
     }
 
-    /// Records a value; slots never go back.
+    /// The last value still held until `slot`; slots never go back.
+    pub fn hold(&mut self, slot: i64) {
+        if let Some((_, value)) = self.values.back().copied() {
+            self.record(slot, value);
+        }
+    }
+
+    /// Records a value.
     pub fn record(&mut self, slot: i64, value: i32) {
         while self.values.front().is_some_and(|(oldest, _)| slot - oldest >= self.slots) {
             self.values.pop_front();

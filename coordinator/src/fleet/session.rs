@@ -55,6 +55,12 @@ impl SessionHandle {
         sent
     }
 
+    /// A session that nobody listens to, for virtual nodes.
+    pub fn to_nobody(node: &str) -> Self {
+        let (outbound, _) = mpsc::channel(1);
+        Self { node: node.to_owned(), id: 0, outbound, closed: CancellationToken::new() }
+    }
+
     /// Ends the session.
     pub fn close(&self) {
         self.closed.cancel();

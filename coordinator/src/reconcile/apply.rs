@@ -5,6 +5,7 @@ use tracing::info;
 
 use super::{
     commands::{Applied, Change, CommandError},
+    record::Entry,
     run::{Reconciler, insert_revision, scaling_of},
     view,
     world::{Event, ServiceState},
@@ -53,7 +54,7 @@ impl Reconciler {
             self.world.revisions.remove(&gone);
         }
         match self.world.revisions.contains_key(&revision.key()) {
-            true => self.amend(revision),
+            true => self.amend(revision, now),
             false => self.begin(revision, now),
         }
         info!(service = %key, ?outcome, "applied");
@@ -113,13 +114,14 @@ impl Reconciler {
     }
 
     /// A revision goes on with other bounds, target, concurrency or timeout.
-    fn amend(&mut self, record: RevisionRecord) {
+    fn amend(&mut self, record: RevisionRecord, now: Timestamp) {
         let key = record.key();
         let scaling = scaling_of(&self.world, &record);
         if let Some(revision) = self.world.revisions.get_mut(&key) {
             revision.record = record;
             revision.scaling = scaling.clone();
             if let Some(scaler) = &mut revision.scaler {
+                self.recorder.write(now, &key, || Entry::Reconfigure { config: scaling.clone() });
                 scaler.reconfigure(scaling);
             }
             let nodes = revision.replicas.iter().filter_map(|name| self.world.replicas.get(name));

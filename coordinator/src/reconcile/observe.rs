@@ -9,7 +9,7 @@ use pilotlight_telemetry::TraceContext;
 use super::{
     clock::scaler_time,
     record::{Entry, Recorder},
-    world::{Event, World},
+    world::{Event, World, since},
 };
 use crate::{
     autoscaler::Sample,
@@ -178,6 +178,9 @@ fn took(world: &mut World, status: fleet::ReplicaStatus, now: Timestamp, dirty: 
     }
     let before = replica.phase();
     let phase = status.phase();
+    // One that was ready before this coordinator began says nothing of how long it took.
+    let took = (phase == ReplicaPhase::Ready && before != ReplicaPhase::Unspecified)
+        .then(|| since(replica.record.created_at, now));
     let revision = replica.record.revision.clone();
     let service = format!("{}/{}", replica.record.namespace, replica.record.service);
     let name = status.replica.clone();
@@ -186,6 +189,9 @@ fn took(world: &mut World, status: fleet::ReplicaStatus, now: Timestamp, dirty: 
     dirty.revision(world, &revision);
     if before == phase {
         return;
+    }
+    if let (Some(took), Some(revision)) = (took, world.revisions.get_mut(&revision)) {
+        revision.load_time = took;
     }
     let (warning, reason, message) = match phase {
         ReplicaPhase::Starting => (false, "Started", "process started, waiting for readiness".to_owned()),

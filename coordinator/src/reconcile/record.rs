@@ -35,11 +35,18 @@ pub enum Entry {
         /// Ready replicas at that time.
         ready: Option<u32>,
     },
+    /// Its settings changed.
+    Reconfigure {
+        /// From now on.
+        config: ScalerConfig,
+    },
     /// One agent's report.
     Sample {
         /// As given to `Scaler::record`.
         sample: Sample,
     },
+    /// Replicas run, and what is not reported is no load.
+    Silence,
     /// A first request waited.
     Poke,
     /// A decision.
@@ -51,10 +58,16 @@ pub enum Entry {
     },
 }
 
-/// Writes lines, or nothing where no file was asked for.
+/// Writes lines, or nothing where nobody asked for them.
 #[derive(Debug, Default)]
-pub struct Recorder {
-    file: Option<BufWriter<File>>,
+pub struct Recorder(Target);
+
+#[derive(Debug, Default)]
+enum Target {
+    #[default]
+    Nowhere,
+    File(BufWriter<File>),
+    Memory(Vec<Line>),
 }
 
 impl Recorder {
@@ -63,21 +76,39 @@ impl Recorder {
     /// # Errors
     /// The file cannot be made.
     pub fn create(path: &Path) -> std::io::Result<Self> {
-        Ok(Self { file: Some(BufWriter::new(File::create(path)?)) })
+        Ok(Self(Target::File(BufWriter::new(File::create(path)?))))
+    }
+
+    /// Keeps all lines.
+    pub fn in_memory() -> Self {
+        Self(Target::Memory(Vec::new()))
+    }
+
+    /// The lines kept in memory.
+    pub fn lines(self) -> Vec<Line> {
+        match self.0 {
+            Target::Memory(lines) => lines,
+            Target::Nowhere | Target::File(_) => Vec::new(),
+        }
     }
 
     /// Writes one entry; `entry` is only made where somebody records.
     pub fn write(&mut self, at: Timestamp, revision: &str, entry: impl FnOnce() -> Entry) {
-        let Some(file) = &mut self.file else { return };
-        let line = Line { at, revision: revision.to_owned(), entry: entry() };
-        let written = serde_json::to_writer(&mut *file, &line).map_err(std::io::Error::from);
-        let written = written.and_then(|()| file.write_all(b"\n"));
-        self.check(written);
+        let line = |entry| Line { at, revision: revision.to_owned(), entry };
+        match &mut self.0 {
+            Target::Nowhere => {}
+            Target::Memory(lines) => lines.push(line(entry())),
+            Target::File(file) => {
+                let written = serde_json::to_writer(&mut *file, &line(entry())).map_err(std::io::Error::from);
+                let written = written.and_then(|()| file.write_all(b"\n"));
+                self.check(written);
+            }
+        }
     }
 
     /// Brings buffered lines to the file.
     pub fn flush(&mut self) {
-        let flushed = self.file.as_mut().map_or(Ok(()), BufWriter::flush);
+        let flushed = if let Target::File(file) = &mut self.0 { file.flush() } else { Ok(()) };
         self.check(flushed);
     }
 
@@ -85,7 +116,7 @@ impl Recorder {
     fn check(&mut self, result: std::io::Result<()>) {
         if let Err(error) = result {
             error!(%error, "the recording ends here");
-            self.file = None;
+            self.0 = Target::Nowhere;
         }
     }
 }

@@ -47,7 +47,7 @@ pub struct Reconciler {
     pub(super) clock: Clock,
     pub(super) dirty: Dirty,
     pub(super) changes: broadcast::Sender<Change>,
-    recorder: Recorder,
+    pub(super) recorder: Recorder,
     meter: Meter,
     metered_at: Timestamp,
     routes_version: u64,
@@ -215,8 +215,9 @@ impl Reconciler {
     async fn on_tick(&mut self) {
         let now = self.clock.now();
         let keys: Vec<_> = self.world.revisions.keys().cloned().collect();
+        let mut room = scale::Room::default();
         for key in keys {
-            if scale::decide(&mut self.world, &key, now, &mut self.recorder) {
+            if scale::decide(&mut self.world, &key, now, &mut self.recorder, &mut room) {
                 self.dirty.revision(&self.world, &key);
             }
         }
@@ -239,7 +240,8 @@ impl Reconciler {
             let trace = self.world.revisions.get(&key).map(|revision| revision.trace.clone()).unwrap_or_default();
             let span = info_span!("autoscaler.decide", otel.kind = "internal", revision = %key);
             pilotlight_telemetry::set_parent(&span, &trace);
-            let changed = span.in_scope(|| scale::decide(&mut self.world, &key, now, &mut self.recorder));
+            let room = &mut scale::Room::default();
+            let changed = span.in_scope(|| scale::decide(&mut self.world, &key, now, &mut self.recorder, room));
             if changed {
                 if let Some(revision) = self.world.revisions.get_mut(&key) {
                     revision.trace = TraceContext::of(&span);
@@ -553,7 +555,7 @@ impl ServiceState {
 }
 
 /// Puts a revision into the world and its service's index.
-pub(super) fn insert_revision(world: &mut World, record: RevisionRecord) {
+pub(crate) fn insert_revision(world: &mut World, record: RevisionRecord) {
     let scaling = scaling_of(world, &record);
     if let Some(service) = world.services.get_mut(&record.service_key()) {
         service.revisions.insert(record.number);
@@ -562,6 +564,7 @@ pub(super) fn insert_revision(world: &mut World, record: RevisionRecord) {
         scaling,
         scaler: None,
         wanted: 0,
+        load_time: Duration::ZERO,
         decisions: Default::default(),
         replicas: Default::default(),
         unplaced: None,

@@ -7,13 +7,35 @@ use super::{
     record::{Entry, Recorder},
     world::{DECISIONS_KEPT, World},
 };
-use crate::autoscaler::{Observation, Sample, Scaler};
+use crate::{
+    autoscaler::{Class, Observation, Reason, Scaler},
+    placement::{self, FleetView},
+    reconcile::{plan, world::RevisionState},
+};
+
+/// The fleet's free places, looked at once per pass and only where somebody asks.
+#[derive(Debug, Default)]
+pub struct Room(Option<FleetView>);
+
+impl Room {
+    /// Replicas of the revision that the fleet could hold, those that have a place included. `None` where
+    /// it does not matter: for Knative's class, and where all that is wanted has a place.
+    fn fits(&mut self, world: &World, revision: &RevisionState, live: u32, now: Timestamp) -> Option<u32> {
+        let held_back = |reason: &Reason| matches!(reason, Reason::Capacity(_));
+        let was_capped = revision.decisions.back().is_some_and(|(_, last)| last.reasons.iter().any(held_back));
+        if revision.scaling.class != Class::Gpu || (revision.wanted <= live && !was_capped) {
+            return None;
+        }
+        let fleet = self.0.get_or_insert_with(|| plan::fleet_view(world, &Default::default(), now));
+        Some(placement::capacity(fleet, &plan::request(revision, 0)).saturating_add(live))
+    }
+}
 
 /// Decides how many replicas a revision shall have. True where that has changed.
 ///
 /// Before the fleet has settled (`World::settled`), replicas that run may be unknown: then a revision
 /// that somebody waits for is woken, and everything else stays as it is.
-pub fn decide(world: &mut World, key: &str, now: Timestamp, recorder: &mut Recorder) -> bool {
+pub fn decide(world: &mut World, key: &str, now: Timestamp, recorder: &mut Recorder, room: &mut Room) -> bool {
     let settled = world.settled(now);
     let Some(revision) = world.revisions.get(key) else { return false };
     let counts = world.counts(revision);
@@ -26,9 +48,12 @@ pub fn decide(world: &mut World, key: &str, now: Timestamp, recorder: &mut Recor
     }
     let observation = Observation {
         ready: Some(counts.ready),
+        starting: counts.starting,
         current: revision.wanted,
+        fits: room.fits(world, revision, counts.ready + counts.starting, now),
         reachable,
         initial_scale_reached: revision.record.been_ready,
+        load_time: revision.load_time,
     };
     let listening = settled && counts.ready + counts.starting > 0;
     let Some(revision) = world.revisions.get_mut(key) else { return false };
@@ -46,11 +71,8 @@ pub fn decide(world: &mut World, key: &str, now: Timestamp, recorder: &mut Recor
         }
     };
     if listening {
-        // Agents report what there is. Knative's collector scrapes each replica and so hears of nothing,
-        // too: an idle revision has load zero, not no load.
-        let silence = Sample::default();
-        recorder.write(now, key, || Entry::Sample { sample: silence });
-        scaler.record(time, &silence);
+        recorder.write(now, key, || Entry::Silence);
+        scaler.silence(time);
     }
     let decision = scaler.decide(time, &observation);
     recorder.write(now, key, || Entry::Decide { observation, decision: decision.clone() });

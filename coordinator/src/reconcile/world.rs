@@ -93,6 +93,8 @@ pub struct RevisionState {
     pub scaler: Option<Scaler>,
     /// Replicas that the last decision asks for.
     pub wanted: u32,
+    /// How long its newest ready replica took from being placed; zero before the first.
+    pub load_time: Duration,
     /// The last decisions, oldest first.
     pub decisions: VecDeque<(Timestamp, Decision)>,
     /// Its replicas, draining ones included.

@@ -1,0 +1,178 @@
+use std::{
+    collections::BTreeMap,
+    net::{Ipv4Addr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
+
+use pilotlight_proto::{fleet::v1::RevisionLoad, peer::v1 as peer};
+use tokio::{
+    sync::mpsc,
+    time::{Instant, advance},
+};
+
+use super::*;
+use crate::endpoint::{Endpoints as _, LocalReplica};
+
+const KEY: &str = "default/iris-00001";
+const SECOND: Duration = Duration::from_secs(1);
+
+fn replica(name: &str) -> LocalReplica {
+    LocalReplica {
+        name: name.to_owned(),
+        revision: KEY.to_owned(),
+        address: SocketAddr::from((Ipv4Addr::LOCALHOST, 1)),
+        h2c: false,
+        container_concurrency: 1,
+        timeout: SECOND,
+    }
+}
+
+/// A node whose revision has a limit of one request a replica; `peers` have ready replicas, too.
+fn node(peers: &[(&str, &str)]) -> (Arc<Sidecar>, Arc<RevisionQueue>) {
+    let sidecar = Sidecar::new();
+    let queue = sidecar.revision(KEY);
+    let peers: BTreeMap<_, _> =
+        peers.iter().map(|(node, replica)| ((*node).to_owned(), vec![(*replica).to_owned()])).collect();
+    queue.route(Limits { queue: 10, timeout: SECOND, concurrency: 1 }, peers);
+    (sidecar, queue)
+}
+
+fn load(queue: &RevisionQueue) -> RevisionLoad {
+    queue.report(Instant::now()).unwrap()
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_request_that_waits_is_load_from_its_first_moment() {
+    let (sidecar, queue) = node(&[]);
+    queue.arrived();
+    let waiting = queue.enter(false).unwrap();
+    advance(SECOND).await;
+    let before = load(&queue);
+    assert_eq!((before.average_waiting, before.average_concurrency, before.queue_depth), (1.0, 1.0, 1));
+
+    sidecar.ready(replica("a"));
+    let grant = waiting.granted().await.unwrap();
+    advance(SECOND).await;
+    let during = load(&queue);
+    assert_eq!((during.average_waiting, during.average_concurrency, during.running), (0.0, 1.0, 1));
+    assert_eq!(during.completed_count, 0, "it still runs");
+
+    drop(grant.permit.answered());
+    advance(SECOND).await;
+    let after = load(&queue);
+    assert_eq!((after.average_concurrency, after.completed_count, after.request_count), (0.0, 1, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_request_that_gives_up_is_load_no_more() {
+    let (_, queue) = node(&[]);
+    let waiting = queue.enter(false).unwrap();
+    advance(SECOND).await;
+    drop(waiting);
+    advance(SECOND).await;
+    let given_up = load(&queue);
+    assert_eq!((given_up.average_waiting, given_up.queue_depth, given_up.completed_count), (0.5, 0, 0));
+}
+
+#[tokio::test]
+async fn only_what_was_answered_counts_as_completed() {
+    let (sidecar, queue) = node(&[]);
+    sidecar.ready(replica("a"));
+    drop(queue.enter(false).unwrap().granted().await.unwrap());
+    assert_eq!(load(&queue).completed_count, 0, "it was never sent, or nothing came back");
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_runs_on_a_leaving_replica_is_told_apart() {
+    let (sidecar, queue) = node(&[]);
+    sidecar.ready(replica("a"));
+    sidecar.ready(replica("b"));
+    let on_a = queue.enter(false).unwrap().granted().await.unwrap();
+    let on_b = queue.enter(false).unwrap().granted().await.unwrap();
+    sidecar.drain("a");
+    advance(SECOND).await;
+    let draining = load(&queue);
+    assert_eq!((draining.average_concurrency, draining.draining_concurrency), (2.0, 1.0));
+
+    // Its slot comes back to nobody.
+    drop(on_a.permit.answered());
+    let mut next = queue.enter(false).unwrap();
+    assert!(next.now().is_none());
+    advance(SECOND).await;
+    let drained = load(&queue);
+    assert_eq!((drained.average_concurrency, drained.draining_concurrency, drained.average_waiting), (2.0, 0.0, 1.0));
+    assert_eq!(drained.completed_count, 1);
+    drop(on_b);
+    assert!(matches!(next.now().unwrap().target, Target::Local { replica, .. } if replica == "b"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn drained_resolves_with_the_last_request_and_not_before() {
+    let (sidecar, queue) = node(&[]);
+    sidecar.ready(replica("a"));
+    let grant = queue.enter(false).unwrap().granted().await.unwrap();
+    sidecar.drain("a");
+    let mut drained = sidecar.drained("a");
+    assert!(tokio::time::timeout(3600 * SECOND, &mut drained).await.is_err(), "it waits as long as the request runs");
+    drop(grant);
+    drained.await;
+}
+
+#[tokio::test]
+async fn a_replica_that_is_started_again_owes_nothing_from_before() {
+    let (sidecar, queue) = node(&[]);
+    sidecar.ready(replica("a"));
+    let before = queue.enter(false).unwrap().granted().await.unwrap();
+    // Its process dies, and the client has not yet noticed.
+    sidecar.remove("a");
+    assert_eq!(load(&queue).running, 0);
+    sidecar.ready(replica("a"));
+    let _after = queue.enter(false).unwrap().granted().await.unwrap();
+    drop(before);
+    assert_eq!(load(&queue).running, 1, "the old request's end is not the new one's");
+    assert!(queue.enter(false).unwrap().now().is_none(), "one at a time is a hard limit");
+}
+
+#[tokio::test(start_paused = true)]
+async fn across_nodes_a_request_is_counted_on_one_at_a_time() {
+    let (_, here) = node(&[("there", "b")]);
+    let (there_sidecar, there) = node(&[]);
+    let waiting = here.enter(false).unwrap();
+    let (sender, mut offers) = mpsc::unbounded_channel();
+    let gateway = there_sidecar.new_gateway();
+    let want = peer::Want { revision: KEY.to_owned(), waiting: 1, offers_seen: 0 };
+    there_sidecar.wanted(gateway, &want, &sender);
+    advance(SECOND).await;
+    assert_eq!(load(&here).average_waiting, 1.0);
+    assert!(there.report(Instant::now()).is_none(), "a wish is no load");
+
+    there_sidecar.ready(replica("b"));
+    let Some(peer::bind_response::Message::Offer(offer)) = offers.recv().await.unwrap().message else { panic!() };
+    assert!(here.offered("there", offer.replica, offer.offer));
+    let under_way = waiting.granted().await.unwrap();
+    let running = there_sidecar.use_offer(offer.offer).unwrap();
+    let (_, _) = (load(&here), load(&there));
+    advance(SECOND).await;
+    assert!(here.report(Instant::now()).is_none(), "nothing waits or runs where it entered");
+    let runs = load(&there);
+    assert_eq!((runs.average_concurrency, runs.running), (1.0, 1));
+
+    drop(running.permit.answered());
+    drop(under_way.permit.answered());
+    assert_eq!(load(&there).completed_count, 1);
+    assert!(here.report(Instant::now()).is_none(), "counted where it ran");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_offer_of_a_former_life_is_void() {
+    let (sidecar, _) = node(&[]);
+    let (sender, mut offers) = mpsc::unbounded_channel();
+    let want = peer::Want { revision: KEY.to_owned(), waiting: 1, offers_seen: 0 };
+    sidecar.ready(replica("a"));
+    sidecar.wanted(sidecar.new_gateway(), &want, &sender);
+    let Some(peer::bind_response::Message::Offer(offer)) = offers.recv().await.unwrap().message else { panic!() };
+    sidecar.remove("a");
+    sidecar.ready(replica("a"));
+    assert!(sidecar.use_offer(offer.offer).is_none());
+}
