@@ -53,7 +53,12 @@ fn recurring() -> Trace {
 }
 
 fn scenario(trace: &Trace, annotations: &[(&str, &str)]) -> Scenario {
-    let options = ParseOptions { default_namespace: "", strict: false, validate_scaling: &|_, _| Vec::new() };
+    let options = ParseOptions {
+        default_namespace: "",
+        strict: false,
+        validate_scaling: &|_, _| Vec::new(),
+        runtimes: &spec::Runtimes::built_in(),
+    };
     let Some(Resource::InferenceService(mut service)) = spec::parse(MANIFEST, options).remove(0).object else {
         panic!("the example must parse")
     };

@@ -52,6 +52,10 @@ pub struct Args {
     /// Its key, PEM.
     #[arg(long, env = "PILOTLIGHT_CA_KEY", value_name = "FILE", requires = "ca_cert")]
     ca_key: Option<PathBuf>,
+    /// Key that secrets are sealed with: 32 random bytes in base64. Coordinators that share etcd need the
+    /// same; without it, secrets.key in the data directory is used, and made where missing.
+    #[arg(long, env = "PILOTLIGHT_SECRETS_KEY", value_name = "FILE")]
+    secrets_key: Option<PathBuf>,
     #[command(flatten)]
     serving: ServingArgs,
 }
@@ -117,6 +121,7 @@ fn config(args: Args) -> Config {
         node_lease: args.serving.node_lease,
         queue_limit: args.serving.queue_limit,
         placement_policy: args.serving.placement_policy,
+        secrets_key: args.secrets_key,
         record: args.serving.record,
         scaling: args.serving.scaling.defaults(),
     }

@@ -3,15 +3,24 @@
 use std::path::PathBuf;
 
 use anyhow::anyhow;
-use pilotlight_proto::control::v1::DeleteRequest;
+use pilotlight_proto::control::v1::{DeleteObjectRequest, DeleteRequest};
 use serde_norway::Value;
 
-use crate::{apply, connect::ConnectionArgs, failure::Failure, get::Kind, output};
+use crate::{
+    apply,
+    connect::ConnectionArgs,
+    failure::Failure,
+    get::Kind,
+    manifests::{Files, Manifest},
+    output,
+};
+
+const SERVICE: &str = "InferenceService";
 
 /// What to delete.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Kind: isvc.
+    /// Kind: isvc, runtimes, secrets or configmaps.
     #[arg(required_unless_present = "files", requires = "names")]
     kind: Option<Kind>,
     /// Names.
@@ -19,31 +28,60 @@ pub struct Args {
     /// Delete what these files hold.
     #[arg(short = 'f', long = "filename", value_name = "PATH", conflicts_with = "kind")]
     files: Vec<PathBuf>,
+    /// Read the directories below a directory too.
+    #[arg(short = 'R', long)]
+    recursive: bool,
     /// Namespace.
     #[arg(short, long, default_value = "default")]
     namespace: String,
 }
 
-/// Deletes services.
+/// Something to delete.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Target {
+    /// As in manifests.
+    kind: String,
+    namespace: String,
+    name: String,
+}
+
+/// Deletes services and objects beside them.
 pub async fn run(connection: ConnectionArgs, args: Args) -> Result<(), Failure> {
-    if args.kind.is_some_and(|kind| kind != Kind::Services) {
-        return Err(anyhow!("only services can be deleted: pilotlight delete isvc NAME").into());
-    }
-    let mut targets: Vec<(String, String)> =
-        args.names.into_iter().map(|name| (args.namespace.clone(), name)).collect();
-    for (source, manifest) in apply::read(&args.files)? {
-        targets.extend(named(&manifest, &args.namespace).map_err(|error| anyhow!("{source}: {error}"))?);
+    let kind = args.kind.map_or(Ok(SERVICE), kind_name)?;
+    let of_name = |name| Target { kind: kind.to_owned(), namespace: args.namespace.clone(), name };
+    let mut targets: Vec<Target> = args.names.into_iter().map(of_name).collect();
+    let files = Files { paths: args.files, recursive: args.recursive };
+    for Manifest { source, text } in files.read()? {
+        targets.extend(named(&text, &args.namespace).map_err(|error| anyhow!("{source}: {error}"))?);
     }
     let mut client = connection.client()?;
-    for (namespace, name) in targets {
-        client.delete(DeleteRequest { namespace, name: name.clone() }).await?;
-        output::print(&format!("inferenceservice.serving.kserve.io/{name} deleted\n"))?;
+    for Target { kind, namespace, name } in targets {
+        if kind == SERVICE {
+            client.delete(DeleteRequest { namespace, name: name.clone() }).await?;
+        } else {
+            let request = DeleteObjectRequest { kind: kind.clone(), namespace, name: name.clone() };
+            client.delete_object(request).await?;
+        }
+        output::print(&format!("{}/{name} deleted\n", apply::resource(&kind)))?;
     }
     Ok(())
 }
 
-/// Namespaces and names of the services in a manifest.
-fn named(manifest: &str, default: &str) -> anyhow::Result<Vec<(String, String)>> {
+fn kind_name(kind: Kind) -> Result<&'static str, Failure> {
+    match kind {
+        Kind::Services => Ok(SERVICE),
+        Kind::Runtimes => Ok("ClusterServingRuntime"),
+        Kind::Secrets => Ok("Secret"),
+        Kind::Configmaps => Ok("ConfigMap"),
+        _ => {
+            Err(anyhow!("services, runtimes, secrets and configmaps can be deleted: pilotlight delete isvc NAME")
+                .into())
+        }
+    }
+}
+
+/// What a manifest holds of the kinds that are kept.
+fn named(manifest: &str, default: &str) -> anyhow::Result<Vec<Target>> {
     use serde::de::Deserialize as _;
     let mut named = Vec::new();
     for document in serde_norway::Deserializer::from_str(manifest) {
@@ -52,9 +90,15 @@ fn named(manifest: &str, default: &str) -> anyhow::Result<Vec<(String, String)>>
             let found = path.iter().try_fold(&value, |value, key| value.get(key))?;
             found.as_str().map(str::to_owned)
         };
-        if text(&["kind"]).as_deref() == Some("InferenceService") {
+        let mut kind = text(&["kind"]).unwrap_or_default();
+        if kind == "Service" && text(&["apiVersion"]).is_some_and(|version| version.starts_with("serving.knative.dev/"))
+        {
+            SERVICE.clone_into(&mut kind);
+        }
+        if [SERVICE, "ServingRuntime", "ClusterServingRuntime", "Secret", "ConfigMap"].contains(&kind.as_str()) {
             let name = text(&["metadata", "name"]).ok_or_else(|| anyhow!("metadata.name is missing"))?;
-            named.push((text(&["metadata", "namespace"]).unwrap_or_else(|| default.to_owned()), name));
+            let namespace = text(&["metadata", "namespace"]).unwrap_or_else(|| default.to_owned());
+            named.push(Target { kind, namespace, name });
         }
     }
     Ok(named)
@@ -65,10 +109,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn services_are_found_among_other_kinds() {
-        let manifest = "kind: Secret\nmetadata: {name: s}\n---\nkind: InferenceService\nmetadata: {name: a}\n---\n\
-                        kind: InferenceService\nmetadata: {name: b, namespace: x}\n";
-        let expected = [("default", "a"), ("x", "b")].map(|(of, name)| (of.to_owned(), name.to_owned()));
+    fn what_is_kept_is_found_among_other_kinds() {
+        let manifest = "kind: Secret\nmetadata: {name: s}\n---\nkind: Job\nmetadata: {name: j}\n---\n\
+                        kind: Service\nmetadata: {name: k}\n---\napiVersion: serving.knative.dev/v1\nkind: Service\n\
+                        metadata: {name: b, namespace: x}\n";
+        let target = |kind: &str, namespace: &str, name: &str| Target {
+            kind: kind.into(),
+            namespace: namespace.into(),
+            name: name.into(),
+        };
+        let expected = [target("Secret", "default", "s"), target("InferenceService", "x", "b")];
         assert_eq!(named(manifest, "default").unwrap(), expected);
     }
 }

@@ -47,6 +47,7 @@ pub async fn run(args: Args, stopping: CancellationToken) -> anyhow::Result<()> 
         node_lease: args.serving.node_lease,
         queue_limit: args.serving.queue_limit,
         placement_policy: args.serving.placement_policy,
+        secrets_key: None,
         record: args.serving.record,
         scaling: args.serving.scaling.defaults(),
         ..Default::default()

@@ -13,6 +13,10 @@ pub enum Failure {
     Error(anyhow::Error),
     /// As [`Failure::Error`], where all has been said already.
     Refused,
+    /// `diff` found a difference: exit status 1, and nothing more to say.
+    Differs,
+    /// `diff` could not compare: exit status 2.
+    NotCompared(Option<anyhow::Error>),
     /// The reader of our output has gone: a normal end.
     ReaderGone,
 }
@@ -30,7 +34,13 @@ impl Failure {
                 let _ = writeln!(std::io::stderr(), "error: {error:#}");
                 ExitCode::FAILURE
             }
-            Self::Refused => ExitCode::FAILURE,
+            Self::Refused | Self::Differs => ExitCode::FAILURE,
+            Self::NotCompared(error) => {
+                if let Some(error) = error {
+                    let _ = writeln!(std::io::stderr(), "error: {error:#}");
+                }
+                ExitCode::from(2)
+            }
             Self::ReaderGone => ExitCode::SUCCESS,
         }
     }

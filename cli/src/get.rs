@@ -2,8 +2,8 @@
 
 use clap::ValueEnum;
 use pilotlight_proto::control::v1::{
-    self as control, GetRequest, ListDecisionsRequest, ListNodesRequest, ListReplicasRequest, ListRequest,
-    ListRevisionsRequest, ListUsageRequest, Service, WatchRequest,
+    self as control, GetRequest, ListDecisionsRequest, ListNodesRequest, ListObjectsRequest, ListReplicasRequest,
+    ListRequest, ListRevisionsRequest, ListUsageRequest, Service, WatchRequest,
 };
 use serde_json::Value;
 
@@ -55,6 +55,15 @@ pub enum Kind {
     /// Scaling decisions of one service.
     #[value(alias = "decision")]
     Decisions,
+    /// Serving runtimes, built-in ones too.
+    #[value(alias = "runtime", alias = "servingruntimes", alias = "clusterservingruntimes")]
+    Runtimes,
+    /// Secrets, without their values.
+    #[value(alias = "secret")]
+    Secrets,
+    /// Config maps, without their values.
+    #[value(alias = "configmap", alias = "cm")]
+    Configmaps,
     /// What services used, by hour and GPU class.
     Usage,
 }
@@ -72,7 +81,28 @@ pub async fn run(connection: ConnectionArgs, args: Args) -> Result<(), Failure> 
         Kind::Replicas => replicas(client, &args, namespace).await,
         Kind::Decisions => decisions(client, &args).await,
         Kind::Usage => usage(client, &args, namespace).await,
+        Kind::Runtimes => objects(client, &args, namespace, &["ClusterServingRuntime", "ServingRuntime"]).await,
+        Kind::Secrets => objects(client, &args, namespace, &["Secret"]).await,
+        Kind::Configmaps => objects(client, &args, namespace, &["ConfigMap"]).await,
     }
+}
+
+async fn objects(mut client: Client, args: &Args, namespace: String, kinds: &[&str]) -> Result<(), Failure> {
+    let request = ListObjectsRequest { kind: String::new(), namespace };
+    let mut objects = client.list_objects(request).await?.into_inner().objects;
+    objects.retain(|object| kinds.contains(&object.kind.as_str()) && wanted(args, &object.name));
+    if structured(args) {
+        return print_items(args, objects.iter().map(json::object).collect());
+    }
+    if objects.is_empty() {
+        return none_found("object", args);
+    }
+    let mut table = Table::new(&["NAMESPACE", "NAME", "KIND", "BUILT-IN"]);
+    for object in objects {
+        let built_in = if object.built_in { "yes" } else { "" };
+        table.row([object.namespace, object.name, object.kind, built_in.to_owned()]);
+    }
+    output::print(&table.text())
 }
 
 fn structured(args: &Args) -> bool {

@@ -1,7 +1,7 @@
 //! The control API's messages as JSON.
 
 use pilotlight_proto::control::v1::{
-    Decision, Node, NodeAvailability, NodeGpu, NodeMigDevice, Replica, Revision, Service, Usage,
+    Decision, Node, NodeAvailability, NodeGpu, NodeMigDevice, Object, Replica, Revision, Service, Usage,
 };
 use serde_json::{Value, json};
 
@@ -15,6 +15,11 @@ pub fn list(items: Vec<Value>) -> Value {
 /// In KServe's shape.
 pub fn service(service: &Service) -> Value {
     serde_json::from_str(&service.object_json).unwrap_or_default()
+}
+
+/// As it was applied.
+pub fn object(object: &Object) -> Value {
+    serde_json::from_str(&object.object_json).unwrap_or_default()
 }
 
 /// A node.

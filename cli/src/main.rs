@@ -8,11 +8,14 @@ mod coordinator;
 mod delete;
 mod describe;
 mod dev;
+mod diff;
+mod dry_run;
 mod example_server;
 mod failure;
 mod get;
 mod json;
 mod logs;
+mod manifests;
 mod node;
 mod output;
 mod process;
@@ -58,6 +61,8 @@ enum Command {
     Agent(agent::Args),
     /// Apply manifests.
     Apply(apply::Args),
+    /// Show what an apply would change. Exit status: 0 is nothing, 1 is something, 2 is an error.
+    Diff(diff::Args),
     /// List services and what belongs to them.
     Get(get::Args),
     /// Show all about one service.
@@ -120,6 +125,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
             process::serve("pilotlight-example-server", &logging, |stopping| example_server::run(server, stopping))
         }
         Command::Apply(args) => process::ask(apply::run(connection, args)),
+        Command::Diff(args) => process::ask(diff::run(connection, args)),
         Command::Get(args) => process::ask(get::run(connection, args)),
         Command::Describe(args) => process::ask(describe::run(connection, args)),
         Command::Delete(args) => process::ask(delete::run(connection, args)),

@@ -33,6 +33,9 @@ pub struct Config {
     pub queue_limit: u32,
     /// How replicas are placed unless their annotations say otherwise.
     pub placement_policy: PlacementPolicy,
+    /// File with the key that secrets are sealed with, 32 bytes in base64; all coordinators of a cell need
+    /// the same. `None`: `secrets.key` below `data_dir`, made where missing.
+    pub secrets_key: Option<PathBuf>,
     /// Where to write what the autoscaler observes and decides, as JSON lines, for `pilotlight simulate`.
     pub record: Option<PathBuf>,
     /// Fleet-wide autoscaler settings, which annotations of a service win over.
@@ -91,6 +94,7 @@ impl Default for Config {
             node_lease: Duration::from_secs(20),
             queue_limit: 1000,
             placement_policy: PlacementPolicy::BinPack,
+            secrets_key: None,
             record: None,
             // A service may be born at zero, since GPUs are dear.
             scaling: Defaults { allow_zero_initial_scale: true, ..Defaults::default() },

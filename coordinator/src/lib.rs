@@ -1,6 +1,6 @@
 //! Pilotlight's coordinator: desired state, scaling and placement decisions.
 //!
-//! Pure decisions ([`spec`], [`autoscaler`], [`placement`], [`rollout`]) are deterministic functions
+//! Pure decisions ([`spec`], [`manifest`], [`autoscaler`], [`placement`], [`rollout`]) are deterministic functions
 //! without clock, I/O or randomness; [`store`], [`fleet`] and [`api`] are the effects; [`reconcile`]
 //! joins the two.
 
@@ -10,6 +10,7 @@ pub mod config;
 pub mod finding;
 pub mod fleet;
 pub mod leader;
+pub mod manifest;
 pub mod model;
 pub mod placement;
 pub mod reconcile;
@@ -18,5 +19,6 @@ mod server;
 pub mod simulate;
 pub mod spec;
 pub mod store;
+pub mod values;
 
 pub use server::{CoordinatorError, run};

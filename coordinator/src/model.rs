@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     rollout::History,
-    spec::{ConditionStatus, InferenceService, RevisionTemplate, Scaling},
+    spec::{ConditionStatus, InferenceService, RevisionTemplate, Scaling, ServingRuntime},
 };
 
 /// `<namespace>/<name>` of an InferenceService.
@@ -211,6 +211,15 @@ pub enum Availability {
     Draining,
 }
 
+/// An applied ServingRuntime or ClusterServingRuntime.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct RuntimeRecord {
+    /// When it was first applied; the newer of two that fit equally well is taken.
+    pub created_at: Timestamp,
+    /// What was applied.
+    pub runtime: ServingRuntime,
+}
+
 /// Keys in the store. Prefixes end in `/`, so that no name is a prefix of another's.
 pub mod keys {
     /// All services.
@@ -229,9 +238,21 @@ pub mod keys {
     pub const USAGE: &str = "usage/";
     /// Up to when usage has been written.
     pub const USAGE_CURSOR: &str = "usage-cursor";
+    /// Applied serving runtimes.
+    pub const RUNTIMES: &str = "runtimes/";
+    /// Sealed values of secrets and config maps.
+    pub const VALUES: &str = "values/";
     /// The cell's certificate authority.
     pub const AUTHORITY: &str = "authority";
 
+    /// One runtime; `None` is the cluster's, and no namespace can be called so.
+    pub fn runtime(namespace: Option<&str>, name: &str) -> String {
+        format!("{RUNTIMES}{}/{name}", namespace.unwrap_or("_cluster"))
+    }
+    /// Values of one secret or config map.
+    pub fn value(kind: crate::spec::AuxiliaryKind, namespace: &str, name: &str) -> String {
+        format!("{VALUES}{kind}/{namespace}/{name}")
+    }
     /// One service.
     pub fn service(key: &str) -> String {
         format!("{SERVICES}{key}")

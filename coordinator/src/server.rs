@@ -15,13 +15,14 @@ use tonic::{service::Routes, transport::Server};
 use tracing::{error, info};
 
 use crate::{
-    api::{ControlService, access::Access},
+    api::{ControlService, Objects, access::Access},
     config::{Config, Security, StoreConfig},
     fleet::{FleetService, LogHub, enrollment::EnrollmentService},
     leader,
     model::keys,
     reconcile::{Handle, Reconciler, record::Recorder, run::Setup, world::Settings},
     store::{Store, StoreError, StoreExt as _, Transaction, embedded::EmbeddedStore, etcd::EtcdStore},
+    values::{Values, ValuesError, Vault},
 };
 
 /// How long a leader's claim outlives its process; a successor waits this long after a crash.
@@ -30,6 +31,8 @@ const LEADER_TTL: Duration = Duration::from_secs(5);
 const COORDINATOR_LIFETIME: Duration = Duration::from_secs(365 * 24 * 3600);
 /// Directory below the data directory for the first operator's certificate.
 const OPERATOR_DIR: &str = "operator";
+/// File below the data directory for the key that secrets are sealed with.
+const SECRETS_KEY: &str = "secrets.key";
 
 /// Why a coordinator could not start or go on.
 #[derive(Debug, thiserror::Error)]
@@ -62,6 +65,9 @@ pub enum CoordinatorError {
     /// The store cannot be used.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// Secrets cannot be opened.
+    #[error(transparent)]
+    Values(#[from] ValuesError),
     /// The gRPC server failed.
     #[error("grpc: {0}")]
     Grpc(#[from] tonic::transport::Error),
@@ -127,24 +133,29 @@ async fn lead(
         }
     };
     let (handle, inputs, changes) = Handle::new();
+    let vault = Arc::new(match &config.secrets_key {
+        Some(file) => Vault::with_key_file(file, false)?,
+        None => Vault::with_key_file(&config.data_dir.join(SECRETS_KEY), true)?,
+    });
     let recorder = match &config.record {
         Some(path) => Recorder::create(path).map_err(CoordinatorError::Record)?,
         None => Recorder::default(),
     };
     let setup = Setup {
         store: Arc::clone(&store),
-        settings: settings(config),
+        settings: settings(config, vault.values()),
         tick: config.tick,
         report_interval: config.report_interval,
         recorder,
         inputs,
         changes,
     };
+    vault.load(&store).await?;
     let reconciler = Reconciler::load(setup).await?;
     let looping = tokio::spawn(reconciler.run(ending.clone()));
     leading.cancel();
 
-    let services = services(config, &store, handle, access, authority.clone(), &ending).await;
+    let services = services(config, &store, &vault, handle, access, authority.clone(), &ending).await;
     let server = Server::builder()
         .http2_keepalive_interval(Some(Duration::from_secs(10)))
         .trace_fn(|request| tracing::debug_span!("grpc", path = request.uri().path()))
@@ -177,6 +188,7 @@ async fn lead(
 async fn services(
     config: &Config,
     store: &Arc<dyn Store>,
+    vault: &Arc<Vault>,
     handle: Handle,
     access: Access,
     authority: Option<Arc<Authority>>,
@@ -186,6 +198,7 @@ async fn services(
     let control = ControlService {
         handle: handle.clone(),
         store: Arc::clone(store),
+        objects: Objects::new(Arc::clone(store), Arc::clone(vault), handle.clone()),
         authority: authority.clone(),
         access,
         scaling: config.scaling.clone(),
@@ -215,7 +228,7 @@ async fn services(
     }
 }
 
-fn settings(config: &Config) -> Settings {
+fn settings(config: &Config, values: &Arc<Values>) -> Settings {
     Settings {
         cell: config.cell.clone(),
         domain: config.domain.clone(),
@@ -224,6 +237,7 @@ fn settings(config: &Config) -> Settings {
         scaling: config.scaling.clone(),
         node_lease: config.node_lease,
         placement_policy: config.placement_policy,
+        values: Arc::clone(values),
     }
 }
 

@@ -126,6 +126,11 @@ impl Dev {
         dev
     }
 
+    /// Where it keeps its data.
+    pub fn data(&self) -> PathBuf {
+        self.directory.path().join("data")
+    }
+
     /// Starts it again, with all it had.
     pub async fn restart(&mut self) {
         self.process = Some(Process::start(pilotlight(), self.directory.path(), "dev", &self.args, &self.env));

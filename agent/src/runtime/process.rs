@@ -54,6 +54,12 @@ impl ProcessRuntime {
 
     fn command(&self, assignment: &ReplicaAssignment, port: u16) -> Result<Command, RuntimeError> {
         let container = assignment.container.clone().unwrap_or_default();
+        if !container.unresolved.is_empty() {
+            return Err(RuntimeError::Specification {
+                field: "spec.predictor.containers[0].env",
+                reason: container.unresolved,
+            });
+        }
         let variables = variables(assignment, &container, port);
         let mut words = container.command.iter().chain(&container.args).map(|word| expand(word, &variables));
         let program = words.next().filter(|_| !container.command.is_empty()).ok_or_else(|| {

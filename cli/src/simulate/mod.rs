@@ -12,16 +12,17 @@ use std::{
 
 use anyhow::{Context as _, anyhow, bail};
 use pilotlight_coordinator::{
-    autoscaler::{Defaults, ScalerConfig},
+    autoscaler::Defaults,
+    manifest::{self, Reading},
     simulate::{
         self, ModelProfile, Outcome, Scenario, Trace, VirtualNode,
         pattern::{Pattern, Shape},
         replay, trace,
     },
-    spec::{self, InferenceService, ParseOptions, Resource},
+    spec::{InferenceService, Resource, Runtimes},
 };
 
-use crate::{failure::Failure, output::Format, scaling::ScalingArgs};
+use crate::{failure::Failure, manifests::Files, output::Format, scaling::ScalingArgs};
 
 /// What to simulate.
 #[derive(Debug, clap::Args)]
@@ -161,8 +162,8 @@ fn outcome(scenario: &Scenario) -> anyhow::Result<Outcome> {
 }
 
 fn text(path: &Path) -> anyhow::Result<String> {
-    let (_, text) = crate::apply::read(&[path.to_owned()])?.remove(0);
-    Ok(text)
+    let manifests = Files { paths: vec![path.to_owned()], recursive: false }.read()?;
+    Ok(manifests.into_iter().map(|manifest| manifest.text).collect::<Vec<_>>().join("\n---\n"))
 }
 
 fn requests(args: &Args) -> anyhow::Result<Trace> {
@@ -202,21 +203,21 @@ fn profile(args: &ModelArgs) -> anyhow::Result<ModelProfile> {
 
 /// The manifest's services; what is wrong with it is said by field.
 fn services(path: &Path, scaling: &Defaults) -> Result<Vec<InferenceService>, Failure> {
-    let manifest = text(path)?;
-    let scaling = scaling.clone();
-    let validate = move |annotations: &_, fields: &_| match ScalerConfig::resolve(&scaling, annotations, fields) {
-        Ok((_, warnings)) => warnings,
-        Err(findings) => findings,
-    };
-    let options = ParseOptions { default_namespace: "", strict: false, validate_scaling: &validate };
+    let text = text(path)?;
+    let mut runtimes = Runtimes::built_in();
+    let known = runtimes.clone();
+    let reading = Reading { namespace: "", strict: false, scaling, runtimes: &known };
+    manifest::add_runtimes(&text, reading, &mut runtimes);
     let (mut services, mut refused) = (Vec::new(), false);
-    for document in spec::parse(&manifest, options) {
+    for document in manifest::read(&text, Reading { runtimes: &runtimes, ..reading }) {
         for finding in &document.findings {
             let level = if finding.is_error() { "error" } else { "warning" };
             writeln!(stderr(), "{}: {level}: {finding}", path.display())?;
         }
         match document.object {
             Some(Resource::InferenceService(service)) => services.push(*service),
+            // What a service refers to is no load.
+            Some(_) => {}
             None => refused = true,
         }
     }

@@ -13,14 +13,15 @@ use pilotlight_proto::{
 use tokio::sync::broadcast::error::RecvError;
 use tonic::{Request, Response, Status};
 
-use super::access::Access;
+use super::{access::Access, objects::Objects};
 use crate::{
-    autoscaler::{Defaults, ScalerConfig},
+    autoscaler::Defaults,
     finding::Finding,
     fleet::LogHub,
+    manifest::{self, Reading},
     model::{Availability, keys},
-    reconcile::{Applied, CommandError, Handle, commands::Change, meter::UsageRecord, view, world::World},
-    spec::{self, ParseOptions},
+    reconcile::{CommandError, Handle, commands::Change, meter::UsageRecord, view, world::World},
+    spec,
     store::{Store, StoreError, StoreExt as _, Transaction},
 };
 
@@ -41,6 +42,8 @@ pub struct ControlService {
     pub store: Arc<dyn Store>,
     /// For join tokens; none where access is open.
     pub authority: Option<Arc<Authority>>,
+    /// Runtimes, secrets and config maps.
+    pub objects: Objects,
     /// Who may call.
     pub access: Access,
     /// Fleet-wide defaults that applied services are checked against.
@@ -60,17 +63,40 @@ impl ControlService {
             name: document.name,
             outcome: control::ApplyOutcome::Refused.into(),
             findings: document.findings.iter().map(finding).collect(),
+            ..Default::default()
         };
-        if let Some(spec::Resource::InferenceService(service)) = document.object {
-            let applied = self.handle.apply(*service, dry_run).await.map_err(status)?;
-            result.outcome = match applied {
-                Applied::Created => control::ApplyOutcome::Created,
-                Applied::Configured => control::ApplyOutcome::Configured,
-                Applied::Unchanged => control::ApplyOutcome::Unchanged,
+        let Some(object) = document.object else { return Ok(result) };
+        let outcome = match object {
+            spec::Resource::InferenceService(service) => {
+                result.findings.extend(self.objects.missing(&service).iter().map(finding));
+                if dry_run {
+                    result.object_json = service.manifest.to_string();
+                    result.stored_json = self.stored(&service.namespace, &service.name).await?;
+                }
+                self.handle.apply(*service, dry_run).await.map_err(status)?.into()
             }
-            .into();
-        }
+            spec::Resource::ServingRuntime(runtime) => {
+                let applied = self.objects.apply_runtime(*runtime, dry_run).await?;
+                applied.describe(&mut result, dry_run)
+            }
+            spec::Resource::Auxiliary(object) => {
+                let applied = self.objects.apply_auxiliary(*object, dry_run).await?;
+                applied.describe(&mut result, dry_run)
+            }
+        };
+        result.outcome = outcome.into();
         Ok(result)
+    }
+
+    /// A service as it was applied, JSON; empty where there is none.
+    async fn stored(&self, namespace: &str, name: &str) -> Result<String, Status> {
+        let key = format!("{namespace}/{name}");
+        let stored = self
+            .handle
+            .read(move |world, _| world.services.get(&key).map(|state| state.record.service.manifest.to_string()))
+            .await
+            .map_err(status)?;
+        Ok(stored.unwrap_or_default())
     }
 
     /// Looks at one service.
@@ -102,25 +128,19 @@ impl Control for ControlService {
             )));
         }
         let namespace = if request.namespace.is_empty() { "default" } else { &request.namespace };
-        let defaults = self.scaling.clone();
-        let scaling =
-            move |annotations: &BTreeMap<String, String>, component: &spec::Scaling| match ScalerConfig::resolve(
-                &defaults,
-                annotations,
-                component,
-            ) {
-                Ok((_, warnings)) => warnings,
-                Err(findings) => findings,
-            };
-        // Parsed as a whole before anything is awaited: the check of scaling is not to be sent elsewhere.
-        let documents = spec::parse(
-            &request.manifest,
-            ParseOptions { default_namespace: namespace, strict: request.strict, validate_scaling: &scaling },
-        );
+        let runtimes = self.objects.runtimes().await?;
+        let reading = Reading { namespace, strict: request.strict, scaling: &self.scaling, runtimes: &runtimes };
+        let mut documents = manifest::read(&request.manifest, reading);
+        if request.strict {
+            all_or_nothing(&mut documents);
+        }
+        // Secrets first, so that a service finds those that stand after it.
+        documents.sort_by_key(|document| !matches!(document.object, Some(spec::Resource::Auxiliary(_))));
         let mut results = Vec::new();
         for document in documents {
             results.push(self.apply_document(document, request.dry_run).await?);
         }
+        results.sort_by_key(|result| result.document);
         Ok(Response::new(control::ApplyResponse { results }))
     }
 
@@ -135,6 +155,28 @@ impl Control for ControlService {
         self.access.operator(&request, Role::Viewer)?;
         let services = services(&self.handle, request.into_inner().namespace, String::new()).await?;
         Ok(Response::new(control::ListResponse { services }))
+    }
+
+    async fn list_objects(
+        &self,
+        request: Request<control::ListObjectsRequest>,
+    ) -> Answer<control::ListObjectsResponse> {
+        self.access.operator(&request, Role::Viewer)?;
+        let request = request.into_inner();
+        let mut objects = self.objects.list().await?;
+        objects.retain(|object| asked(&request.kind, &object.kind));
+        objects.retain(|object| object.namespace.is_empty() || asked(&request.namespace, &object.namespace));
+        Ok(Response::new(control::ListObjectsResponse { objects }))
+    }
+
+    async fn delete_object(
+        &self,
+        request: Request<control::DeleteObjectRequest>,
+    ) -> Answer<control::DeleteObjectResponse> {
+        self.access.operator(&request, Role::Operator)?;
+        let control::DeleteObjectRequest { kind, namespace, name } = request.into_inner();
+        self.objects.delete(&kind, &namespace, &name).await?;
+        Ok(Response::new(control::DeleteObjectResponse {}))
     }
 
     type WatchStream = Streamed<control::WatchResponse>;
@@ -430,6 +472,18 @@ fn watch(
     }
 }
 
+/// With `strict`, a document that is refused keeps its whole file from being applied.
+fn all_or_nothing(documents: &mut [spec::Document]) {
+    if documents.iter().all(|document| document.object.is_some()) {
+        return;
+    }
+    for document in documents.iter_mut().filter(|document| document.object.is_some()) {
+        document.object = None;
+        let message = "not applied: another document of this file is refused, and strict is set";
+        document.findings.push(Finding::error("", "", message));
+    }
+}
+
 /// Empty asks for all.
 fn asked(wanted: &str, is: &str) -> bool {
     wanted.is_empty() || wanted == is
@@ -459,13 +513,13 @@ fn usage(record: UsageRecord) -> control::Usage {
     }
 }
 
-fn status(error: CommandError) -> Status {
+pub(super) fn status(error: CommandError) -> Status {
     match &error {
         CommandError::NotFound(_) | CommandError::NodeNotFound(_) => Status::not_found(error.to_string()),
         CommandError::Store(_) | CommandError::Stopping => Status::unavailable(error.to_string()),
     }
 }
 
-fn unavailable(error: StoreError) -> Status {
+pub(super) fn unavailable(error: StoreError) -> Status {
     Status::unavailable(error.to_string())
 }

@@ -2,5 +2,7 @@
 
 pub mod access;
 pub mod control;
+pub mod objects;
 
 pub use control::ControlService;
+pub use objects::Objects;

@@ -149,6 +149,13 @@ impl Reconciler {
         }
     }
 
+    /// Nodes get their assignments anew, so that a replica that lacked a secret can start. Those that run
+    /// keep what they were started with.
+    pub(super) fn values_changed(&mut self, namespace: &str) {
+        let replicas = self.world.replicas.values().filter(|replica| replica.record.namespace == namespace);
+        self.dirty.nodes.extend(replicas.map(|replica| replica.record.node.clone()));
+    }
+
     /// Old revisions past the limit that hold nothing and take no traffic.
     fn expired(&self, record: &ServiceRecord) -> Vec<u32> {
         let Some(state) = self.world.services.get(&record.key()) else { return Vec::new() };

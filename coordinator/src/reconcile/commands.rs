@@ -69,6 +69,11 @@ pub enum Input {
         /// Where the answer goes.
         reply: oneshot::Sender<Result<(), CommandError>>,
     },
+    /// Values of secrets or config maps of a namespace have changed.
+    ValuesChanged {
+        /// Which.
+        namespace: String,
+    },
     /// Someone wants usage that is not yet in the store.
     Usage {
         /// Where the answer goes.

@@ -5,7 +5,10 @@ use std::time::Duration;
 use pilotlight_proto::fleet::v1 as fleet;
 
 use super::world::{NodeState, RevisionState, ServiceState, World};
-use crate::spec::{Probe, ProbeHandler, RevisionTemplate};
+use crate::{
+    spec::{Probe, ProbeHandler, RevisionTemplate},
+    values::Values,
+};
 
 /// The host names of a service: `<name>.<namespace>.<domain>`, and KServe's name of its predictor.
 pub fn hosts(world: &World, namespace: &str, name: &str) -> Vec<String> {
@@ -82,7 +85,7 @@ pub fn assignment(world: &World, node: &NodeState) -> fleet::Assignment {
                 revision: replica.record.revision.clone(),
                 namespace: replica.record.namespace.clone(),
                 service: replica.record.service.clone(),
-                container: Some(container(&revision.template)),
+                container: Some(container(&world.settings.values, &revision.namespace, &revision.template)),
                 gpu_indices: replica.record.gpu_indices.clone(),
                 mig_devices: replica.record.mig_devices.clone(),
                 container_concurrency: revision.scaling.container_concurrency as u32,
@@ -96,15 +99,21 @@ pub fn assignment(world: &World, node: &NodeState) -> fleet::Assignment {
     fleet::Assignment { version: node.assignment_version, replicas }
 }
 
-/// The resolved main container, as agents get it.
-fn container(template: &RevisionTemplate) -> fleet::ContainerSpec {
+/// The resolved main container, as agents get it. Secrets are filled in here and nowhere before; one that
+/// is missing keeps the replica from being started.
+fn container(values: &Values, namespace: &str, template: &RevisionTemplate) -> fleet::ContainerSpec {
     let container = &template.container;
-    let env = container.env.iter().map(|var| fleet::EnvVar { name: var.name.clone(), value: var.value.clone() });
+    let (env, unresolved) = match values.resolve(namespace, &container.env) {
+        Ok(env) => (env, String::new()),
+        Err(missing) => (Vec::new(), missing),
+    };
+    let env = env.into_iter().map(|(name, value)| fleet::EnvVar { name, value });
     fleet::ContainerSpec {
         image: container.image.clone(),
         command: container.command.clone(),
         args: container.args.clone(),
         env: env.collect(),
+        unresolved,
         working_dir: container.working_dir.clone(),
         port: container.port.map_or(0, u32::from),
         h2c: container.h2c,

@@ -118,6 +118,7 @@ impl Reconciler {
             Input::SetAvailability { node, availability, reply } => {
                 let _ = reply.send(self.set_availability(&node, availability).await);
             }
+            Input::ValuesChanged { namespace } => self.values_changed(&namespace),
             Input::Usage { reply } => {
                 self.account(now);
                 let _ = reply.send(self.meter.totals().cloned().collect());

@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
+    sync::Arc,
     time::Duration,
 };
 
@@ -15,6 +16,7 @@ use crate::{
     model::{ConditionRecord, NodeRecord, ReplicaRecord, RevisionKey, RevisionRecord, ServiceKey, ServiceRecord},
     rollout::{self, Policy, Signs, Target, progress},
     spec::PlacementPolicy,
+    values::Values,
 };
 
 /// Decisions kept per revision for `describe`.
@@ -54,6 +56,8 @@ pub struct Settings {
     pub node_lease: Duration,
     /// How replicas are placed unless their annotations say otherwise.
     pub placement_policy: PlacementPolicy,
+    /// Values of secrets and config maps, for assignments.
+    pub values: Arc<Values>,
 }
 
 /// One service.

@@ -3,6 +3,7 @@
 use std::{
     cmp::Reverse,
     collections::{BTreeMap, BinaryHeap, HashMap},
+    sync::Arc,
     time::Duration,
 };
 
@@ -437,6 +438,7 @@ fn settings(scenario: &Scenario) -> Settings {
         placement_policy: PlacementPolicy::BinPack,
         // Virtual nodes are never silent.
         node_lease: Duration::MAX,
+        values: Arc::default(),
     }
 }
 

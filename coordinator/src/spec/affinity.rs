@@ -9,13 +9,12 @@ use super::{documents::join, names, report::Report};
 const REQUIRED: &str = "nodeAffinity.requiredDuringSchedulingIgnoredDuringExecution";
 const PREFERRED: &str = "nodeAffinity.preferredDuringSchedulingIgnoredDuringExecution";
 
-/// Reads the affinity at `at`; gives the required node affinity and the preferred terms.
-pub(super) fn read(
-    affinity: Option<&Affinity>,
-    at: &str,
-    report: &mut Report,
-) -> (Option<NodeSelector>, Vec<PreferredSchedulingTerm>) {
-    let Some(affinity) = affinity else { return (None, Vec::new()) };
+/// Where replicas must and where they would rather be.
+pub(super) type NodeAffinity = (Option<NodeSelector>, Vec<PreferredSchedulingTerm>);
+
+/// Reads the affinity at `at`; gives the node affinity.
+pub(super) fn read(affinity: Option<&Affinity>, at: &str, report: &mut Report) -> NodeAffinity {
+    let Some(affinity) = affinity else { return NodeAffinity::default() };
     for (key, given) in
         [("podAffinity", affinity.pod_affinity.is_some()), ("podAntiAffinity", affinity.pod_anti_affinity.is_some())]
     {
@@ -23,14 +22,14 @@ pub(super) fn read(
             report.unsupported(join(at, key), "replicas are placed without regard to each other's labels");
         }
     }
-    let Some(node) = &affinity.node_affinity else { return (None, Vec::new()) };
+    let Some(node) = affinity.node_affinity.as_ref() else { return NodeAffinity::default() };
     let preferred = node.preferred_during_scheduling_ignored_during_execution.clone().unwrap_or_default();
-    for (index, term) in preferred.iter().enumerate() {
+    for (index, preference) in preferred.iter().enumerate() {
         let at = format!("{at}.{PREFERRED}[{index}]");
-        if !(1..=100).contains(&term.weight) {
-            report.error(join(&at, "weight"), term.weight, "must be 1 to 100");
+        if !(1..=100).contains(&preference.weight) {
+            report.error(join(&at, "weight"), preference.weight, "must be 1 to 100");
         }
-        check_term(&term.preference, &join(&at, "preference"), report);
+        check_term(&preference.preference, &join(&at, "preference"), report);
     }
     let required = node.required_during_scheduling_ignored_during_execution.clone();
     if let Some(required) = &required {

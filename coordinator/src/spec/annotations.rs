@@ -8,6 +8,9 @@ use crate::rollout::policy;
 const AUTOSCALING: &str = "autoscaling.knative.dev/";
 const OWN: &str = "pilotlight.dev/";
 const KSERVE: &str = "serving.kserve.io/";
+/// The group as it was called before KServe had its name.
+const KUBEFLOW: &str = "serving.kubeflow.org/";
+const MODE: &str = "serving.kserve.io/deploymentMode";
 /// Bytes of one GPU that a replica needs; the GPU is shared by memory.
 pub(super) const GPU_MEMORY: &str = "pilotlight.dev/gpu-memory";
 
@@ -20,12 +23,16 @@ pub(super) fn check_service(
     report.add(policy::check(annotations, "metadata.annotations"));
     for (key, value) in annotations {
         let at = join("metadata.annotations", key);
-        if let Some(name) = key.strip_prefix(KSERVE) {
+        if let Some(name) = key.strip_prefix(KSERVE).or_else(|| key.strip_prefix(KUBEFLOW)) {
             check_kserve(name, value, &at, report);
         } else if key == "serving.knative.dev/rollout-duration" || key == "serving.knative.dev/rolloutDuration" {
             report.warning(at, value, "not honoured by this version: a new revision takes its requests at once");
+        } else if key == "storage.kserve.io/readonly" {
+            if !["true", "false"].contains(&value.as_str()) {
+                report.warning(at, value, "means true; must be true or false");
+            }
         } else if key.starts_with("storage.kserve.io/") {
-            report.warning(at, value, "not honoured by this version: no storage is mounted");
+            report.warning(at, value, "not honoured by this version: has no effect");
         }
     }
     if let Some(value) = labels.get("networking.knative.dev/visibility") {
@@ -53,11 +60,25 @@ fn check_kserve(name: &str, value: &str, at: &str, report: &mut Report) {
             ),
             _ => report.error(at, value, "must be Knative, Serverless, Standard or RawDeployment"),
         },
-        "autoscalerClass" => {
-            report.warning(at, value, "not honoured by this version: the service is scaled as Knative's kpa class does")
+        "autoscalerClass" => match value {
+            "kpa" => {}
+            "hpa" | "external" | "keda" | "none" => report.warning(
+                at,
+                value,
+                "not honoured by this version: the service is scaled as Knative's kpa class does",
+            ),
+            _ => report.error(at, value, "must be hpa, external, keda or none"),
+        },
+        "gke-accelerator" => {
+            report.warning(at, value, "not honoured: use nodeAffinity with gpu.nvidia.com/class");
         }
         _ => report.warning(at, value, "not honoured by this version: has no effect"),
     }
+}
+
+/// True where the service asks for Deployments instead of Knative.
+pub(super) fn is_standard_mode(annotations: &BTreeMap<String, String>) -> bool {
+    annotations.get(MODE).is_some_and(|mode| mode == "Standard" || mode == "RawDeployment")
 }
 
 /// Annotations of a revision: the component's own and, below them, the service's that concern revisions.

@@ -2,123 +2,45 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use k8s_openapi::api::core::v1::PodSpec;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use super::{
-    ParseOptions, affinity, annotations, container,
+    ParseOptions, annotations, container,
     documents::join,
-    model::{Predictor, Resources, RevisionTemplate, Scaling},
+    fields::{EXTENSION, EXTENSION_REFUSED, EXTENSION_UNSUPPORTED},
+    framework::{self, Model},
+    model::{Component, Resources, RevisionTemplate, RuntimeUse, Scaling, Storage},
     names, placing,
-    report::Report,
-    resources, typed,
+    pod::{self, Around, Main, ReadMain, ReadPod, seconds},
+    report::{Report, replace_prefix},
+    resolve,
+    storage::{self, StorageUri},
+    typed,
 };
 
-/// KServe's fields of a component that this version honours; see [`Extension`].
-const EXTENSION: [&str; 9] = [
-    "minReplicas",
-    "maxReplicas",
-    "scaleTarget",
-    "scaleMetric",
-    "containerConcurrency",
-    "timeout",
-    "canaryTrafficPercent",
-    "labels",
-    "annotations",
-];
-
-/// KServe's fields of a component that have no effect here, and what happens instead.
-const EXTENSION_UNSUPPORTED: [(&str, &str); 7] = [
-    ("scaleMetricType", "the metric's value is averaged over replicas"),
-    ("autoScaling", "use scaleMetric, scaleTarget and autoscaling.knative.dev annotations"),
-    ("logger", "payloads are not logged"),
-    ("batcher", "requests are not batched"),
-    ("deploymentStrategy", "a new revision takes over when it is ready"),
-    ("storageContainerName", "nothing is downloaded"),
-    ("name", "there is one predictor"),
-];
-
-/// KServe's fields of a component without which the model could not work.
-const EXTENSION_REFUSED: [(&str, &str); 2] = [
-    ("workerSpec", "a replica on several nodes is not supported by this version"),
-    (
-        "storageUris",
-        "downloading models is not supported by this version; have them in the image or let the server fetch them",
-    ),
-];
-
-/// Implementations that need a serving runtime.
-const IMPLEMENTATIONS: [&str; 11] = [
-    "model",
-    "sklearn",
-    "xgboost",
-    "tensorflow",
-    "pytorch",
-    "triton",
-    "onnx",
-    "huggingface",
-    "pmml",
-    "lightgbm",
-    "paddle",
-];
-
-/// Fields of `model` that are not the container's.
-const MODEL: [&str; 7] =
-    ["modelFormat", "runtime", "runtimeVersion", "storageUri", "storage", "protocolVersion", "confidential"];
-
-/// Pod fields that have no effect here, and what happens instead.
-pub(super) const POD_UNSUPPORTED: [(&str, &str); 36] = [
-    ("activeDeadlineSeconds", "a replica may live for any time"),
-    ("automountServiceAccountToken", "there are no service accounts"),
-    ("dnsConfig", "the node's resolver is used"),
-    ("dnsPolicy", "the node's resolver is used"),
-    ("enableServiceLinks", "no variables are set for other services"),
-    ("ephemeralContainers", "only the main container is run"),
-    ("hostAliases", "the node's hosts file is used"),
-    ("hostIPC", "the runtime decides"),
-    ("hostNetwork", "the runtime decides"),
-    ("hostPID", "the runtime decides"),
-    ("hostUsers", "the runtime decides"),
-    ("hostname", "the runtime decides"),
-    ("hostnameOverride", "the runtime decides"),
-    ("imagePullSecrets", "images are pulled with the node's own credentials"),
-    ("nodeName", "use nodeSelector or nodeAffinity by metadata.name"),
-    ("os", "every node runs Linux"),
-    ("overhead", "only the container's own requests count"),
-    ("preemptionPolicy", "idle replicas of lower priority may be evicted"),
-    ("priority", "use annotation pilotlight.dev/priority, an integer"),
-    ("priorityClassName", "there are no priority classes; use annotation pilotlight.dev/priority, an integer"),
-    ("readinessGates", "the readiness probe decides alone"),
-    ("resourceClaims", "use nvidia.com/gpu"),
-    ("resources", "use the container's resources"),
-    ("restartPolicy", "a replica that ends is always started again"),
-    ("runtimeClassName", "the node's runtime is used"),
-    ("schedulerName", "there is one scheduler"),
-    ("schedulingGates", "a replica is placed at once"),
-    ("securityContext", "the node's runtime settings apply"),
-    ("serviceAccount", "there are no service accounts"),
-    ("serviceAccountName", "there are no service accounts"),
-    ("setHostnameAsFQDN", "the runtime decides"),
-    ("shareProcessNamespace", "only the main container is run"),
-    ("subdomain", "replicas have no names of their own"),
-    ("tolerations", "the only taints are cordon's and drain's, which nothing tolerates"),
-    ("topologySpreadConstraints", "use annotation pilotlight.dev/placement-policy: spread"),
-    ("volumes", "nothing is mounted"),
-];
-
-/// Pod fields without which the model could not work.
-pub(super) const POD_REFUSED: [(&str, &str); 1] =
-    [("initContainers", "init containers are not supported by this version, and what they prepare would be missing")];
-
-/// Longest time of a request and longest grace period: one day.
-const DAY_SECONDS: i64 = 86_400;
 /// Knative's default `timeoutSeconds` of a revision.
 const DEFAULT_TIMEOUT_SECONDS: i64 = 300;
-/// Kubernetes' default `terminationGracePeriodSeconds`.
-const DEFAULT_GRACE_SECONDS: i64 = 30;
 /// Knative's default upper limit.
 const CONTAINER_CONCURRENCY_LIMIT: i64 = 1000;
+
+/// Which component; only the predictor may be a model for a runtime.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Role {
+    Predictor,
+    /// Transformer or explainer.
+    Beside,
+}
+
+/// The service that a component is part of.
+#[derive(Clone, Copy)]
+pub(super) struct Context<'a> {
+    pub(super) name: &'a str,
+    pub(super) namespace: &'a str,
+    pub(super) labels: &'a BTreeMap<String, String>,
+    pub(super) annotations: &'a BTreeMap<String, String>,
+    pub(super) options: ParseOptions<'a>,
+}
 
 /// Fields that KServe adds to every component.
 #[derive(Debug, Default, Deserialize)]
@@ -128,37 +50,71 @@ struct Extension {
     max_replicas: Option<i64>,
     scale_target: Option<i64>,
     scale_metric: Option<String>,
+    scale_metric_type: Option<String>,
     container_concurrency: Option<i64>,
     timeout: Option<i64>,
     canary_traffic_percent: Option<i64>,
     labels: Option<BTreeMap<String, String>>,
     annotations: Option<BTreeMap<String, String>>,
+    storage_uris: Option<Vec<StorageUri>>,
+    logger: Option<Logger>,
+    batcher: Option<Batcher>,
+    deployment_strategy: Option<Value>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+struct Logger {
+    mode: Option<String>,
+    storage: Option<Map<String, Value>>,
+    #[serde(rename = "url")]
+    _url: Option<String>,
+    #[serde(rename = "metadataHeaders")]
+    _metadata_headers: Option<Vec<String>>,
+    #[serde(rename = "metadataAnnotations")]
+    _metadata_annotations: Option<Vec<String>>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+struct Batcher {
+    max_batch_size: Option<i64>,
+    max_latency: Option<i64>,
+    timeout: Option<i64>,
 }
 
 /// What stands for a component that could not be read at all.
-pub(super) fn absent() -> Predictor {
-    Predictor {
+pub(super) fn absent() -> Component {
+    Component {
         scaling: Scaling::default(),
         timeout: Duration::ZERO,
         canary_traffic_percent: None,
         template: RevisionTemplate {
             container: container::absent(),
-            resources: Resources {
-                gpus: 0,
-                gpu_memory_bytes: None,
-                mig: None,
-                cpu_millis: 0,
-                cpu_limit_millis: 0,
-                memory_bytes: 0,
-                memory_limit_bytes: 0,
-            },
+            resources: no_resources(),
             termination_grace_period: Duration::ZERO,
             node_selector: BTreeMap::new(),
             node_affinity: None,
             preferred_node_affinity: Vec::new(),
+            sidecars: Vec::new(),
+            volumes: Vec::new(),
+            storage: Vec::new(),
+            runtime: None,
             labels: BTreeMap::new(),
             annotations: BTreeMap::new(),
         },
+    }
+}
+
+fn no_resources() -> Resources {
+    Resources {
+        gpus: 0,
+        gpu_memory_bytes: None,
+        mig: None,
+        cpu_millis: 0,
+        cpu_limit_millis: 0,
+        memory_bytes: 0,
+        memory_limit_bytes: 0,
     }
 }
 
@@ -166,53 +122,73 @@ pub(super) fn absent() -> Predictor {
 pub(super) fn read(
     fields: &Map<String, Value>,
     at: &str,
-    service_annotations: &BTreeMap<String, String>,
-    options: ParseOptions<'_>,
+    role: Role,
+    context: Context<'_>,
     report: &mut Report,
-) -> Predictor {
-    let (extension, implementations, pod) = split(fields, at, report);
-    let mut extension = Value::Object(extension);
-    let mut extension: Extension = typed::read(&mut extension, at, report);
-    let mut pod_value = Value::Object(pod);
-    typed::quantities_to_text(&mut pod_value);
-    let pod: PodSpec = typed::read(&mut pod_value, at, report);
-    check_pod_fields(&pod_value, at, report);
-    check_implementations(&implementations, &pod, at, report);
+) -> Component {
+    let (extension, models, pod) = split(fields, at, role, report);
+    let mut extension: Extension = typed::read(&mut Value::Object(extension), at, report);
+    check_unsupported(&extension, at, context, report);
+    let model = choose_implementation(&models, &pod, at, role, report);
 
     let labels = extension.labels.take().unwrap_or_default();
     names::check_labels(&labels, &join(at, "labels"), report);
-    let own_annotations = extension.annotations.take().unwrap_or_default();
-    let annotations = annotations::of_revision(service_annotations, own_annotations, &join(at, "annotations"), report);
-    let gpu_memory = annotations::gpu_memory(&annotations, report);
+    let given_annotations = extension.annotations.take().unwrap_or_default();
+    let own_annotations = given_annotations.clone();
+    let annotations =
+        annotations::of_revision(context.annotations, given_annotations, &join(at, "annotations"), report);
     placing::check(&annotations, report);
-
-    let main = container::read(&pod, &pod_value, at, !implementations.is_empty(), report);
-    let resources =
-        resources::read(main.given.and_then(|given| given.resources.as_ref()), gpu_memory, &main.at, report);
-    let node_selector = pod.node_selector.clone().unwrap_or_default();
-    names::check_labels(&node_selector, &join(at, "nodeSelector"), report);
-    let (node_affinity, preferred_node_affinity) = affinity::read(pod.affinity.as_ref(), &join(at, "affinity"), report);
-    let template = RevisionTemplate {
-        container: main.container,
-        resources,
-        termination_grace_period: seconds(
-            pod.termination_grace_period_seconds,
-            DEFAULT_GRACE_SECONDS,
-            0,
-            &join(at, "terminationGracePeriodSeconds"),
-            report,
-        ),
-        node_selector,
-        node_affinity,
-        preferred_node_affinity,
-        labels,
-        annotations,
+    let around = Around {
+        gpu_memory_bytes: annotations::gpu_memory(&annotations, report),
+        writable: !storage::read_only(context.annotations),
     };
 
+    let uris = extension.storage_uris.take().unwrap_or_default();
+    let by_uris = storage::by_uris(&uris, &join(at, "storageUris"), !around.writable, report);
+    let main = if models.is_empty() { Main::Custom } else { Main::Elsewhere };
+    let own = pod::read_within(Value::Object(pod.clone()), at, main, around, report);
+    let mut template = match model {
+        Some((key, model)) => {
+            let made = resolve::read(model, &join(at, key), &pod, at, around, context, report);
+            made.map_or_else(|| absent().template, |made| template(made.pod, Some(made.runtime), made.storage))
+        }
+        None => {
+            if let Some(main) = own.main.as_ref().filter(|main| main.container.command.is_empty()) {
+                resolve::warn_of_image(&main.at, &main.container.image, report);
+            }
+            template(own, None, Vec::new())
+        }
+    };
+    if !by_uris.is_empty() && !template.storage.is_empty() {
+        report.error(join(at, "storageUris"), "", "must not be given together with storageUri, storage or STORAGE_URI");
+    }
+    template.storage.extend(by_uris);
+    template.labels.extend(labels);
+    template.annotations.extend(annotations);
+    component(extension, template, at, &own_annotations, context, report)
+}
+
+fn component(
+    extension: Extension,
+    template: RevisionTemplate,
+    at: &str,
+    own_annotations: &BTreeMap<String, String>,
+    context: Context<'_>,
+    report: &mut Report,
+) -> Component {
     let scaling = read_scaling(&extension, at, report);
-    // The autoscaler's own rules for annotations and metric are plugged in here, and only here.
-    report.add((options.validate_scaling)(&template.annotations, &scaling));
-    Predictor {
+    // The autoscaler's own rules for annotations and metric are plugged in here, and only here. It does
+    // not know which component it is asked about, nor which annotations are the component's own.
+    let mark = report.mark();
+    report.add((context.options.validate_scaling)(&template.annotations, &scaling));
+    report.relocate(mark, |path| {
+        let annotation = path.strip_prefix("metadata.annotations[").and_then(|rest| rest.strip_suffix(']'));
+        match annotation {
+            Some(key) if own_annotations.contains_key(key) => join(&join(at, "annotations"), key),
+            _ => replace_prefix(path, &[("spec.predictor", at)]),
+        }
+    });
+    Component {
         scaling,
         timeout: seconds(extension.timeout, DEFAULT_TIMEOUT_SECONDS, 1, &join(at, "timeout"), report),
         canary_traffic_percent: read_canary(extension.canary_traffic_percent, at, report),
@@ -220,11 +196,35 @@ pub(super) fn read(
     }
 }
 
+/// The template without labels and annotations of the service.
+fn template(pod: ReadPod, runtime: Option<RuntimeUse>, storage: Vec<Storage>) -> RevisionTemplate {
+    let main = pod.main.unwrap_or_else(|| ReadMain {
+        at: String::new(),
+        container: container::absent(),
+        resources: no_resources(),
+        storage: None,
+    });
+    RevisionTemplate {
+        container: main.container,
+        resources: main.resources,
+        termination_grace_period: pod.termination_grace_period,
+        node_selector: pod.node_selector,
+        node_affinity: pod.node_affinity,
+        preferred_node_affinity: pod.preferred_node_affinity,
+        sidecars: pod.sidecars,
+        volumes: pod.volumes,
+        storage: storage.into_iter().chain(main.storage).collect(),
+        runtime,
+        labels: BTreeMap::new(),
+        annotations: BTreeMap::new(),
+    }
+}
+
 type Fields = Map<String, Value>;
 
-/// Tells extension fields, implementations and pod fields apart; says what has no effect.
-fn split(fields: &Fields, at: &str, report: &mut Report) -> (Fields, Fields, Fields) {
-    let (mut extension, mut implementations, mut pod) = (Map::new(), Map::new(), Map::new());
+/// Tells extension fields, models and pod fields apart; says what has no effect.
+fn split(fields: &Fields, at: &str, role: Role, report: &mut Report) -> (Fields, Fields, Fields) {
+    let (mut extension, mut models, mut pod) = (Map::new(), Map::new(), Map::new());
     for (key, value) in fields.iter().filter(|(_, value)| !value.is_null()) {
         if EXTENSION.contains(&key.as_str()) {
             extension.insert(key.clone(), value.clone());
@@ -232,67 +232,88 @@ fn split(fields: &Fields, at: &str, report: &mut Report) -> (Fields, Fields, Fie
             report.unsupported(join(at, key), consequence);
         } else if let Some((_, reason)) = EXTENSION_REFUSED.iter().find(|(name, _)| name == key) {
             report.error(join(at, key), "", *reason);
-        } else if IMPLEMENTATIONS.contains(&key.as_str()) {
-            implementations.insert(key.clone(), value.clone());
+        } else if role == Role::Predictor && framework::is_key(key) {
+            models.insert(key.clone(), value.clone());
         } else {
             pod.insert(key.clone(), value.clone());
         }
     }
-    (extension, implementations, pod)
+    (extension, models, pod)
 }
 
-fn check_pod_fields(pod: &Value, at: &str, report: &mut Report) {
-    for (key, _) in pod.as_object().into_iter().flatten() {
-        if let Some((_, consequence)) = POD_UNSUPPORTED.iter().find(|(name, _)| name == key) {
-            report.unsupported(join(at, key), consequence);
-        } else if let Some((_, reason)) = POD_REFUSED.iter().find(|(name, _)| name == key) {
-            report.error(join(at, key), "", *reason);
+/// Exactly one implementation. Containers count as one where one of them is the main one, or where there
+/// is nothing else, as in KServe.
+fn choose_implementation<'a>(
+    models: &'a Fields,
+    pod: &Fields,
+    at: &str,
+    role: Role,
+    report: &mut Report,
+) -> Option<(&'a str, Model)> {
+    let containers = pod.get("containers").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
+    let only_transformer =
+        role == Role::Predictor && containers.iter().all(|container| container["name"] == container::TRANSFORMER);
+    let has_main = containers.iter().any(|container| container["name"] == container::MAIN);
+    let custom = has_main || (models.is_empty() && !only_transformer && !containers.is_empty());
+    let mut given: Vec<&str> = models.keys().map(String::as_str).collect();
+    given.extend(custom.then_some("containers"));
+    if given.len() != 1 {
+        let known = match role {
+            Role::Predictor => format!("one of: containers, {}", framework::keys()),
+            Role::Beside => "containers".to_owned(),
+        };
+        report.error(at, given.join(", "), format!("must have exactly one implementation, {known}"));
+    }
+    let read: Vec<_> = models
+        .iter()
+        .filter_map(|(key, value)| Some((key.as_str(), framework::read(key, value, &join(at, key), report)?)))
+        .collect();
+    read.into_iter().next()
+}
+
+/// Fields that are checked as KServe does, and then have no effect.
+fn check_unsupported(extension: &Extension, at: &str, context: Context<'_>, report: &mut Report) {
+    if let Some(logger) = &extension.logger {
+        let at = join(at, "logger");
+        let mode = logger.mode.as_deref().unwrap_or_default();
+        if !["all", "request", "response"].contains(&mode) {
+            report.error(join(&at, "mode"), mode, "must be all, request or response");
+        }
+        for key in ["path", "parameters", "key"] {
+            if logger.storage.as_ref().is_some_and(|storage| !storage.contains_key(key)) {
+                report.error(format!("{at}.storage.{key}"), "", "must be given with storage");
+            }
+        }
+        report.unsupported(at, "payloads are not logged");
+    }
+    if let Some(batcher) = &extension.batcher {
+        let at = join(at, "batcher");
+        for (key, value) in [
+            ("maxBatchSize", batcher.max_batch_size),
+            ("maxLatency", batcher.max_latency),
+            ("timeout", batcher.timeout),
+        ] {
+            if let Some(value) = value.filter(|value| *value < 0) {
+                report.error(join(&at, key), value, "must not be negative");
+            }
+        }
+        report.unsupported(at, "requests are not batched");
+    }
+    if extension.deployment_strategy.is_some() {
+        let at = join(at, "deploymentStrategy");
+        if annotations::is_standard_mode(context.annotations) {
+            report.unsupported(at, "a new revision takes over when it is ready");
+        } else {
+            report.error(at, "", "must be given only with serving.kserve.io/deploymentMode: Standard");
         }
     }
-}
-
-/// Exactly one implementation. `containers` counts as one unless it holds nothing but a transformer.
-fn check_implementations(implementations: &Fields, pod: &PodSpec, at: &str, report: &mut Report) {
-    let custom = pod.containers.iter().any(|container| container.name != container::TRANSFORMER);
-    let mut names: Vec<&str> = implementations.keys().map(String::as_str).collect();
-    names.extend(custom.then_some("containers"));
-    if names.len() != 1 {
-        report.error(
-            at,
-            names.join(", "),
-            format!("must have exactly one implementation, one of: containers, {}", IMPLEMENTATIONS.join(", ")),
-        );
+    if let Some(given) = &extension.scale_metric_type {
+        let at = join(at, "scaleMetricType");
+        if !["Utilization", "Value", "AverageValue"].contains(&given.as_str()) {
+            report.error(&at, given, "must be Utilization, Value or AverageValue");
+        }
+        report.unsupported(at, "the metric's value is averaged over replicas");
     }
-    for (key, value) in implementations {
-        check_model(key, value, &join(at, key), report);
-        report.error(
-            join(at, key),
-            "",
-            "needs a ServingRuntime, which this version does not have; \
-             give the server's image and command in spec.predictor.containers",
-        );
-    }
-}
-
-/// `model`, or a legacy key with the same fields: what can be said without a runtime.
-fn check_model(key: &str, value: &Value, at: &str, report: &mut Report) {
-    let Value::Object(fields) = value else {
-        report.error(at, super::report::show(value), "must be a mapping");
-        return;
-    };
-    let mut container: Fields = fields.clone();
-    let format = fields.get("modelFormat").and_then(|format| format.get("name")).and_then(Value::as_str);
-    if key == "model" && format.is_none_or(str::is_empty) {
-        report.error(join(at, "modelFormat.name"), "", "must be given");
-    }
-    MODEL.iter().for_each(|name| drop(container.remove(*name)));
-    if container.remove("name").is_some() {
-        report.error(join(at, "name"), "", "must not be given");
-    }
-    let mut container = Value::Object(container);
-    typed::quantities_to_text(&mut container);
-    let container: k8s_openapi::api::core::v1::Container = typed::read(&mut container, at, report);
-    container::check_blocked_env(&container, at, report);
 }
 
 fn read_scaling(extension: &Extension, at: &str, report: &mut Report) -> Scaling {
@@ -332,12 +353,4 @@ fn read_canary(given: Option<i64>, at: &str, report: &mut Report) -> Option<u8> 
         report.error(at, given.unwrap_or_default(), "must be 0 to 100");
     }
     percent
-}
-
-fn seconds(given: Option<i64>, default: i64, min: i64, at: &str, report: &mut Report) -> Duration {
-    let value = given.unwrap_or(default);
-    if !(min..=DAY_SECONDS).contains(&value) {
-        report.error(at, value, format!("must be {min} to {DAY_SECONDS} seconds"));
-    }
-    Duration::from_secs(u64::try_from(value).unwrap_or_default())
 }

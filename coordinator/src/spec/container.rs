@@ -1,11 +1,19 @@
-//! The main container, and what is said about the others.
+//! One container of a pod.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use k8s_openapi::api::core::v1 as k8s;
 use serde_json::Value;
 
-use super::{documents::join, env, expand::expand, model::Container, probe, report::Report};
+use super::{
+    documents::join,
+    env,
+    expand::expand,
+    model::{Container, Probe, Storage},
+    probe,
+    report::Report,
+    storage, volumes,
+};
 
 /// The main container's name; a single container of any name is renamed to it.
 pub(super) const MAIN: &str = "kserve-container";
@@ -13,7 +21,7 @@ pub(super) const MAIN: &str = "kserve-container";
 pub(super) const TRANSFORMER: &str = "transformer-container";
 
 /// Container fields that have no effect here, and what happens instead.
-pub(super) const UNSUPPORTED: [(&str, &str); 15] = [
+const UNSUPPORTED: [(&str, &str); 14] = [
     ("imagePullPolicy", "the runtime decides when to pull"),
     ("lifecycle", "no hook is called"),
     ("livenessProbe", "a replica is started again only when it ends"),
@@ -28,17 +36,30 @@ pub(super) const UNSUPPORTED: [(&str, &str); 15] = [
     ("terminationMessagePolicy", "the log is kept instead"),
     ("tty", "there is no terminal"),
     ("volumeDevices", "nothing is mounted"),
-    ("volumeMounts", "nothing is mounted"),
 ];
 
-/// The pod's main container.
-pub(super) struct MainContainer<'a> {
-    /// As given; `None` where there is none to be found.
-    pub(super) given: Option<&'a k8s::Container>,
-    /// Where it stands, such as `spec.predictor.containers[0]`.
-    pub(super) at: String,
-    /// What became of it.
-    pub(super) container: Container,
+/// What a container is read as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Part {
+    /// The main container, as the manifest gives it in full.
+    Main,
+    /// Another container, as the manifest gives it in full.
+    Beside,
+    /// Fields that will be laid over a runtime's container, or that container itself.
+    Fragment,
+    /// The main container made of both.
+    Merged,
+}
+
+/// Where a container stands and what its pod offers.
+#[derive(Clone, Copy)]
+pub(super) struct Place<'a> {
+    pub(super) part: Part,
+    /// Such as `spec.predictor.containers[0]`.
+    pub(super) at: &'a str,
+    pub(super) volumes: &'a [k8s::Volume],
+    /// Whether a model's mount is read-only.
+    pub(super) read_only: bool,
 }
 
 /// What stands for a container that could not be found.
@@ -52,59 +73,100 @@ pub(super) fn absent() -> Container {
         port: None,
         h2c: false,
         readiness: probe::default(),
+        liveness: None,
+        startup: None,
+        volume_mounts: Vec::new(),
     }
 }
 
-/// Finds and reads the main container. `optional`: another implementation is there, so that a pod without
-/// a main container is no error by itself.
-pub(super) fn read<'a>(
-    pod: &'a k8s::PodSpec,
-    raw_pod: &Value,
-    at: &str,
-    optional: bool,
+/// Reads a container, and the model that its `STORAGE_URI` asks for. `raw` is the container as given.
+pub(super) fn read(
+    given: &k8s::Container,
+    raw: &Value,
+    place: Place<'_>,
     report: &mut Report,
-) -> MainContainer<'a> {
-    let at_list = join(at, "containers");
-    for (list, containers) in [("containers", Some(&pod.containers)), ("initContainers", pod.init_containers.as_ref())]
-    {
-        for (index, container) in containers.into_iter().flatten().enumerate() {
-            check_blocked_env(container, &format!("{}[{index}]", join(at, list)), report);
-        }
+) -> (Container, Option<Storage>) {
+    let at = place.at;
+    check_fields(raw, at, report);
+    let image = given.image.clone().unwrap_or_default();
+    let command = given.command.clone().unwrap_or_default();
+    if place.part != Part::Fragment && image.trim().is_empty() && command.is_empty() {
+        report.error(join(at, "image"), &image, "must be given, unless command says what to run without a container");
     }
-    check_names(&pod.containers, &at_list, report);
-    let Some(index) = main_index(&pod.containers) else {
-        if !optional && !pod.containers.is_empty() {
-            report.error(&at_list, "", format!("of several containers one must be named {MAIN}"));
-        }
-        return MainContainer { given: None, at: at_list, container: absent() };
+    let mut env = env::read(given, at, report);
+    let storage = take_storage_uri(given, &mut env, place, report);
+    let variables: BTreeMap<String, String> = env
+        .iter()
+        .filter(|variable| variable.from.is_none())
+        .map(|variable| (variable.name.clone(), variable.value.clone()))
+        .collect();
+    let expand_all = |texts: &[String]| texts.iter().map(|text| expand(text, &variables)).collect();
+    let (port, h2c) = read_port(given.ports.as_deref().unwrap_or_default(), place.part, &join(at, "ports"), report);
+    let port_name = given.ports.iter().flatten().next().and_then(|port| port.name.as_deref());
+    let mut read_probe = |given: &Option<k8s::Probe>, key: &str| -> Option<Probe> {
+        given.as_ref().map(|given| probe::read(given, port, port_name, &join(at, key), report))
     };
-    let given = &pod.containers[index];
-    let at = format!("{at_list}[{index}]");
-    check_fields(&raw_pod["containers"][index], &at, report);
-    MainContainer { given: Some(given), container: read_main(given, &at, report), at }
+    let readiness = read_probe(&given.readiness_probe, "readinessProbe").unwrap_or_else(probe::default);
+    let liveness = read_probe(&given.liveness_probe, "livenessProbe");
+    let startup = read_probe(&given.startup_probe, "startupProbe");
+    let container = Container {
+        image,
+        command: expand_all(&command),
+        args: expand_all(given.args.as_deref().unwrap_or_default()),
+        env,
+        working_dir: given.working_dir.clone().unwrap_or_default(),
+        port,
+        h2c,
+        readiness,
+        liveness,
+        startup,
+        volume_mounts: read_mounts(given, place, report),
+    };
+    (container, storage)
 }
 
-fn main_index(containers: &[k8s::Container]) -> Option<usize> {
-    match containers {
-        [only] if only.name != TRANSFORMER => Some(0),
-        several => several.iter().position(|container| container.name == MAIN),
+fn read_mounts(given: &k8s::Container, place: Place<'_>, report: &mut Report) -> Vec<k8s::VolumeMount> {
+    let at = join(place.at, "volumeMounts");
+    if given.volume_mounts.as_ref().is_some_and(|mounts| !mounts.is_empty()) {
+        report.deferred(&at, "nothing is mounted");
     }
+    // A fragment may mount the runtime's volumes, which are known only when both are merged.
+    if place.part == Part::Fragment {
+        return given.volume_mounts.clone().unwrap_or_default();
+    }
+    volumes::read_mounts(given, place.volumes, &at, report)
 }
 
-fn check_names(containers: &[k8s::Container], at: &str, report: &mut Report) {
-    let mut seen = BTreeSet::new();
-    for (index, container) in containers.iter().enumerate() {
-        let at = format!("{at}[{index}]");
-        if containers.len() > 1 && container.name.is_empty() {
-            report.error(join(&at, "name"), "", "must be given where there are several containers");
-        } else if !seen.insert(&container.name) {
-            report.error(join(&at, "name"), &container.name, "must be unique among containers");
+/// The variable by which a custom container asks for a model; the container sees where it lies.
+fn take_storage_uri(
+    given: &k8s::Container,
+    env: &mut [super::model::EnvVar],
+    place: Place<'_>,
+    report: &mut Report,
+) -> Option<Storage> {
+    let named = |name: &str| name == "STORAGE_URI";
+    let index = given.env.iter().flatten().position(|variable| named(&variable.name))?;
+    let at = format!("{}.env[{index}]", place.at);
+    match place.part {
+        Part::Main => {
+            let variable = env.iter_mut().find(|variable| named(&variable.name) && variable.from.is_none())?;
+            let storage = storage::by_uri(&variable.value, &at, place.read_only, report)?;
+            storage::MOUNT_PATH.clone_into(&mut variable.value);
+            Some(storage)
         }
-        if container.name == TRANSFORMER {
-            report.error(&at, TRANSFORMER, "a transformer is not supported by this version, requests would skip it");
-        } else if containers.len() > 1 && container.name != MAIN {
-            report.unsupported(&at, &format!("only {MAIN} is run"));
+        Part::Beside if given.name == TRANSFORMER => {
+            report.error(&at, "", format!("must not be set in {TRANSFORMER}; set it in the predictor's container"));
+            None
         }
+        Part::Beside | Part::Fragment => {
+            report.warning(
+                &at,
+                "",
+                format!("has no effect here: it is read in {MAIN} only, and a model has storageUri"),
+            );
+            None
+        }
+        Part::Merged => None,
     }
 }
 
@@ -116,51 +178,14 @@ fn check_fields(raw: &Value, at: &str, report: &mut Report) {
     }
 }
 
-/// KServe blocks `PYTHONPATH`, by which one could put code before the server's own.
-pub(super) fn check_blocked_env(container: &k8s::Container, at: &str, report: &mut Report) {
-    for (index, variable) in container.env.iter().flatten().enumerate() {
-        if variable.name == "PYTHONPATH" {
-            report.error(format!("{at}.env[{index}].name"), &variable.name, "must not be set");
-        }
-    }
-}
-
-fn read_main(given: &k8s::Container, at: &str, report: &mut Report) -> Container {
-    let image = given.image.clone().unwrap_or_default();
-    let command = given.command.clone().unwrap_or_default();
-    if image.trim().is_empty() && command.is_empty() {
-        report.error(join(at, "image"), &image, "must be given, unless command says what to run without a container");
-    }
-    let env = env::read(given, at, report);
-    let variables: BTreeMap<String, String> =
-        env.iter().map(|variable| (variable.name.clone(), variable.value.clone())).collect();
-    let expand_all = |texts: &[String]| texts.iter().map(|text| expand(text, &variables)).collect();
-    let (port, h2c) = read_port(given.ports.as_deref().unwrap_or_default(), &join(at, "ports"), report);
-    let port_name = given.ports.iter().flatten().next().and_then(|port| port.name.as_deref());
-    Container {
-        image,
-        command: expand_all(&command),
-        args: expand_all(given.args.as_deref().unwrap_or_default()),
-        env,
-        working_dir: given.working_dir.clone().unwrap_or_default(),
-        port,
-        h2c,
-        readiness: match &given.readiness_probe {
-            Some(given) => probe::read(given, port, port_name, &join(at, "readinessProbe"), report),
-            None => probe::default(),
-        },
-    }
-}
-
 /// The serving port, and whether it speaks HTTP/2 with prior knowledge. Knative's rules: one at most,
 /// its name says the protocol.
-fn read_port(ports: &[k8s::ContainerPort], at: &str, report: &mut Report) -> (Option<u16>, bool) {
-    let [port] = ports else {
-        if !ports.is_empty() {
-            report.error(at, format!("{} ports", ports.len()), "must be at most one, the serving port");
-        }
-        return (None, false);
-    };
+fn read_port(ports: &[k8s::ContainerPort], part: Part, at: &str, report: &mut Report) -> (Option<u16>, bool) {
+    let Some(port) = ports.first() else { return (None, false) };
+    // A runtime may list more; a container with several is not what Knative would take.
+    if ports.len() > 1 && part == Part::Main {
+        report.error(at, format!("{} ports", ports.len()), "must be at most one, the serving port");
+    }
     let at = format!("{at}[0]");
     let number = u16::try_from(port.container_port).ok().filter(|number| *number > 0);
     if number.is_none() {

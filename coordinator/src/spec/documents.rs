@@ -1,9 +1,13 @@
 //! From text to documents: several YAML documents, or JSON, in one manifest.
 
-use serde::Deserialize;
+use std::fmt;
+
+use serde::{
+    Deserialize, Deserializer,
+    de::{Error as _, MapAccess, SeqAccess, Visitor},
+};
 use serde_json::{Map, Number, Value};
 
-use super::report::show;
 use crate::finding::Finding;
 
 /// One document of a manifest, or why it could not be read.
@@ -29,13 +33,9 @@ pub(super) fn read(manifest: &str) -> Vec<Source> {
 fn read_yaml(manifest: &str) -> Vec<Source> {
     let mut sources = Vec::new();
     for (index, document) in serde_norway::Deserializer::from_str(manifest).enumerate() {
-        let parsed = serde_norway::Value::deserialize(document).and_then(|mut value| {
-            value.apply_merge()?;
-            Ok(value)
-        });
-        match parsed {
-            Ok(serde_norway::Value::Null) => {}
-            Ok(value) => sources.push(Source { index, content: to_json(value, "") }),
+        match Node::deserialize(document) {
+            Ok(Node(Value::Null)) => {}
+            Ok(Node(value)) => sources.push(Source { index, content: Ok(value) }),
             Err(error) => {
                 sources.push(Source { index, content: Err(syntax_error(&error)) });
                 break;
@@ -68,50 +68,100 @@ fn syntax_error(error: &serde_norway::Error) -> Finding {
     finding
 }
 
-fn to_json(value: serde_norway::Value, at: &str) -> Result<Value, Finding> {
-    use serde_norway::Value as Yaml;
-    Ok(match value {
-        Yaml::Null => Value::Null,
-        Yaml::Bool(value) => Value::Bool(value),
-        Yaml::String(value) => Value::String(value),
-        Yaml::Number(value) => {
-            Value::Number(number(&value).ok_or_else(|| Finding::error(at, &value, "must be a finite number"))?)
-        }
-        Yaml::Sequence(values) => Value::Array(
-            values
-                .into_iter()
-                .enumerate()
-                .map(|(index, value)| to_json(value, &format!("{at}[{index}]")))
-                .collect::<Result<_, _>>()?,
-        ),
-        Yaml::Mapping(entries) => {
-            let mut object = Map::new();
-            for (key, value) in entries {
-                let key = key_of(key, at)?;
-                let value = to_json(value, &join(at, &key))?;
-                if object.insert(key.clone(), value).is_some() {
-                    return Err(Finding::error(join(at, &key), "", "is given twice"));
-                }
-            }
-            Value::Object(object)
-        }
-        Yaml::Tagged(tagged) => return Err(Finding::error(at, &tagged.tag, "YAML tags have no meaning here")),
-    })
-}
+/// A YAML node as JSON. Read by a visitor of our own and not through a YAML value, since the parser
+/// knows line and column only while it reads.
+struct Node(Value);
 
-fn number(value: &serde_norway::Number) -> Option<Number> {
-    match (value.as_u64(), value.as_i64()) {
-        (Some(value), _) => Some(value.into()),
-        (None, Some(value)) => Some(value.into()),
-        (None, None) => Number::from_f64(value.as_f64()?),
+impl<'de> Deserialize<'de> for Node {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(NodeVisitor).map(Node)
     }
 }
 
-/// Numbers and booleans as keys become text, as in Kubernetes' own conversion.
-fn key_of(key: serde_norway::Value, at: &str) -> Result<String, Finding> {
-    match to_json(key, at)? {
-        key @ (Value::String(_) | Value::Number(_) | Value::Bool(_)) => Ok(show(&key)),
-        other => Err(Finding::error(at, other, "a key must be text")),
+struct NodeVisitor;
+
+impl<'de> Visitor<'de> for NodeVisitor {
+    type Value = Value;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a value without a YAML tag")
+    }
+
+    fn visit_bool<E>(self, value: bool) -> Result<Value, E> {
+        Ok(Value::Bool(value))
+    }
+
+    fn visit_i64<E>(self, value: i64) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_u64<E>(self, value: u64) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_f64<E: serde::de::Error>(self, value: f64) -> Result<Value, E> {
+        Number::from_f64(value).map(Value::Number).ok_or_else(|| E::custom(format!("{value} is not a finite number")))
+    }
+
+    fn visit_str<E>(self, value: &str) -> Result<Value, E> {
+        Ok(Value::String(value.to_owned()))
+    }
+
+    fn visit_unit<E>(self) -> Result<Value, E> {
+        Ok(Value::Null)
+    }
+
+    /// What the parser calls a document without anything in it.
+    fn visit_none<E>(self) -> Result<Value, E> {
+        Ok(Value::Null)
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut entries: A) -> Result<Value, A::Error> {
+        let mut values = Vec::new();
+        while let Some(Node(value)) = entries.next_element()? {
+            values.push(value);
+        }
+        Ok(Value::Array(values))
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<Value, A::Error> {
+        let mut object = Map::new();
+        let mut merged = Vec::new();
+        while let Some(Node(key)) = entries.next_key()? {
+            let key = key_of(key).map_err(A::Error::custom)?;
+            let Node(value) = entries.next_value()?;
+            if key == "<<" {
+                merged.extend(merge_sources(value).map_err(A::Error::custom)?);
+            } else if object.insert(key.clone(), value).is_some() {
+                return Err(A::Error::custom(format!("{key} is given twice")));
+            }
+        }
+        // YAML's merge key: what the mapping itself says wins, then the earlier source.
+        for (key, value) in merged.into_iter().flatten() {
+            object.entry(key).or_insert(value);
+        }
+        Ok(Value::Object(object))
+    }
+}
+
+fn merge_sources(value: Value) -> Result<Vec<Map<String, Value>>, &'static str> {
+    let sources = match value {
+        Value::Array(values) => values,
+        other => vec![other],
+    };
+    let mapping = |value| if let Value::Object(object) = value { Some(object) } else { None };
+    sources.into_iter().map(mapping).collect::<Option<_>>().ok_or("the merge key << needs a mapping or a list of them")
+}
+
+/// Numbers and booleans as keys become text, as in Kubernetes' own conversion. A mapping as a key is
+/// mostly an unfilled placeholder, `{{name}}`.
+fn key_of(key: Value) -> Result<String, String> {
+    match key {
+        Value::String(text) => Ok(text),
+        Value::Number(number) => Ok(number.to_string()),
+        Value::Bool(value) => Ok(value.to_string()),
+        Value::Object(_) => Err("a key must be text, not a mapping; fill placeholders like {{name}} first".to_owned()),
+        other => Err(format!("a key must be text, not {other}")),
     }
 }
 
@@ -123,5 +173,49 @@ pub(super) fn join(at: &str, key: &str) -> String {
         key.to_owned()
     } else {
         format!("{at}.{key}")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn one(manifest: &str) -> Result<Value, Finding> {
+        read(manifest).swap_remove(0).content
+    }
+
+    #[test]
+    fn keys_and_merges_are_as_in_yaml() {
+        let merged = one("base: &b {x: 1, y: 2}\na: {<<: *b, x: 3}\n8: text\ntrue: 1").unwrap();
+        assert_eq!(merged, json!({"base": {"x": 1, "y": 2}, "a": {"x": 3, "y": 2}, "8": "text", "true": 1}));
+        for text in ["a: 1\na: 2", "a: .nan", "a: !tag b", "a: {[x]: 1}", "a: {<<: 1}"] {
+            let error = one(text).unwrap_err();
+            assert!(error.position.is_some(), "{text:?} gives {error}");
+        }
+    }
+
+    #[test]
+    fn an_unfilled_placeholder_has_a_place() {
+        let error = one("a:\n  command: {{inputs.command}}\n").unwrap_err();
+        assert_eq!(error.position, Some((2, 12)), "{error}");
+        assert!(error.message.contains("a.command"), "{error}");
+        let error = one("a:\n  image: {user}/image:latest\n").unwrap_err();
+        assert_eq!(error.position.map(|(line, _)| line), Some(2), "{error}");
+    }
+
+    #[test]
+    fn nothing_is_no_document() {
+        for text in ["", "\n", "# nothing\n", "---\n", "---\n---\n# nothing\n", "~"] {
+            assert!(read(text).is_empty(), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn documents_are_numbered_and_reading_ends_at_nonsense() {
+        let sources = read("---\n---\na: 1\n---\nb: [\n---\nc: 1\n");
+        let places: Vec<_> = sources.iter().map(|source| (source.index, source.content.is_ok())).collect();
+        assert_eq!(places, [(1, true), (2, false)]);
     }
 }

@@ -1,75 +1,128 @@
-//! Environment variables of the main container.
+//! Environment variables of a container.
 
 use std::collections::BTreeMap;
 
 use k8s_openapi::api::core::v1 as k8s;
 
-use super::{documents::join, expand::expand, model::EnvVar, report::Report};
+use super::{
+    auxiliary::AuxiliaryKind,
+    documents::join,
+    expand::expand,
+    model::{EnvSource, EnvVar},
+    names,
+    report::Report,
+};
 
-/// Reads `env` and `envFrom` of the container at `at`. A variable that cannot be filled is an error,
-/// unless the manifest calls it optional, since a server without its credentials does not work.
+/// KServe blocks it, since one could put code before the server's own by it.
+const BLOCKED: &str = "PYTHONPATH";
+
+/// Reads `env` and `envFrom` of the container at `at`.
 pub(super) fn read(container: &k8s::Container, at: &str, report: &mut Report) -> Vec<EnvVar> {
-    for (index, source) in container.env_from.iter().flatten().enumerate() {
-        let optional = source.secret_ref.as_ref().and_then(|from| from.optional) == Some(true)
-            || source.config_map_ref.as_ref().and_then(|from| from.optional) == Some(true);
-        missing(format!("{at}.envFrom[{index}]"), "secrets and config maps", optional, report);
+    let mut variables = Vec::new();
+    for (index, given) in container.env_from.iter().flatten().enumerate() {
+        let source = read_source_of_all(given, &format!("{at}.envFrom[{index}]"), report);
+        let name = given.prefix.clone().unwrap_or_default();
+        variables.extend(source.map(|from| EnvVar { name, value: String::new(), from: Some(from) }));
     }
-    let mut variables: Vec<EnvVar> = Vec::new();
     let mut known = BTreeMap::new();
     for (index, given) in container.env.iter().flatten().enumerate() {
         let at = format!("{at}.env[{index}]");
-        if given.name.is_empty() || given.name.contains(['=', '\0']) {
-            report.error(join(&at, "name"), &given.name, "must be given and hold neither '=' nor a zero byte");
+        check_name(&given.name, &join(&at, "name"), report);
+        let again = |variable: &EnvVar| variable.name == given.name && !takes_all(variable);
+        if variables.iter().any(again) {
+            report.warning(join(&at, "name"), &given.name, "is given more than once: the last value counts");
+            variables.retain(|variable| !again(variable));
         }
-        if given.name == "STORAGE_URI" {
-            report.error(
-                &at,
-                given.value.as_deref().unwrap_or_default(),
-                "downloading models is not supported by this version, and /mnt/models would be empty; \
-                 have the model in the image or let the server fetch it",
-            );
-        }
+        let text = given.value.as_deref().unwrap_or_default();
         if let Some(source) = &given.value_from {
-            check_source(source, given.value.as_deref().unwrap_or_default(), &join(&at, "valueFrom"), report);
+            known.remove(&given.name);
+            let from = read_source(source, text, &join(&at, "valueFrom"), report);
+            variables.extend(from.map(|from| EnvVar {
+                name: given.name.clone(),
+                value: String::new(),
+                from: Some(from),
+            }));
             continue;
         }
-        let value = expand(given.value.as_deref().unwrap_or_default(), &known);
+        let value = expand(text, &known);
         if value.contains('\0') {
             report.error(join(&at, "value"), "", "must not hold a zero byte");
         }
-        if known.insert(given.name.clone(), value.clone()).is_some() {
-            report.warning(join(&at, "name"), &given.name, "is given more than once: the last value counts");
-            variables.retain(|variable| variable.name != given.name);
-        }
-        variables.push(EnvVar { name: given.name.clone(), value });
+        known.insert(given.name.clone(), value.clone());
+        variables.push(EnvVar { name: given.name.clone(), value, from: None });
     }
     variables
 }
 
-fn check_source(source: &k8s::EnvVarSource, value: &str, at: &str, report: &mut Report) {
-    if !value.is_empty() {
-        report.error(at, value, "must not be given together with value");
+fn takes_all(variable: &EnvVar) -> bool {
+    variable.from.as_ref().is_some_and(|from| from.key.is_empty())
+}
+
+fn check_name(name: &str, at: &str, report: &mut Report) {
+    if name.is_empty() || name.contains(['=', '\0']) {
+        report.error(at, name, "must be given and hold neither '=' nor a zero byte");
     }
-    let sources: [(&str, &str, Option<Option<bool>>); 5] = [
-        ("secretKeyRef", "secrets", source.secret_key_ref.as_ref().map(|from| from.optional)),
-        ("configMapKeyRef", "config maps", source.config_map_key_ref.as_ref().map(|from| from.optional)),
-        ("fileKeyRef", "files from volumes", source.file_key_ref.as_ref().map(|from| from.optional)),
-        ("fieldRef", "fields of the pod", source.field_ref.as_ref().map(|_| None)),
-        ("resourceFieldRef", "resource fields of the pod", source.resource_field_ref.as_ref().map(|_| None)),
-    ];
-    let given: Vec<_> = sources.into_iter().filter_map(|(key, what, from)| Some((key, what, from?))).collect();
-    if given.len() != 1 {
-        report.error(at, "", "must have exactly one source");
-    }
-    for (key, what, optional) in given {
-        missing(join(at, key), what, optional == Some(true), report);
+    if name == BLOCKED {
+        report.error(at, name, "must not be set");
     }
 }
 
-fn missing(at: String, what: &str, optional: bool, report: &mut Report) {
-    if optional {
-        report.unsupported(at, "the optional variable is left out");
-    } else {
-        report.error(at, "", format!("variables from {what} are not supported by this version; give the value"));
+/// Reports blocked variables of a container that is not read further.
+pub(super) fn check_blocked(container: &k8s::Container, at: &str, report: &mut Report) {
+    for (index, variable) in container.env.iter().flatten().enumerate() {
+        if variable.name == BLOCKED {
+            report.error(format!("{at}.env[{index}].name"), &variable.name, "must not be set");
+        }
     }
+}
+
+fn read_source_of_all(given: &k8s::EnvFromSource, at: &str, report: &mut Report) -> Option<EnvSource> {
+    let secret = given.secret_ref.as_ref().map(|from| (AuxiliaryKind::Secret, &from.name, from.optional));
+    let map = given.config_map_ref.as_ref().map(|from| (AuxiliaryKind::ConfigMap, &from.name, from.optional));
+    let (kind, name, optional) = match (secret, map) {
+        (Some(only), None) | (None, Some(only)) => only,
+        _ => {
+            report.error(at, "", "must have exactly one of secretRef and configMapRef");
+            return None;
+        }
+    };
+    names::check_dns_name(
+        name,
+        &join(at, if secret.is_some() { "secretRef.name" } else { "configMapRef.name" }),
+        report,
+    );
+    Some(EnvSource { kind, name: name.clone(), key: String::new(), optional: optional == Some(true) })
+}
+
+fn read_source(source: &k8s::EnvVarSource, value: &str, at: &str, report: &mut Report) -> Option<EnvSource> {
+    if !value.is_empty() {
+        report.error(at, value, "must not be given together with value");
+    }
+    let mut sources = Vec::new();
+    if let Some(from) = &source.secret_key_ref {
+        sources.push(("secretKeyRef", AuxiliaryKind::Secret, &from.name, &from.key, from.optional));
+    }
+    if let Some(from) = &source.config_map_key_ref {
+        sources.push(("configMapKeyRef", AuxiliaryKind::ConfigMap, &from.name, &from.key, from.optional));
+    }
+    for (key, given) in [
+        ("fileKeyRef", source.file_key_ref.is_some()),
+        ("fieldRef", source.field_ref.is_some()),
+        ("resourceFieldRef", source.resource_field_ref.is_some()),
+    ] {
+        if given {
+            report.error(join(at, key), "", "is not supported by this version; give the value");
+            return None;
+        }
+    }
+    let [(field, kind, name, key, optional)] = sources[..] else {
+        report.error(at, "", "must have exactly one source");
+        return None;
+    };
+    let at = join(at, field);
+    names::check_dns_name(name, &join(&at, "name"), report);
+    if key.is_empty() {
+        report.error(join(&at, "key"), "", "must be given");
+    }
+    Some(EnvSource { kind, name: name.clone(), key: key.clone(), optional: optional == Some(true) })
 }

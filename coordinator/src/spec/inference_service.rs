@@ -1,14 +1,13 @@
 //! The InferenceService as a whole: metadata and the parts of `spec`.
 
-use std::collections::BTreeMap;
-
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use serde_json::{Map, Value, json};
 
 use super::{
-    API_VERSION, ParseOptions, annotations, component,
+    API_VERSION, ParseOptions, annotations,
+    component::{self, Context, Role},
     documents::join,
-    model::{InferenceService, Predictor},
+    model::{Component, InferenceService},
     names,
     report::{Report, show},
     typed,
@@ -26,12 +25,10 @@ const SERVER_METADATA: [&str; 8] = [
     "deletionGracePeriodSeconds",
 ];
 
-/// Parts of `spec` beside the predictor. Without the first two, requests would reach the predictor in a
-/// shape that it does not expect.
-const REFUSED_PARTS: [(&str, &str); 2] = [
-    ("transformer", "a transformer is not supported by this version, and without it requests would skip it"),
-    ("explainer", "an explainer is not supported by this version"),
-];
+/// Explainers that KServe runs from images of its own configuration; `alibi` until v0.13.
+const EXPLAINERS: [&str; 3] = ["art", "alibi", "aix"];
+/// What a service is without the parts that this version does not run.
+const NOT_RUN: &str = "it is kept but not run: requests reach the predictor as they are";
 
 /// Reads an InferenceService. What it gives is to be used only where the report has no error.
 pub(super) fn read(
@@ -40,32 +37,50 @@ pub(super) fn read(
     options: ParseOptions<'_>,
     report: &mut Report,
 ) -> InferenceService {
-    root.remove("status");
-    for key in root.keys().filter(|key| !["apiVersion", "kind", "metadata", "spec"].contains(&key.as_str())) {
-        report.unknown(join("", key));
-    }
-    let metadata = read_metadata(&mut root, namespace, report);
+    let metadata = read_head(&mut root, namespace, &["spec"], report);
+    names::check_service_name_of(&metadata, report);
+    let name = metadata.name.unwrap_or_default();
     let labels = metadata.labels.unwrap_or_default();
-    let service_annotations = metadata.annotations.unwrap_or_default();
-    let stopped = annotations::check_service(&service_annotations, &labels, report);
+    let annotations = metadata.annotations.unwrap_or_default();
+    let stopped = annotations::check_service(&annotations, &labels, report);
 
     root.insert("apiVersion".into(), json!(API_VERSION));
-    let predictor = match root.get("spec") {
-        Some(Value::Object(spec)) => read_spec(spec, &service_annotations, options, report),
+    let context = Context { name: &name, namespace, labels: &labels, annotations: &annotations, options };
+    let (predictor, transformer, explainer) = match root.get("spec") {
+        Some(Value::Object(spec)) => read_spec(spec, context, report),
         given => {
             report.error("spec", given.map(show).unwrap_or_default(), "must be a mapping with a predictor");
-            component::absent()
+            (component::absent(), None, None)
         }
     };
     InferenceService {
         namespace: namespace.to_owned(),
-        name: metadata.name.unwrap_or_default(),
+        name,
         labels,
-        annotations: service_annotations,
+        annotations,
         stopped,
         predictor,
+        transformer,
+        explainer,
+        traffic: Vec::new(),
         manifest: Value::Object(root),
     }
+}
+
+/// Reads what every object has, and says what is unknown beside it and `fields`.
+pub(super) fn read_head(
+    root: &mut Map<String, Value>,
+    namespace: &str,
+    fields: &[&str],
+    report: &mut Report,
+) -> ObjectMeta {
+    root.remove("status");
+    for key in root.keys() {
+        if !["apiVersion", "kind", "metadata"].contains(&key.as_str()) && !fields.contains(&key.as_str()) {
+            report.unknown(join("", key));
+        }
+    }
+    read_metadata(root, namespace, report)
 }
 
 /// Reads `metadata`, and leaves it in `root` without what a server sets and with the namespace.
@@ -84,12 +99,8 @@ fn read_metadata(root: &mut Map<String, Value>, namespace: &str, report: &mut Re
             return ObjectMeta::default();
         }
     };
-    match typed.name.as_deref() {
-        Some(name) => names::check_service_name(name, report),
-        None if metadata.get("name").is_none_or(Value::is_null) => {
-            report.error("metadata.name", "", "must be given");
-        }
-        None => {}
+    if typed.name.is_none() && metadata.get("name").is_none_or(Value::is_null) {
+        report.error("metadata.name", "", "must be given");
     }
     names::check_namespace(namespace, report);
     names::check_labels(typed.labels.as_ref().unwrap_or(&Default::default()), "metadata.labels", report);
@@ -113,27 +124,54 @@ fn namespace_value(given: Option<&Value>, namespace: &str) -> Value {
     }
 }
 
-fn read_spec(
-    spec: &Map<String, Value>,
-    annotations: &BTreeMap<String, String>,
-    options: ParseOptions<'_>,
-    report: &mut Report,
-) -> Predictor {
+type Components = (Component, Option<Component>, Option<Component>);
+
+fn read_spec(spec: &Map<String, Value>, context: Context<'_>, report: &mut Report) -> Components {
     for (key, _) in spec.iter().filter(|(_, value)| !value.is_null()) {
-        if let Some((_, reason)) = REFUSED_PARTS.iter().find(|(refused, _)| refused == key) {
-            report.error(format!("spec.{key}"), "", *reason);
-        } else if key == "canary" {
+        if key == "canary" {
             report.unsupported("spec.canary", "all requests go to spec.predictor");
-        } else if key != "predictor" {
+        } else if !["predictor", "transformer", "explainer"].contains(&key.as_str()) {
             report.unknown(join("spec", key));
         }
     }
-    match spec.get("predictor") {
-        Some(Value::Object(predictor)) => component::read(predictor, "spec.predictor", annotations, options, report),
+    let predictor = match spec.get("predictor") {
+        Some(Value::Object(fields)) => component::read(fields, "spec.predictor", Role::Predictor, context, report),
         given => {
             let given = given.filter(|given| !given.is_null()).map(show).unwrap_or_default();
             report.error("spec.predictor", given, "must be a mapping");
             component::absent()
         }
+    };
+    let transformer = read_beside(spec.get("transformer"), "spec.transformer", context, report);
+    let explainer = spec.get("explainer").filter(|given| !is_foreign_explainer(given, report));
+    (predictor, transformer, read_beside(explainer, "spec.explainer", context, report))
+}
+
+fn read_beside(given: Option<&Value>, at: &str, context: Context<'_>, report: &mut Report) -> Option<Component> {
+    match given? {
+        Value::Null => None,
+        Value::Object(fields) => {
+            report.unsupported(at, NOT_RUN);
+            if fields.contains_key("custom") {
+                report.error(join(at, "custom"), "", "is of v1alpha2; give the container in containers");
+            }
+            Some(component::read(fields, at, Role::Beside, context, report))
+        }
+        other => {
+            report.error(at, show(other), "must be a mapping");
+            None
+        }
     }
+}
+
+/// True for an explainer without a container of its own. There is no image for it to be run from.
+fn is_foreign_explainer(given: &Value, report: &mut Report) -> bool {
+    let kind = EXPLAINERS.into_iter().find(|kind| given.get(kind).is_some_and(|value| !value.is_null()));
+    let Some(kind) = kind else { return false };
+    let at = join("spec.explainer", kind);
+    if given.get("containers").is_some() {
+        report.error(&at, "containers", "must not be given together with containers");
+    }
+    report.unsupported(at, "no explainer is run, and :explain is not answered; predictions are as without it");
+    true
 }

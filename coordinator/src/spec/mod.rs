@@ -8,62 +8,80 @@
 //! | file | what it reads |
 //! | --- | --- |
 //! | `documents` | text to documents |
+//! | `kinds` | which reader a document's kind needs |
 //! | `typed` | JSON to typed values, with the path of each unknown field and type error |
-//! | `inference_service`, `annotations`, `placing` | the object |
-//! | `component` | one component: implementation, extension fields and pod fields at one level |
-//! | `container`, `env`, `expand`, `probe`, `resources`, `quantity`, `affinity` | the pod part |
+//! | `inference_service`, `v1alpha2`, `knative`, `annotations`, `placing` | the service |
+//! | `component`, `fields` | one component: implementation, extension fields and pod fields at one level |
+//! | `framework`, `storage` | `model`, the older keys, and where weights come from |
+//! | `serving_runtime`, `runtimes` | runtimes, and which of them a model gets |
+//! | `resolve`, `merge`, `placeholders`, `image` | model and runtime become one pod |
+//! | `pod`, `container`, `env`, `expand`, `probe`, `resources`, `quantity`, `affinity`, `volumes` | the pod |
+//! | `auxiliary` | secrets, config maps, claims and service accounts |
 //! | `object` | the way back, to KServe's shape with status |
 
 mod affinity;
 mod annotations;
+mod auxiliary;
 mod component;
 mod container;
 mod documents;
 mod env;
 mod expand;
+mod fields;
+mod framework;
+mod image;
 mod inference_service;
+mod kinds;
+mod knative;
+mod merge;
 mod model;
 mod names;
 mod object;
+mod placeholders;
 mod placing;
+mod pod;
 mod probe;
 pub mod quantity;
 mod report;
+mod resolve;
 mod resources;
+mod runtimes;
+mod serving_runtime;
+mod storage;
 #[cfg(test)]
 mod tests;
 mod typed;
+mod v1alpha2;
+mod volumes;
 
 use std::{collections::BTreeMap, fmt};
 
 use serde_json::{Map, Value};
 
-use self::{
-    documents::Source,
-    report::{Report, show},
-};
 pub use self::{
+    auxiliary::Data,
     model::{
-        Container, EnvVar, InferenceService, MigRequest, Predictor, Probe, ProbeHandler, Resource, Resources,
-        RevisionTemplate, Scaling,
+        Auxiliary, AuxiliaryKind, Component, Container, EnvSource, EnvVar, InferenceService, MigRequest, Probe,
+        ProbeHandler, Protocol, Resource, Resources, RevisionTemplate, RuntimeUse, Scaling, ServingRuntime, Sidecar,
+        Storage, StorageSource, SupportedFormat, TrafficShare,
     },
     object::{
         Condition, ConditionStatus, FailureInfo, ModelState, ModelStatus, StatusView, TrafficTarget, TransitionStatus,
         to_object,
     },
     placing::{PlacementPolicy, placement_policy, priority},
+    runtimes::{NoRuntime, Runtimes},
+};
+use self::{
+    documents::Source,
+    report::{Report, show},
 };
 use crate::finding::Finding;
 
 /// `apiVersion` of an InferenceService; older group names are normalised to it.
 pub const API_VERSION: &str = "serving.kserve.io/v1beta1";
-/// The group as it was called before KServe had its name.
-const API_VERSION_ALIAS: &str = "serving.kubeflow.org/v1beta1";
-/// Kinds that this version knows, for messages.
-const KNOWN_KINDS: &str = "InferenceService (serving.kserve.io/v1beta1)";
-
 /// Checks annotations and scaling fields together; the autoscaler's validation is plugged in here.
-pub type ValidateScaling = dyn Fn(&BTreeMap<String, String>, &Scaling) -> Vec<Finding>;
+pub type ValidateScaling<'a> = dyn Fn(&BTreeMap<String, String>, &Scaling) -> Vec<Finding> + 'a;
 
 /// How to read a manifest.
 #[derive(Clone, Copy)]
@@ -74,7 +92,9 @@ pub struct ParseOptions<'a> {
     pub strict: bool,
     /// Called once for each predictor with its effective annotations (those of the revision template)
     /// and its scaling fields.
-    pub validate_scaling: &'a ValidateScaling,
+    pub validate_scaling: &'a ValidateScaling<'a>,
+    /// Runtimes that models may use, beside those that the manifest itself holds.
+    pub runtimes: &'a Runtimes,
 }
 
 impl fmt::Debug for ParseOptions<'_> {
@@ -126,6 +146,14 @@ pub fn parse(manifest: &str, options: ParseOptions<'_>) -> Vec<Document> {
             Finding::error("", "", "the manifest is empty, at least one document is needed"),
         )];
     }
+    // Runtimes first, wherever they stand: in Kubernetes, too, the order of a file's objects does not count.
+    let mut runtimes = options.runtimes.clone();
+    for source in &sources {
+        if let Some(runtime) = kinds::runtime_of(source, options) {
+            runtimes.insert(runtime, None);
+        }
+    }
+    let options = ParseOptions { runtimes: &runtimes, ..options };
     sources.into_iter().map(|source| parse_document(source, options)).collect()
 }
 
@@ -138,56 +166,24 @@ fn parse_document(source: Source, options: ParseOptions<'_>) -> Document {
         }
         Err(finding) => return Document::refused(index, finding),
     };
-
-    let default = if options.default_namespace.is_empty() { "default" } else { options.default_namespace };
-    let kind = text_at(&object, "kind");
-    let metadata = object.get("metadata").and_then(Value::as_object);
-    let name = metadata.map(|metadata| text_at(metadata, "name")).unwrap_or_default();
-    let namespace = metadata.map(|metadata| text_at(metadata, "namespace")).filter(|given| !given.is_empty());
-    let namespace = namespace.unwrap_or_else(|| default.to_owned());
-
+    let (kind, name) = (text_at(&object, "kind"), name_of(&object));
+    let namespace = namespace_of(&object, options);
     let mut report = Report::new(options.strict);
-    let resource = if check_kind(&object, &kind, &mut report) {
-        let service = inference_service::read(object, &namespace, options, &mut report);
-        Some(Resource::InferenceService(Box::new(service)))
-    } else {
-        None
-    };
+    let resource = kinds::read(object, &kind, &namespace, options, &mut report);
     let object = resource.filter(|_| !report.has_errors());
     Document { index, kind, namespace, name, findings: report.into_findings(), object }
 }
 
-/// True where `kind` and `apiVersion` name something that this version can read.
-fn check_kind(object: &Map<String, Value>, kind: &str, report: &mut Report) -> bool {
-    let version = text_at(object, "apiVersion");
-    let given = |key: &str| object.get(key).map(show).unwrap_or_default();
-    if kind.is_empty() {
-        report.error("kind", given("kind"), format!("must be given as text; known are: {KNOWN_KINDS}"));
-        return false;
-    }
-    if kind != "InferenceService" {
-        let group = if version.is_empty() { String::new() } else { format!(" of {version}") };
-        report.error("kind", kind, format!("kind {kind}{group} is not known; known are: {KNOWN_KINDS}"));
-        return false;
-    }
-    match version.as_str() {
-        API_VERSION | API_VERSION_ALIAS => true,
-        "serving.kserve.io/v1alpha2" | "serving.kubeflow.org/v1alpha2" => {
-            report.error(
-                "apiVersion",
-                &version,
-                format!(
-                    "v1alpha2 is too old; use {API_VERSION}, where spec.default.predictor is spec.predictor, \
-                     custom.container is containers[0] and parallelism is containerConcurrency"
-                ),
-            );
-            false
-        }
-        _ => {
-            report.error("apiVersion", given("apiVersion"), format!("must be {API_VERSION} or {API_VERSION_ALIAS}"));
-            false
-        }
-    }
+fn name_of(object: &Map<String, Value>) -> String {
+    object.get("metadata").and_then(Value::as_object).map(|metadata| text_at(metadata, "name")).unwrap_or_default()
+}
+
+/// The document's namespace, else the default one.
+fn namespace_of(object: &Map<String, Value>, options: ParseOptions<'_>) -> String {
+    let default = if options.default_namespace.is_empty() { "default" } else { options.default_namespace };
+    let metadata = object.get("metadata").and_then(Value::as_object);
+    let namespace = metadata.map(|metadata| text_at(metadata, "namespace")).filter(|given| !given.is_empty());
+    namespace.unwrap_or_else(|| default.to_owned())
 }
 
 fn text_at(object: &Map<String, Value>, key: &str) -> String {

@@ -6,15 +6,24 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use k8s_openapi::api::core::v1::{NodeSelector, PreferredSchedulingTerm};
+use k8s_openapi::api::core::v1::{NodeSelector, PreferredSchedulingTerm, Volume, VolumeMount};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+
+pub use super::{
+    auxiliary::{Auxiliary, AuxiliaryKind},
+    serving_runtime::{Protocol, ServingRuntime, SupportedFormat},
+};
 
 /// A validated object of a kind that this version knows.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Resource {
-    /// `serving.kserve.io/v1beta1`, `InferenceService`.
+    /// `serving.kserve.io/v1beta1`, `InferenceService`; also what a Knative `Service` becomes.
     InferenceService(Box<InferenceService>),
+    /// `serving.kserve.io/v1alpha1`, `ServingRuntime` or `ClusterServingRuntime`.
+    ServingRuntime(Box<ServingRuntime>),
+    /// `v1`: objects that services refer to.
+    Auxiliary(Box<Auxiliary>),
 }
 
 /// A validated InferenceService.
@@ -32,15 +41,37 @@ pub struct InferenceService {
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub stopped: bool,
     /// The component that serves the model.
-    pub predictor: Predictor,
-    /// The object as applied: `apiVersion` normalised to `serving.kserve.io/v1beta1`, the namespace
-    /// filled in, `status` and the fields of `metadata` that a server sets left out.
+    pub predictor: Component,
+    /// Pre- and post-processing in replicas of its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub transformer: Option<Component>,
+    /// Explanations in replicas of its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub explainer: Option<Component>,
+    /// `spec.traffic` of a Knative `Service`; empty for all to the newest ready revision.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub traffic: Vec<TrafficShare>,
+    /// The object as applied: an older `apiVersion` rewritten to `serving.kserve.io/v1beta1`, the
+    /// namespace filled in, `status` and the fields of `metadata` that a server sets left out.
     pub manifest: Value,
 }
 
-/// The component that serves the model.
+/// One entry of a Knative `Service`'s `traffic`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TrafficShare {
+    /// `None`: the newest ready revision.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub revision: Option<String>,
+    /// 0 to 100; the entries of a service add up to 100.
+    pub percent: u8,
+    /// Empty for none.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub tag: String,
+}
+
+/// One component of a service: predictor, transformer or explainer.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Predictor {
+pub struct Component {
     /// Replica bounds and target.
     pub scaling: Scaling,
     /// Longest time a request may take in total, 1 s to 24 h. Default 300 s, as Knative's revision timeout.
@@ -90,6 +121,18 @@ pub struct RevisionTemplate {
     /// `affinity.nodeAffinity.preferredDuringSchedulingIgnoredDuringExecution`, checked.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub preferred_node_affinity: Vec<PreferredSchedulingTerm>,
+    /// Containers beside the main one, such as a `transformer-container`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub sidecars: Vec<Sidecar>,
+    /// Volumes by name, checked: claims, `hostPath`, `emptyDir`, secrets and config maps.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub volumes: Vec<Volume>,
+    /// Models to have in place before the container starts.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub storage: Vec<Storage>,
+    /// The serving runtime that the main container was made from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub runtime: Option<RuntimeUse>,
     /// The component's own labels.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub labels: BTreeMap<String, String>,
@@ -110,8 +153,69 @@ impl RevisionTemplate {
     }
 }
 
-/// The main container, named `kserve-container` whatever the manifest calls it.
+/// A container beside the main one.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Sidecar {
+    /// Unique in its replica.
+    pub name: String,
+    /// What it runs.
+    pub container: Container,
+    /// What it needs.
+    pub resources: Resources,
+}
+
+/// What a component took from a serving runtime.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RuntimeUse {
+    /// Its name.
+    pub name: String,
+    /// True: a `ClusterServingRuntime`, or one that is built in.
+    pub cluster: bool,
+    /// `modelFormat.name`.
+    pub format: String,
+    /// What the server speaks; `None` where neither service nor runtime says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub protocol: Option<Protocol>,
+    /// Name of the model in the server's URLs.
+    pub model_name: String,
+}
+
+/// A model that is to lie at a path of the container.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Storage {
+    /// Where it comes from.
+    pub source: StorageSource,
+    /// Absolute path in the container.
+    pub mount_path: String,
+    /// False by annotation `storage.kserve.io/readonly: "false"`.
+    pub read_only: bool,
+    /// Where the whole claim is seen besides, as KFServing did: `/mnt/pvc`. Only for `pvc://` by
+    /// `STORAGE_URI` or `storageUri`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub claim_root: Option<String>,
+}
+
+/// Where a model comes from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum StorageSource {
+    /// `storageUri`, an entry of `storageUris`, or the variable `STORAGE_URI`.
+    Uri(String),
+    /// `storage`: an entry of the secret `storage-config`.
+    Entry {
+        /// Key in the secret; empty: the default entry.
+        key: String,
+        /// Relative to the bucket.
+        path: String,
+        /// Override the entry's.
+        parameters: BTreeMap<String, String>,
+        /// Relative to the bucket; empty for none.
+        schema_path: String,
+    },
+}
+
+/// A container; the main one is named `kserve-container` whatever the manifest calls it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Container {
     /// Image reference; may be empty where `command` is given (the process runtime needs no image).
     pub image: String,
@@ -135,18 +239,45 @@ pub struct Container {
     pub h2c: bool,
     /// When the replica counts as ready.
     pub readiness: Probe,
+    /// When a replica that was ready is started again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub liveness: Option<Probe>,
+    /// What must pass once before the other probes are asked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub startup: Option<Probe>,
+    /// Where the template's volumes are seen, checked.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub volume_mounts: Vec<VolumeMount>,
 }
 
 /// One environment variable.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EnvVar {
-    /// Not empty, no `=`.
+    /// No `=`; not empty, except as the prefix of all keys of a source.
     pub name: String,
     /// May be empty.
     pub value: String,
+    /// Where the value is taken from when a replica is assigned; `value` is empty then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from: Option<EnvSource>,
 }
 
-/// A readiness probe.
+/// A key of a `Secret` or `ConfigMap` in the service's namespace.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EnvSource {
+    /// Which kind.
+    pub kind: AuxiliaryKind,
+    /// Object name.
+    pub name: String,
+    /// Key in its data. Empty: every key that can be a variable's name, with `EnvVar::name` before it.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub key: String,
+    /// True: where the object or key is missing the variable is left out; else the replica fails.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub optional: bool,
+}
+
+/// A probe.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Probe {
     /// What is asked.

@@ -166,9 +166,11 @@ pub fn to_object(service: &InferenceService, view: &StatusView) -> Value {
             metadata[key] = json!(map);
         }
     }
+    // A Knative `Service` is shown as it was applied, so that it can be applied again.
+    let given = |key: &str, default: &str| service.manifest.get(key).cloned().unwrap_or_else(|| json!(default));
     json!({
-        "apiVersion": API_VERSION,
-        "kind": "InferenceService",
+        "apiVersion": given("apiVersion", API_VERSION),
+        "kind": given("kind", "InferenceService"),
         "metadata": metadata,
         "spec": service.manifest.get("spec").cloned().unwrap_or(Value::Null),
         "status": status(view),

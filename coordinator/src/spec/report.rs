@@ -38,8 +38,45 @@ impl Report {
         self.lenient(field, &format!("not honoured by this version: {consequence}"));
     }
 
+    /// A field that is kept for the docker runtime, which this version does not have; `consequence` says
+    /// what the process runtime does without it.
+    pub(super) fn deferred(&mut self, field: impl Into<String>, consequence: &str) {
+        self.lenient(field, &format!("takes effect only with the docker runtime, not with processes: {consequence}"));
+    }
+
     pub(super) fn add(&mut self, findings: Vec<Finding>) {
         self.findings.extend(findings);
+    }
+
+    /// Adds what is wrong in something that was made from the document, and has not been said yet;
+    /// `place` gives the document's own path for the made one's.
+    pub(super) fn add_errors(&mut self, made: Self, place: impl Fn(&str) -> String) {
+        for mut finding in made.findings.into_iter().filter(Finding::is_error) {
+            finding.field = place(&finding.field);
+            if !self.findings.iter().any(|said| said.field == finding.field && said.is_error()) {
+                self.findings.push(finding);
+            }
+        }
+    }
+
+    /// How much has been said so far, for [`Report::relocate`].
+    pub(super) fn mark(&self) -> usize {
+        self.findings.len()
+    }
+
+    /// Takes the values out of what was said since `mark`.
+    pub(super) fn conceal(&mut self, mark: usize) {
+        for finding in &mut self.findings[mark..] {
+            finding.value.clear();
+            finding.message = "is not of the right type; its value is not shown".to_owned();
+        }
+    }
+
+    /// Changes the paths of what was said since `mark`.
+    pub(super) fn relocate(&mut self, mark: usize, place: impl Fn(&str) -> String) {
+        for finding in &mut self.findings[mark..] {
+            finding.field = place(&finding.field);
+        }
     }
 
     pub(super) fn has_errors(&self) -> bool {
@@ -65,6 +102,16 @@ pub(super) fn show(value: &Value) -> String {
         Value::String(text) => text.clone(),
         other => other.to_string(),
     }
+}
+
+/// `path` with the first of `prefixes` that it has put in place of another.
+pub(super) fn replace_prefix(path: &str, prefixes: &[(&str, &str)]) -> String {
+    let fits = |rest: &str| rest.is_empty() || rest.starts_with(['.', '[']);
+    let replaced = prefixes.iter().find_map(|(from, to)| {
+        let rest = path.strip_prefix(from).filter(|rest| fits(rest))?;
+        Some(format!("{to}{rest}"))
+    });
+    replaced.unwrap_or_else(|| path.to_owned())
 }
 
 fn shorten(text: &str) -> String {

@@ -26,10 +26,20 @@ const GPU_LIMIT: u64 = 1024;
 
 type Amounts = BTreeMap<String, Quantity>;
 
-/// Reads the resources of the container at `at`; missing keys get KServe's defaults.
+/// What a container gets where it does not say.
+#[derive(Clone, Copy)]
+pub(super) enum Defaults {
+    /// KServe's, for main containers.
+    KServe,
+    /// Nothing is requested, and there is no limit (0), as in Kubernetes.
+    None,
+}
+
+/// Reads the resources of the container at `at`; missing keys get the defaults.
 pub(super) fn read(
     given: Option<&ResourceRequirements>,
     gpu_memory_bytes: Option<u64>,
+    defaults: Defaults,
     at: &str,
     report: &mut Report,
 ) -> Resources {
@@ -41,8 +51,12 @@ pub(super) fn read(
         report.error(join(&at, "claims"), "", "resource claims are not supported; use nvidia.com/gpu in limits");
     }
     let mut amounts = Reader { requests, limits, at: &at, report };
-    let (cpu_millis, cpu_limit_millis) = amounts.pair("cpu", DEFAULT_CPU_MILLIS, quantity::millis);
-    let (memory_bytes, memory_limit_bytes) = amounts.pair("memory", DEFAULT_MEMORY_BYTES, quantity::units);
+    let (default_cpu, default_memory) = match defaults {
+        Defaults::KServe => (DEFAULT_CPU_MILLIS, DEFAULT_MEMORY_BYTES),
+        Defaults::None => (0, 0),
+    };
+    let (cpu_millis, cpu_limit_millis) = amounts.pair("cpu", default_cpu, quantity::millis);
+    let (memory_bytes, memory_limit_bytes) = amounts.pair("memory", default_memory, quantity::units);
     let mut gpus = amounts.gpus();
     let mig = amounts.mig();
     amounts.check_others();
@@ -218,7 +232,7 @@ mod tests {
         let limits = amounts.iter().map(|(key, amount)| ((*key).to_owned(), Quantity((*amount).to_owned()))).collect();
         let given = ResourceRequirements { limits: Some(limits), ..Default::default() };
         let mut report = Report::new(false);
-        let resources = read(Some(&given), gpu_memory, "c", &mut report);
+        let resources = read(Some(&given), gpu_memory, Defaults::KServe, "c", &mut report);
         (resources, report.into_findings().iter().map(ToString::to_string).collect())
     }
 

@@ -27,6 +27,7 @@ impl Cell {
             scaling: Defaults::default(),
             node_lease: Duration::from_secs(20),
             placement_policy: PlacementPolicy::BinPack,
+            values: Default::default(),
         };
         let mut world = World::new(settings);
         for (name, gpus) in ["a", "b", "c", "d"].into_iter().zip(gpus) {
@@ -48,7 +49,12 @@ impl Cell {
              annotations: {{pilotlight.dev/priority: \"{priority}\"}}\nspec: {{predictor: {{containers: [{{name: c, \
              image: i, resources: {{limits: {{nvidia.com/gpu: 1}}}}}}]}}}}\n"
         );
-        let options = ParseOptions { default_namespace: "", strict: false, validate_scaling: &|_, _| Vec::new() };
+        let options = ParseOptions {
+            default_namespace: "",
+            strict: false,
+            validate_scaling: &|_, _| Vec::new(),
+            runtimes: &spec::Runtimes::built_in(),
+        };
         let document = spec::parse(&manifest, options).swap_remove(0);
         let Some(Resource::InferenceService(service)) = document.object else { panic!("{:?}", document.findings) };
         let record = RevisionRecord {

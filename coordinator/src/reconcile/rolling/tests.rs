@@ -32,7 +32,12 @@ fn world(gpus: u32, min: u32, annotations: &str) -> World {
          spec: {{predictor: {{minReplicas: {min}, containers: [{{name: kserve-container, command: [x], \
          resources: {{limits: {{nvidia.com/gpu: 1}}}}}}]}}}}"
     );
-    let options = ParseOptions { default_namespace: "default", strict: true, validate_scaling: &|_, _| Vec::new() };
+    let options = ParseOptions {
+        default_namespace: "default",
+        strict: true,
+        validate_scaling: &|_, _| Vec::new(),
+        runtimes: &spec::Runtimes::built_in(),
+    };
     let document = spec::parse(&manifest, options).swap_remove(0);
     let Some(Resource::InferenceService(service)) = document.object else { panic!("{:?}", document.findings) };
     let mut world = World::new(Settings {
@@ -42,8 +47,10 @@ fn world(gpus: u32, min: u32, annotations: &str) -> World {
         queue_limit: 10,
         scaling: Defaults::default(),
         node_lease: Duration::from_secs(1_000_000),
+        placement_policy: spec::PlacementPolicy::BinPack,
+        values: Default::default(),
     });
-    let record = NodeRecord { name: "node".into(), joined_at: at(0) };
+    let record = NodeRecord { name: "node".into(), joined_at: at(0), availability: Default::default() };
     let gpus = (0..gpus).map(|index| fleet::Gpu { index, product: "A40".into(), ..Default::default() }).collect();
     let node = NodeState {
         session: Some(SessionHandle::to_nobody("node")),
@@ -99,6 +106,7 @@ fn place(world: &mut World, number: u32, gpu: u32) -> String {
         revision: key(number),
         node: "node".into(),
         gpu_indices: vec![gpu],
+        mig_devices: Vec::new(),
         gpu_class: "A40".into(),
         created_at: at(i64::from(gpu)),
         draining: false,
