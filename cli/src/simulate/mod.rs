@@ -12,16 +12,17 @@ use std::{
 
 use anyhow::{Context as _, anyhow, bail};
 use pilotlight_coordinator::{
-    autoscaler::{Defaults, ScalerConfig},
+    autoscaler::Defaults,
+    manifest::{self, Reading},
     simulate::{
         self, ModelProfile, Outcome, Scenario, Trace, VirtualNode,
         pattern::{Pattern, Shape},
         replay, trace,
     },
-    spec::{self, InferenceService, ParseOptions, Resource},
+    spec::{InferenceService, Resource, Runtimes},
 };
 
-use crate::{failure::Failure, output::Format, scaling::ScalingArgs};
+use crate::{failure::Failure, manifests::Files, output::Format, scaling::ScalingArgs};
 
 /// What to simulate.
 #[derive(Debug, clap::Args)]
@@ -161,8 +162,8 @@ fn outcome(scenario: &Scenario) -> anyhow::Result<Outcome> {
 }
 
 fn text(path: &Path) -> anyhow::Result<String> {
-    let (_, text) = crate::apply::read(&[path.to_owned()])?.remove(0);
-    Ok(text)
+    let files = Files { paths: vec![path.to_owned()], recursive: false };
+    Ok(files.read()?.remove(0).text)
 }
 
 fn requests(args: &Args) -> anyhow::Result<Trace> {
@@ -203,20 +204,18 @@ fn profile(args: &ModelArgs) -> anyhow::Result<ModelProfile> {
 /// The manifest's services; what is wrong with it is said by field.
 fn services(path: &Path, scaling: &Defaults) -> Result<Vec<InferenceService>, Failure> {
     let manifest = text(path)?;
-    let scaling = scaling.clone();
-    let validate = move |annotations: &_, fields: &_| match ScalerConfig::resolve(&scaling, annotations, fields) {
-        Ok((_, warnings)) => warnings,
-        Err(findings) => findings,
-    };
-    let options = ParseOptions { default_namespace: "", strict: false, validate_scaling: &validate };
+    let runtimes = Runtimes::built_in();
+    let reading = Reading { namespace: "", strict: false, scaling, runtimes: &runtimes };
     let (mut services, mut refused) = (Vec::new(), false);
-    for document in spec::parse(&manifest, options) {
+    for document in manifest::read(&manifest, reading) {
         for finding in &document.findings {
             let level = if finding.is_error() { "error" } else { "warning" };
             writeln!(stderr(), "{}: {level}: {finding}", path.display())?;
         }
         match document.object {
             Some(Resource::InferenceService(service)) => services.push(*service),
+            // Runtimes count where a service uses them; the rest has no replicas.
+            Some(Resource::ServingRuntime(_) | Resource::Auxiliary(_)) => {}
             None => refused = true,
         }
     }

@@ -19,7 +19,12 @@ fn service(annotations: &[(&str, &str)], gpus: u32) -> InferenceService {
          a: b\n{annotations}spec:\n  predictor:\n    minReplicas: 0\n    containerConcurrency: 10\n    containers:\n    \
          - {{name: kserve-container, image: x, command: [x], resources: {{limits: {{nvidia.com/gpu: {gpus}}}}}}}\n"
     );
-    let options = ParseOptions { default_namespace: "", strict: false, validate_scaling: &|_, _| Vec::new() };
+    let options = ParseOptions {
+        default_namespace: "",
+        strict: false,
+        validate_scaling: &|_, _| Vec::new(),
+        runtimes: &spec::Runtimes::default(),
+    };
     let document = spec::parse(&manifest, options).remove(0);
     match document.object {
         Some(Resource::InferenceService(service)) => *service,
