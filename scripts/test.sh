@@ -38,4 +38,5 @@ fi
 say "Building"
 cargo build --workspace --all-targets
 say "Testing"
-cargo test --workspace --no-fail-fast
+# The stories run the binary that was just built, rather than each building it once more.
+PILOTLIGHT_TEST_BINARY="$(realpath "${CARGO_TARGET_DIR:-target}")/debug/pilotlight" cargo test --workspace --no-fail-fast

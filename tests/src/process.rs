@@ -13,13 +13,17 @@ use nix::{
     unistd::Pid,
 };
 
-/// The `pilotlight` binary, built once per test binary.
+/// The `pilotlight` binary, built once per test binary; or the one that `PILOTLIGHT_TEST_BINARY` names, so
+/// that a script that has just built it need not build it again with other features.
 ///
 /// # Panics
 /// It cannot be built.
 pub fn pilotlight() -> &'static Path {
     static BINARY: OnceLock<PathBuf> = OnceLock::new();
     BINARY.get_or_init(|| {
+        if let Some(given) = std::env::var_os("PILOTLIGHT_TEST_BINARY") {
+            return PathBuf::from(given);
+        }
         let status = Command::new(env!("CARGO"))
             .args(["build", "--quiet", "--package", "pilotlight", "--bin", "pilotlight"])
             .current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))

@@ -61,7 +61,7 @@ async fn a_secret_reaches_its_replica_and_is_shown_to_nobody() {
     let shown = [
         dev.operator.must(&["get", "secrets", "-o", "yaml"]),
         dev.operator.must(&["get", "isvc", "talker", "-o", "yaml"]),
-        dev.operator.must(&["describe", "talker"]),
+        dev.operator.must(&["describe", "isvc", "talker"]),
     ];
     for text in shown {
         assert!(text.contains("token") || text.contains("TOKEN") || text.contains("talker"), "{text}");
@@ -142,11 +142,11 @@ async fn foreign_kinds_keep_only_themselves_out_unless_strict() {
     assert_eq!(dev.operator.json(&["get"])["items"].as_array().unwrap().len(), 0);
     let lenient = dev.operator.apply(&file, &[]);
     assert_eq!(lenient.code, 1, "one document is refused");
+    assert!(lenient.err.contains("Job is not a kind this fleet serves"), "{}", lenient.err);
+    assert_eq!(dev.operator.json(&["get"])["items"].as_array().unwrap().len(), 1);
     let both = dev.operator.apply(&format!("{SERVICE}---\n{SECRET}"), &[]);
     assert_eq!(both.code, 0, "{}", both.err);
     assert!(!both.err.contains("is not there"), "the secret stands in the same file: {}", both.err);
-    assert!(lenient.err.contains("Job is not a kind this fleet serves"), "{}", lenient.err);
-    assert_eq!(dev.operator.json(&["get"])["items"].as_array().unwrap().len(), 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]
