@@ -30,11 +30,11 @@ fn verdict(document: &Document) -> &'static str {
 
 /// The last service as it would be stored, whatever was said of it.
 fn service(documents: &[Document]) -> Value {
-    let services = documents.iter().filter_map(|document| match &document.object {
+    let mut services = documents.iter().filter_map(|document| match &document.object {
         Some(Resource::InferenceService(service)) => Some(serde_json::to_value(service).unwrap()),
         _ => None,
     });
-    services.last().unwrap_or_default()
+    services.next_back().unwrap_or_default()
 }
 
 /// What is wrong with one manifest's outcome.

@@ -39,7 +39,7 @@ const SLOT_LEAST: f64 = 0.05;
 /// Slots whose peaks are remembered: an hour.
 const PEAKS: usize = 12;
 /// Slots needed before they say anything.
-const PEAKS_LEAST: usize = 4;
+const PEAKS_LEAST: usize = 3;
 /// Part of the slots whose peak is met.
 const PEAKS_MET: f64 = 0.75;
 

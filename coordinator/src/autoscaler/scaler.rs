@@ -331,7 +331,7 @@ impl Scaler {
 
     /// Decides.
     pub fn decide(&mut self, now: Time, seen: &Observation) -> Decision {
-        let load = self.load(now, seen.load_time);
+        let load = self.load(now, seen);
         let input = Input { ready: seen.ready, starting: seen.starting, load, reachable: seen.reachable };
         let wish = kpa::decide(&self.config, &mut self.state, now, &input);
         let mut reasons = self.reasons(wish);
@@ -357,17 +357,18 @@ impl Scaler {
     }
 
     /// The load over the stable and the panic window; `None` where nobody has reported lately.
-    fn load(&mut self, now: Time, load_time: Duration) -> Option<(f64, f64)> {
+    fn load(&mut self, now: Time, seen: &Observation) -> Option<(f64, f64)> {
         if self.stable.is_empty(now) {
             return None;
         }
         let aggregation = self.config.aggregation;
         let load = (self.stable.average(now, aggregation), self.panic.average(now, aggregation));
         let bounded = match &mut self.offered {
-            Some(offered) => offered.bound(&self.config, now, load, load_time),
+            Some(offered) => offered.bound(&self.config, now, load, seen.load_time),
             None => load,
         };
-        if let Some(history) = &mut self.history {
+        // While nothing is ready the queue says how long the wait was, not how large the load is.
+        if let Some(history) = self.history.as_mut().filter(|_| seen.ready.unwrap_or(0) > 0) {
             history.observe(now, bounded.1);
         }
         // Knative's class sees the load as it is.
