@@ -13,13 +13,16 @@ const UNCOVERED: f64 = 0.0001;
 /// Smallest weight of the newest bucket with exponential weights.
 const NEWEST_LEAST: f64 = 0.2;
 
-/// Sums of one-second buckets over a window. Recording is O(1), averaging O(window).
+/// Sums of one-second buckets over a window. Recording and the linear average are O(1), the weighted one
+/// is O(window).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Window {
     /// Sum of bucket `i` at `i % len`.
     buckets: Vec<f64>,
     /// First and last bucket ever written since the last clearing.
     written: Option<(i64, i64)>,
+    /// Of all buckets. Summed anew once per turn, so that rounding errors do not add up.
+    sum: f64,
 }
 
 fn bucket(now: Time) -> i64 {
@@ -29,7 +32,7 @@ fn bucket(now: Time) -> i64 {
 impl Window {
     /// A window of `ceil(length / 1 s)` buckets, at least one.
     pub fn new(length: Duration) -> Self {
-        Self { buckets: vec![0.0; buckets_of(length)], written: None }
+        Self { buckets: vec![0.0; buckets_of(length)], written: None, sum: 0.0 }
     }
 
     fn len(&self) -> i64 {
@@ -56,19 +59,30 @@ impl Window {
                 }
                 self.written = Some((first.min(bucket), last));
                 *self.at(bucket) += value;
+                self.sum += value;
             }
             Some((first, last)) if bucket - last < self.len() => {
-                for skipped in last + 1..bucket {
-                    *self.at(skipped) = 0.0;
+                for next in last + 1..=bucket {
+                    self.turn_to(next);
                 }
                 *self.at(bucket) = value;
+                self.sum += value;
                 self.written = Some((first, bucket));
             }
             _ => {
                 self.buckets.fill(0.0);
                 *self.at(bucket) = value;
+                self.sum = value;
                 self.written = Some((bucket, bucket));
             }
+        }
+    }
+
+    /// Empties the place of a new bucket.
+    fn turn_to(&mut self, bucket: i64) {
+        self.sum -= std::mem::take(self.at(bucket));
+        if bucket.rem_euclid(self.len()) == 0 {
+            self.sum = self.buckets.iter().sum();
         }
     }
 
@@ -93,7 +107,9 @@ impl Window {
         match aggregation {
             Aggregation::Linear => {
                 let valid = kept.min(last - first + 1);
-                let sum: f64 = (0..valid).map(|age| self.value(last - age)).sum();
+                // Places of the ring that have aged out since the last write.
+                let aged: f64 = (kept..self.len()).map(|age| self.value(last - age)).sum();
+                let sum = self.sum - aged;
                 (sum / valid as f64 * 1e6).round() / 1e6
             }
             Aggregation::WeightedExponential => {
@@ -110,13 +126,14 @@ impl Window {
         if count == self.buckets.len() {
             return;
         }
-        let mut resized = Self { buckets: vec![0.0; count], written: None };
+        let mut resized = Self { buckets: vec![0.0; count], written: None, sum: 0.0 };
         if let Some((first, last)) = self.written {
             let kept = self.len().min(count as i64);
             for bucket in last - kept + 1..=last {
                 *resized.at(bucket) = self.value(bucket);
             }
             resized.written = Some((first.max(last - kept + 1), last));
+            resized.sum = resized.buckets.iter().sum();
         }
         *self = resized;
     }
