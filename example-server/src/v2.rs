@@ -14,9 +14,11 @@ use ndarray::Array2;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::{FEATURES, Prediction, Server, error::Refusal};
-
-const CLASSES: usize = 3;
+use crate::{
+    Prediction, Server,
+    error::Refusal,
+    tensor::{self, Content, Datatype, Form, INPUT, OUTPUTS},
+};
 
 pub(crate) fn routes() -> Router<Arc<Server>> {
     Router::new()
@@ -56,12 +58,8 @@ async fn metadata(State(server): State<Arc<Server>>, Path(name): Path<String>) -
         "name": name,
         "versions": [],
         "platform": "linfa",
-        "inputs": [{ "name": "input-0", "datatype": "FP64", "shape": [-1, FEATURES.len()] }],
-        "outputs": [
-            { "name": "output-0", "datatype": "INT64", "shape": [-1] },
-            { "name": "predict", "datatype": "INT64", "shape": [-1, 1] },
-            { "name": "predict_proba", "datatype": "FP64", "shape": [-1, CLASSES] },
-        ],
+        "inputs": [INPUT],
+        "outputs": OUTPUTS,
     })))
 }
 
@@ -82,7 +80,7 @@ struct InferRequest {
 #[derive(Debug, Deserialize)]
 struct InputTensor {
     name: String,
-    shape: Vec<usize>,
+    shape: Vec<i64>,
     datatype: String,
     data: Value,
 }
@@ -94,8 +92,8 @@ struct WantedOutput {
 
 #[derive(Debug, Serialize)]
 struct OutputTensor {
-    name: String,
-    shape: Vec<usize>,
+    name: &'static str,
+    shape: Vec<i64>,
     datatype: &'static str,
     data: Value,
 }
@@ -116,15 +114,10 @@ async fn inference(server: &Server, name: &str, body: &[u8]) -> Result<Json<Valu
         return Err(Refusal::field("inputs", format!("expected one tensor, got {}", request.inputs.len())));
     };
     let flowers = flowers(input)?;
-    // KServe's sklearn server calls its output `output-0`, MLServer calls it `predict`.
-    let wanted: Vec<&str> = match request.outputs.as_slice() {
-        [] => vec!["output-0"],
-        outputs => outputs.iter().map(|output| output.name.as_str()).collect(),
-    };
+    let wanted = tensor::wanted(request.outputs.iter().map(|output| output.name.as_str()))?;
     tokio::time::sleep(server.request_time).await;
     let prediction = classifier.predict(&flowers);
-    let outputs = wanted.iter().enumerate().map(|(index, name)| output(index, name, &prediction));
-    let outputs = outputs.collect::<Result<Vec<_>, _>>()?;
+    let outputs: Vec<_> = wanted.into_iter().map(|form| output(form, &prediction)).collect();
     let mut answer = json!({ "model_name": name, "outputs": outputs });
     if let Some(id) = request.id {
         answer["id"] = Value::String(id);
@@ -132,48 +125,21 @@ async fn inference(server: &Server, name: &str, body: &[u8]) -> Result<Json<Valu
     Ok(Json(answer))
 }
 
-fn output(index: usize, name: &str, prediction: &Prediction) -> Result<OutputTensor, Refusal> {
-    let rows = prediction.classes.len();
-    let (shape, datatype, data) = match name {
-        "output-0" => (vec![rows], "INT64", json!(prediction.classes)),
-        "predict" => (vec![rows, 1], "INT64", json!(prediction.classes)),
-        "predict_proba" => (vec![rows, CLASSES], "FP64", json!(prediction.probabilities)),
-        _ => {
-            let message = format!("expected output-0, predict or predict_proba, got {name:?}");
-            return Err(Refusal::field(format!("outputs[{index}].name"), message));
-        }
+fn output(form: &Form, prediction: &Prediction) -> OutputTensor {
+    let data = match form.content {
+        Content::Probabilities => json!(prediction.probabilities),
+        _ => json!(prediction.classes),
     };
-    Ok(OutputTensor { name: name.to_owned(), shape, datatype, data })
+    OutputTensor { name: form.name, shape: form.shape_for(prediction.classes.len()), datatype: form.datatype, data }
 }
 
 /// Checks the tensor's shape and type against its data and this model.
 fn flowers(input: &InputTensor) -> Result<Array2<f64>, Refusal> {
-    let at = |part: &str| format!("inputs[0].{part}");
-    let [rows, columns] = *input.shape.as_slice() else {
-        return Err(Refusal::field(at("shape"), format!("expected [n, 4], got {:?}", input.shape)));
-    };
-    if columns != FEATURES.len() || rows == 0 {
-        return Err(Refusal::field(
-            at("shape"),
-            format!("expected [n, 4] with n of 1 or more, got [{rows}, {columns}]"),
-        ));
-    }
-    let integers = match input.datatype.as_str() {
-        "FP32" | "FP64" => false,
-        "INT64" => true,
-        other => {
-            let message = format!("expected FP32, FP64 or INT64, got {other:?} (tensor {:?})", input.name);
-            return Err(Refusal::field(at("datatype"), message));
-        }
-    };
+    let rows = tensor::rows(&input.shape)?;
+    let integers = Datatype::parse(&input.datatype, &input.name)? == Datatype::Int64;
     let mut values = Vec::new();
-    flatten(&input.data, integers, &at("data"), &mut values)?;
-    let got = values.len();
-    // The product cannot be trusted to fit: the shape comes from the client.
-    if rows.checked_mul(columns) != Some(got) {
-        return Err(Refusal::field(at("data"), format!("shape [{rows}, {columns}] does not fit {got} values")));
-    }
-    Array2::from_shape_vec((rows, columns), values).map_err(|error| Refusal::field(at("data"), error.to_string()))
+    flatten(&input.data, integers, "inputs[0].data", &mut values)?;
+    tensor::flowers(rows, values)
 }
 
 /// The protocol allows flat and nested lists, both row by row.
