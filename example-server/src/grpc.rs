@@ -164,7 +164,7 @@ fn flowers(request: &ModelInferRequest) -> Result<Array2<f64>, Refusal> {
     let datatype = Datatype::parse(&input.datatype, &input.name)?;
     let values = match request.raw_input_contents.as_slice() {
         [] => typed_values(input, datatype)?,
-        [raw] if input.contents.is_none() => raw_values(raw, datatype)?,
+        [raw] if input.contents.is_none() => tensor::raw_values(raw, datatype, "raw_input_contents[0]")?,
         [_] => {
             let message = "expected contents or raw_input_contents, got both";
             return Err(Refusal::field("inputs[0].contents", message));
@@ -186,23 +186,6 @@ fn typed_values(input: &InferInputTensor, datatype: Datatype) -> Result<Vec<f64>
         Datatype::Fp64 => contents.fp64_contents.clone(),
         Datatype::Int64 => contents.int64_contents.iter().map(|value| *value as f64).collect(),
     })
-}
-
-fn raw_values(raw: &[u8], datatype: Datatype) -> Result<Vec<f64>, Refusal> {
-    match datatype {
-        Datatype::Fp32 => numbers(raw, |bytes| f32::from_le_bytes(bytes).into()),
-        Datatype::Fp64 => numbers(raw, f64::from_le_bytes),
-        Datatype::Int64 => numbers(raw, |bytes| i64::from_le_bytes(bytes) as f64),
-    }
-}
-
-fn numbers<const N: usize>(raw: &[u8], number: impl Fn([u8; N]) -> f64) -> Result<Vec<f64>, Refusal> {
-    let (values, rest) = raw.as_chunks::<N>();
-    if !rest.is_empty() {
-        let message = format!("expected values of {N} bytes, got {} bytes", raw.len());
-        return Err(Refusal::field("raw_input_contents[0]", message));
-    }
-    Ok(values.iter().copied().map(number).collect())
 }
 
 fn output(form: &Form, prediction: &Prediction, with_contents: bool) -> InferOutputTensor {

@@ -107,3 +107,20 @@ pub(crate) fn flowers(rows: usize, values: Vec<f64>) -> Result<Array2<f64>, Refu
     }
     Array2::from_shape_vec((rows, columns), values).map_err(|error| refused(error.to_string()))
 }
+
+/// Values given as bytes: little-endian, row by row.
+pub(crate) fn raw_values(raw: &[u8], datatype: Datatype, field: &str) -> Result<Vec<f64>, Refusal> {
+    match datatype {
+        Datatype::Fp32 => numbers(raw, field, |bytes| f32::from_le_bytes(bytes).into()),
+        Datatype::Fp64 => numbers(raw, field, f64::from_le_bytes),
+        Datatype::Int64 => numbers(raw, field, |bytes| i64::from_le_bytes(bytes) as f64),
+    }
+}
+
+fn numbers<const N: usize>(raw: &[u8], field: &str, number: impl Fn([u8; N]) -> f64) -> Result<Vec<f64>, Refusal> {
+    let (values, rest) = raw.as_chunks::<N>();
+    if !rest.is_empty() {
+        return Err(Refusal::field(field, format!("expected values of {N} bytes, got {} bytes", raw.len())));
+    }
+    Ok(values.iter().copied().map(number).collect())
+}

@@ -6,7 +6,7 @@ use axum::{
     Json, Router,
     body::Bytes,
     extract::{Path, State},
-    http::StatusCode,
+    http::{HeaderMap, StatusCode},
     response::{IntoResponse as _, Response},
     routing::{get, post},
 };
@@ -19,6 +19,9 @@ use crate::{
     error::Refusal,
     tensor::{self, Content, Datatype, Form, INPUT, OUTPUTS},
 };
+
+/// Length of a body's JSON part, where tensors in binary follow it.
+const JSON_LENGTH: &str = "inference-header-content-length";
 
 pub(crate) fn routes() -> Router<Arc<Server>> {
     Router::new()
@@ -82,7 +85,15 @@ struct InputTensor {
     name: String,
     shape: Vec<i64>,
     datatype: String,
-    data: Value,
+    /// Absent where the values follow the JSON part.
+    data: Option<Value>,
+    #[serde(default)]
+    parameters: TensorParameters,
+}
+
+#[derive(Debug, Default, Deserialize)]
+struct TensorParameters {
+    binary_data_size: Option<usize>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -98,22 +109,28 @@ struct OutputTensor {
     data: Value,
 }
 
-async fn infer(State(server): State<Arc<Server>>, Path(name): Path<String>, body: Bytes) -> Response {
+async fn infer(
+    State(server): State<Arc<Server>>,
+    Path(name): Path<String>,
+    headers: HeaderMap,
+    body: Bytes,
+) -> Response {
     let in_flight = server.begin();
-    let answer = inference(&server, &name, &body).await.into_response();
+    let answer = inference(&server, &name, &headers, &body).await.into_response();
     in_flight.answered();
     answer
 }
 
-async fn inference(server: &Server, name: &str, body: &[u8]) -> Result<Json<Value>, Refusal> {
+async fn inference(server: &Server, name: &str, headers: &HeaderMap, body: &[u8]) -> Result<Json<Value>, Refusal> {
     server.check_name(name)?;
     let classifier = server.classifier()?;
+    let (json, binary) = parts(headers, body)?;
     let request: InferRequest =
-        serde_json::from_slice(body).map_err(|error| Refusal::field("body", error.to_string()))?;
+        serde_json::from_slice(json).map_err(|error| Refusal::field("body", error.to_string()))?;
     let [input] = request.inputs.as_slice() else {
         return Err(Refusal::field("inputs", format!("expected one tensor, got {}", request.inputs.len())));
     };
-    let flowers = flowers(input)?;
+    let flowers = flowers(input, binary)?;
     let wanted = tensor::wanted(request.outputs.iter().map(|output| output.name.as_str()))?;
     tokio::time::sleep(server.request_time).await;
     let prediction = classifier.predict(&flowers);
@@ -133,12 +150,33 @@ fn output(form: &Form, prediction: &Prediction) -> OutputTensor {
     OutputTensor { name: form.name, shape: form.shape_for(prediction.classes.len()), datatype: form.datatype, data }
 }
 
+/// The JSON part of a body, and the tensors in binary that follow it.
+fn parts<'a>(headers: &HeaderMap, body: &'a [u8]) -> Result<(&'a [u8], &'a [u8]), Refusal> {
+    let Some(length) = headers.get(JSON_LENGTH) else { return Ok((body, &[])) };
+    let length = length.to_str().ok().and_then(|length| length.parse().ok());
+    length.and_then(|length| body.split_at_checked(length)).ok_or_else(|| {
+        let message = format!("{JSON_LENGTH}: expected a number of bytes, {} at most", body.len());
+        Refusal::field("body", message)
+    })
+}
+
 /// Checks the tensor's shape and type against its data and this model.
-fn flowers(input: &InputTensor) -> Result<Array2<f64>, Refusal> {
+fn flowers(input: &InputTensor, binary: &[u8]) -> Result<Array2<f64>, Refusal> {
     let rows = tensor::rows(&input.shape)?;
-    let integers = Datatype::parse(&input.datatype, &input.name)? == Datatype::Int64;
-    let mut values = Vec::new();
-    flatten(&input.data, integers, "inputs[0].data", &mut values)?;
+    let datatype = Datatype::parse(&input.datatype, &input.name)?;
+    let values = match (&input.data, input.parameters.binary_data_size) {
+        (Some(data), None) => {
+            let mut values = Vec::new();
+            flatten(data, datatype == Datatype::Int64, "inputs[0].data", &mut values)?;
+            values
+        }
+        (None, Some(size)) if size == binary.len() => tensor::raw_values(binary, datatype, "inputs[0].data")?,
+        (None, Some(size)) => {
+            let message = format!("expected as many bytes as follow the JSON part ({}), got {size}", binary.len());
+            return Err(Refusal::field("inputs[0].parameters.binary_data_size", message));
+        }
+        _ => return Err(Refusal::field("inputs[0].data", "expected either it or parameters.binary_data_size")),
+    };
     tensor::flowers(rows, values)
 }
 
