@@ -35,8 +35,9 @@ fn python() -> PathBuf {
         return python;
     }
     must(Path::new("python3"), &["-m", "venv", "--clear", &environment.display().to_string()]);
-    let install = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--only-binary=:all:"];
-    must(&python, &[&install[..], &["--requirement", &requirements]].concat());
+    // Most of it is never imported, and need not be compiled.
+    let install = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"];
+    must(&python, &[&install[..], &["--only-binary=:all:", "--requirement", &requirements]].concat());
     fs::write(installed, wanted).unwrap();
     python
 }
