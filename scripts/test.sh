@@ -4,6 +4,8 @@
 #   - Rust 1.95 or later, by rustup, where there is no cargo
 #   - etcd (Debian's etcd-server), for the store's contract and the stories with separate processes;
 #     its service is not started, each test starts an etcd of its own on loopback and ends it
+#   - Python 3.11 or later with venv (Debian's python3, python3-venv), where `python3 -m venv` does not work:
+#     one story installs other people's clients from PyPI, into target/clients-venv
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -13,6 +15,8 @@ root() { if [ "$(id -u)" -eq 0 ]; then "$@"; else sudo "$@"; fi; }
 packages=()
 command -v cc >/dev/null || packages+=(build-essential)
 command -v etcd >/dev/null || packages+=(etcd-server)
+# Debian's python3 has venv without what it needs, ensurepip, unless python3-venv is there.
+python3 -c 'import sys, venv, ensurepip; assert sys.version_info >= (3, 11)' 2>/dev/null || packages+=(python3 python3-venv)
 command -v cargo >/dev/null || [ -x "$HOME/.cargo/bin/cargo" ] || packages+=(curl ca-certificates)
 if [ ${#packages[@]} -gt 0 ]; then
     command -v apt-get >/dev/null || { echo "install these first: ${packages[*]}" >&2; exit 1; }

@@ -1,16 +1,20 @@
 //! A real model server for the examples: iris, trained on the spot.
 //!
 //! It needs no download: the classifier is fitted to R. A. Fisher's 150 flowers when the server starts.
-//! It speaks KServe's V1 protocol and the Open Inference Protocol (V2) over REST, and can be told to
-//! load or answer slowly, so that cold starts, queues and streams can be tried on any machine. To try
-//! OpenAI's chat streams it has an echo, and says so.
+//! It speaks KServe's V1 protocol and the Open Inference Protocol (V2) over REST and gRPC, all on one port,
+//! and can be told to load or answer slowly, so that cold starts, queues and streams can be tried on any
+//! machine. To try OpenAI's chat streams it has an echo, and says so.
 
 mod classifier;
 mod error;
+mod grpc;
+#[cfg(test)]
+mod grpc_tests;
 mod openai;
 mod serve;
 mod state;
 mod stream;
+mod tensor;
 #[cfg(test)]
 mod tests;
 mod v1;

@@ -18,7 +18,7 @@ use axum::{
 use tokio::net::TcpListener;
 use tracing::info;
 
-use crate::{Classifier, Server, Stats, error::Refusal, openai, stream, v1, v2};
+use crate::{Classifier, Server, Stats, error::Refusal, grpc, openai, stream, v1, v2};
 
 /// Settings of one server.
 #[derive(Debug, Clone)]
@@ -119,7 +119,7 @@ async fn load(server: &Server, load_time: Duration) -> Result<(), ServerError> {
     Ok(())
 }
 
-/// All paths of `server`.
+/// All paths of `server`, those of gRPC too.
 pub fn router(server: Arc<Server>) -> Router {
     Router::new()
         .route("/", get(|| async { "pilotlight-example-server\n" }))
@@ -128,6 +128,7 @@ pub fn router(server: Arc<Server>) -> Router {
         .merge(v2::routes())
         .merge(stream::routes())
         .merge(openai::routes())
+        .route_service(grpc::PATHS, grpc::service(Arc::clone(&server)))
         .fallback(
             |request: Request| async move { Refusal::not_found(format!("no path {:?} here", request.uri().path())) },
         )

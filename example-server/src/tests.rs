@@ -130,7 +130,7 @@ async fn v2_names_the_field_that_is_wrong() {
         (tensor(json!([0, 4]), "FP32", json!([])), "inputs[0].shape"),
         (tensor(json!([1, 4]), "BYTES", json!([1, 2, 3, 4])), "inputs[0].datatype"),
         (tensor(json!([2, 4]), "FP32", json!([1, 2, 3, 4])), "inputs[0].data"),
-        (tensor(json!([usize::MAX, 4]), "FP32", json!([1, 2, 3, 4])), "inputs[0].data"),
+        (tensor(json!([i64::MAX, 4]), "FP32", json!([1, 2, 3, 4])), "inputs[0].data"),
         (tensor(json!([1, 4]), "INT64", json!([1, 2, 3.5, 4])), "inputs[0].data[2]"),
         (tensor(json!([1, 4]), "FP32", json!([[1, 2, null, 4]])), "inputs[0].data[0][2]"),
         (odd_output, "outputs[0].name"),
@@ -273,6 +273,27 @@ async fn the_echo_streams_a_word_an_interval_and_its_usage_where_asked() {
         assert_eq!(events.len(), if with_usage { 6 } else { 5 }, "{events:?}");
         assert_eq!(events.last().unwrap(), "[DONE]");
         assert_eq!((server.stats().answered, server.stats().in_flight), (1, 0));
+    }
+}
+
+#[tokio::test]
+async fn v2_takes_a_tensor_in_binary_after_the_json_part() {
+    let infer = async |size: usize, length: Option<&str>| {
+        let input =
+            json!({ "name": "x", "shape": [1, 4], "datatype": "FP32", "parameters": { "binary_data_size": size } });
+        let mut body = json!({ "inputs": [input] }).to_string().into_bytes();
+        let length = length.map_or_else(|| body.len().to_string(), str::to_owned);
+        body.extend([6.3f32, 3.3, 6.0, 2.5].iter().flat_map(|value| value.to_le_bytes()));
+        let request = Request::post("/v2/models/iris/infer").header("inference-header-content-length", length);
+        json_of(router(loaded()).oneshot(request.body(Body::from(body)).unwrap()).await.unwrap()).await
+    };
+    let (status, answer) = infer(16, None).await;
+    assert_eq!((status, &answer["outputs"][0]["data"]), (StatusCode::OK, &json!([2])), "{answer}");
+    for (size, length, field) in
+        [(12, None, "inputs[0].parameters.binary_data_size"), (16, Some("9999"), "body"), (16, Some("x"), "body")]
+    {
+        let (status, answer) = infer(size, length).await;
+        assert_eq!((status, &answer["field"]), (StatusCode::BAD_REQUEST, &json!(field)), "{answer}");
     }
 }
 

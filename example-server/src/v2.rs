@@ -6,7 +6,7 @@ use axum::{
     Json, Router,
     body::Bytes,
     extract::{Path, State},
-    http::StatusCode,
+    http::{HeaderMap, StatusCode},
     response::{IntoResponse as _, Response},
     routing::{get, post},
 };
@@ -14,9 +14,14 @@ use ndarray::Array2;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::{FEATURES, Prediction, Server, error::Refusal};
+use crate::{
+    Prediction, Server,
+    error::Refusal,
+    tensor::{self, Content, Datatype, Form, INPUT, OUTPUTS},
+};
 
-const CLASSES: usize = 3;
+/// Length of a body's JSON part, where tensors in binary follow it.
+const JSON_LENGTH: &str = "inference-header-content-length";
 
 pub(crate) fn routes() -> Router<Arc<Server>> {
     Router::new()
@@ -56,12 +61,8 @@ async fn metadata(State(server): State<Arc<Server>>, Path(name): Path<String>) -
         "name": name,
         "versions": [],
         "platform": "linfa",
-        "inputs": [{ "name": "input-0", "datatype": "FP64", "shape": [-1, FEATURES.len()] }],
-        "outputs": [
-            { "name": "output-0", "datatype": "INT64", "shape": [-1] },
-            { "name": "predict", "datatype": "INT64", "shape": [-1, 1] },
-            { "name": "predict_proba", "datatype": "FP64", "shape": [-1, CLASSES] },
-        ],
+        "inputs": [INPUT],
+        "outputs": OUTPUTS,
     })))
 }
 
@@ -82,9 +83,17 @@ struct InferRequest {
 #[derive(Debug, Deserialize)]
 struct InputTensor {
     name: String,
-    shape: Vec<usize>,
+    shape: Vec<i64>,
     datatype: String,
-    data: Value,
+    /// Absent where the values follow the JSON part.
+    data: Option<Value>,
+    #[serde(default)]
+    parameters: TensorParameters,
+}
+
+#[derive(Debug, Default, Deserialize)]
+struct TensorParameters {
+    binary_data_size: Option<usize>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -94,37 +103,38 @@ struct WantedOutput {
 
 #[derive(Debug, Serialize)]
 struct OutputTensor {
-    name: String,
-    shape: Vec<usize>,
+    name: &'static str,
+    shape: Vec<i64>,
     datatype: &'static str,
     data: Value,
 }
 
-async fn infer(State(server): State<Arc<Server>>, Path(name): Path<String>, body: Bytes) -> Response {
+async fn infer(
+    State(server): State<Arc<Server>>,
+    Path(name): Path<String>,
+    headers: HeaderMap,
+    body: Bytes,
+) -> Response {
     let in_flight = server.begin();
-    let answer = inference(&server, &name, &body).await.into_response();
+    let answer = inference(&server, &name, &headers, &body).await.into_response();
     in_flight.answered();
     answer
 }
 
-async fn inference(server: &Server, name: &str, body: &[u8]) -> Result<Json<Value>, Refusal> {
+async fn inference(server: &Server, name: &str, headers: &HeaderMap, body: &[u8]) -> Result<Json<Value>, Refusal> {
     server.check_name(name)?;
     let classifier = server.classifier()?;
+    let (json, binary) = parts(headers, body)?;
     let request: InferRequest =
-        serde_json::from_slice(body).map_err(|error| Refusal::field("body", error.to_string()))?;
+        serde_json::from_slice(json).map_err(|error| Refusal::field("body", error.to_string()))?;
     let [input] = request.inputs.as_slice() else {
         return Err(Refusal::field("inputs", format!("expected one tensor, got {}", request.inputs.len())));
     };
-    let flowers = flowers(input)?;
-    // KServe's sklearn server calls its output `output-0`, MLServer calls it `predict`.
-    let wanted: Vec<&str> = match request.outputs.as_slice() {
-        [] => vec!["output-0"],
-        outputs => outputs.iter().map(|output| output.name.as_str()).collect(),
-    };
+    let flowers = flowers(input, binary)?;
+    let wanted = tensor::wanted(request.outputs.iter().map(|output| output.name.as_str()))?;
     tokio::time::sleep(server.request_time).await;
     let prediction = classifier.predict(&flowers);
-    let outputs = wanted.iter().enumerate().map(|(index, name)| output(index, name, &prediction));
-    let outputs = outputs.collect::<Result<Vec<_>, _>>()?;
+    let outputs: Vec<_> = wanted.into_iter().map(|form| output(form, &prediction)).collect();
     let mut answer = json!({ "model_name": name, "outputs": outputs });
     if let Some(id) = request.id {
         answer["id"] = Value::String(id);
@@ -132,48 +142,42 @@ async fn inference(server: &Server, name: &str, body: &[u8]) -> Result<Json<Valu
     Ok(Json(answer))
 }
 
-fn output(index: usize, name: &str, prediction: &Prediction) -> Result<OutputTensor, Refusal> {
-    let rows = prediction.classes.len();
-    let (shape, datatype, data) = match name {
-        "output-0" => (vec![rows], "INT64", json!(prediction.classes)),
-        "predict" => (vec![rows, 1], "INT64", json!(prediction.classes)),
-        "predict_proba" => (vec![rows, CLASSES], "FP64", json!(prediction.probabilities)),
-        _ => {
-            let message = format!("expected output-0, predict or predict_proba, got {name:?}");
-            return Err(Refusal::field(format!("outputs[{index}].name"), message));
-        }
+fn output(form: &Form, prediction: &Prediction) -> OutputTensor {
+    let data = match form.content {
+        Content::Probabilities => json!(prediction.probabilities),
+        _ => json!(prediction.classes),
     };
-    Ok(OutputTensor { name: name.to_owned(), shape, datatype, data })
+    OutputTensor { name: form.name, shape: form.shape_for(prediction.classes.len()), datatype: form.datatype, data }
+}
+
+/// The JSON part of a body, and the tensors in binary that follow it.
+fn parts<'a>(headers: &HeaderMap, body: &'a [u8]) -> Result<(&'a [u8], &'a [u8]), Refusal> {
+    let Some(length) = headers.get(JSON_LENGTH) else { return Ok((body, &[])) };
+    let length = length.to_str().ok().and_then(|length| length.parse().ok());
+    length.and_then(|length| body.split_at_checked(length)).ok_or_else(|| {
+        let message = format!("{JSON_LENGTH}: expected a number of bytes, {} at most", body.len());
+        Refusal::field("body", message)
+    })
 }
 
 /// Checks the tensor's shape and type against its data and this model.
-fn flowers(input: &InputTensor) -> Result<Array2<f64>, Refusal> {
-    let at = |part: &str| format!("inputs[0].{part}");
-    let [rows, columns] = *input.shape.as_slice() else {
-        return Err(Refusal::field(at("shape"), format!("expected [n, 4], got {:?}", input.shape)));
-    };
-    if columns != FEATURES.len() || rows == 0 {
-        return Err(Refusal::field(
-            at("shape"),
-            format!("expected [n, 4] with n of 1 or more, got [{rows}, {columns}]"),
-        ));
-    }
-    let integers = match input.datatype.as_str() {
-        "FP32" | "FP64" => false,
-        "INT64" => true,
-        other => {
-            let message = format!("expected FP32, FP64 or INT64, got {other:?} (tensor {:?})", input.name);
-            return Err(Refusal::field(at("datatype"), message));
+fn flowers(input: &InputTensor, binary: &[u8]) -> Result<Array2<f64>, Refusal> {
+    let rows = tensor::rows(&input.shape)?;
+    let datatype = Datatype::parse(&input.datatype, &input.name)?;
+    let values = match (&input.data, input.parameters.binary_data_size) {
+        (Some(data), None) => {
+            let mut values = Vec::new();
+            flatten(data, datatype == Datatype::Int64, "inputs[0].data", &mut values)?;
+            values
         }
+        (None, Some(size)) if size == binary.len() => tensor::raw_values(binary, datatype, "inputs[0].data")?,
+        (None, Some(size)) => {
+            let message = format!("expected as many bytes as follow the JSON part ({}), got {size}", binary.len());
+            return Err(Refusal::field("inputs[0].parameters.binary_data_size", message));
+        }
+        _ => return Err(Refusal::field("inputs[0].data", "expected either it or parameters.binary_data_size")),
     };
-    let mut values = Vec::new();
-    flatten(&input.data, integers, &at("data"), &mut values)?;
-    let got = values.len();
-    // The product cannot be trusted to fit: the shape comes from the client.
-    if rows.checked_mul(columns) != Some(got) {
-        return Err(Refusal::field(at("data"), format!("shape [{rows}, {columns}] does not fit {got} values")));
-    }
-    Array2::from_shape_vec((rows, columns), values).map_err(|error| Refusal::field(at("data"), error.to_string()))
+    tensor::flowers(rows, values)
 }
 
 /// The protocol allows flat and nested lists, both row by row.

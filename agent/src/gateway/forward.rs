@@ -116,6 +116,11 @@ impl Forwarder {
         let client = if h2c { &self.h2c } else { &self.http1 };
         strip(request.headers_mut(), h2c);
         readdress(&mut request, "http", authority);
+        if h2c {
+            // HTTP/2 has :authority for it; servers may refuse a Host that differs. X-Forwarded-Host has
+            // what the client asked for.
+            request.headers_mut().remove(header::HOST);
+        }
         *request.version_mut() = if h2c { Version::HTTP_2 } else { Version::HTTP_11 };
         match client.request(request).await {
             Ok(response) => Ok(answer(response)),
@@ -206,7 +211,7 @@ pub fn strip(headers: &mut http::HeaderMap, http2: bool) {
     }
 }
 
-/// Points the request at another server; its Host stays what the client asked for.
+/// Points the request at another server; its Host is what the client asked for.
 fn readdress<B>(request: &mut Request<B>, scheme: &str, authority: &str) {
     if !request.headers().contains_key(header::HOST)
         && let Some(host) = request.uri().authority().and_then(|host| HeaderValue::from_str(host.as_str()).ok())

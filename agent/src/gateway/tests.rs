@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, convert::Infallible, io, net::SocketAddr, sync:
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use http::{Request, Response, StatusCode, header};
+use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, Version, header, request::Parts};
 use http_body::Frame;
 use http_body_util::{BodyExt as _, Full, StreamBody};
 use hyper::{body::Incoming, service::service_fn};
@@ -203,12 +203,12 @@ impl Node {
         node
     }
 
-    fn has(&self, address: SocketAddr) {
+    fn has(&self, address: SocketAddr, h2c: bool) {
         self.path.sidecar().ready(LocalReplica {
             name: "replica".to_owned(),
             revision: KEY.to_owned(),
             address,
-            h2c: false,
+            h2c,
             container_concurrency: 1,
             timeout: 60 * SECOND,
         });
@@ -224,13 +224,13 @@ impl Node {
 }
 
 /// The edge, which has no replica, and the node that has it.
-async fn two_nodes(address: SocketAddr) -> (Node, Node) {
+async fn two_nodes(address: SocketAddr, h2c: bool) -> (Node, Node) {
     let (edge, far) = (Node::start("edge").await, Node::start("far").await);
     let nodes = [("edge", edge.peers.to_string()), ("far", far.peers.to_string())];
     for node in [&edge, &far] {
         node.path.apply_routes(routes("far", 60 * SECOND, &nodes, 1));
     }
-    far.has(address);
+    far.has(address, h2c);
     (edge, far)
 }
 
@@ -308,11 +308,11 @@ async fn an_answer_that_breaks_off_is_cut_and_nothing_is_added() {
         let (address, say) = replica().await;
         let node = Node::start("edge").await;
         node.path.apply_routes(routes("edge", 60 * SECOND, &[], 1));
-        node.has(address);
+        node.has(address, false);
         assert_eq!(broken_off(node.ingress, say, script).await, expected, "no last chunk, no text");
 
         let (address, say) = replica().await;
-        let (edge, _far) = two_nodes(address).await;
+        let (edge, _far) = two_nodes(address, false).await;
         assert_eq!(broken_off(edge.ingress, say, script).await, expected, "through another node");
     }
 }
@@ -322,7 +322,7 @@ async fn over_http2_an_answer_that_breaks_off_is_reset() {
     let (address, say) = replica().await;
     let node = Node::start("edge").await;
     node.path.apply_routes(routes("edge", 60 * SECOND, &[], 1));
-    node.has(address);
+    node.has(address, false);
     let stream = TcpStream::connect(node.ingress).await.unwrap();
     let (mut sender, connection) =
         hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(stream)).await.unwrap();
@@ -339,7 +339,7 @@ async fn over_http2_an_answer_that_breaks_off_is_reset() {
 #[tokio::test]
 async fn tokens_are_counted_where_the_request_runs_and_go_back_to_zero() {
     let (address, say) = replica().await;
-    let (edge, far) = two_nodes(address).await;
+    let (edge, far) = two_nodes(address, false).await;
     let mut client = Client::ask(edge.ingress).await;
     say.send(CHUNKED).unwrap();
     say.send(EVENT).unwrap();
@@ -359,7 +359,7 @@ async fn tokens_are_counted_where_the_request_runs_and_go_back_to_zero() {
 #[tokio::test]
 async fn a_client_that_hangs_up_or_waits_in_vain_leaves_no_tokens() {
     let (address, say) = replica().await;
-    let (edge, far) = two_nodes(address).await;
+    let (edge, far) = two_nodes(address, false).await;
     let mut client = Client::ask(edge.ingress).await;
     say.send(CHUNKED).unwrap();
     say.send(EVENT).unwrap();
@@ -377,7 +377,7 @@ async fn a_client_that_hangs_up_or_waits_in_vain_leaves_no_tokens() {
 #[tokio::test]
 async fn what_nodes_tell_each_other_stays_between_them() {
     let (address, say) = replica().await;
-    let (edge, far) = two_nodes(address).await;
+    let (edge, far) = two_nodes(address, false).await;
     far.path.sidecar().revision(KEY).tokens().learn(64.0);
     let mut client = Client::ask(edge.ingress).await;
     say.send(CHUNKED).unwrap();
@@ -386,4 +386,62 @@ async fn what_nodes_tell_each_other_stays_between_them() {
     assert!(answer.contains(header::CONTENT_TYPE.as_str()) && !answer.contains("pilotlight"), "{answer}");
     let learned = edge.path.sidecar().revision(KEY).tokens().bytes_per_token();
     assert!((learned - 6.4).abs() < 1e-9, "4 + 0.2 · (16 - 4), and there 4 + 0.2 · (64 - 4): {learned}");
+}
+
+// ── HTTP/2 all the way, as gRPC needs it ─────────────────────────────────────────────────────────────────
+
+/// A server of HTTP/2 with prior knowledge. Each answer has a status in its trailers.
+async fn grpc_replica() -> (SocketAddr, mpsc::UnboundedReceiver<Parts>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let (heard, requests) = mpsc::unbounded_channel();
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            let heard = heard.clone();
+            let service = service_fn(move |request: Request<Incoming>| {
+                let heard = heard.clone();
+                async move {
+                    let (head, body) = request.into_parts();
+                    assert_eq!(body.collect().await.unwrap().to_bytes(), "question");
+                    heard.send(head).unwrap();
+                    let mut trailers = HeaderMap::new();
+                    trailers.insert("grpc-status", HeaderValue::from_static("5"));
+                    let frames =
+                        [Ok::<_, Infallible>(Frame::data(Bytes::from("answer"))), Ok(Frame::trailers(trailers))];
+                    Ok::<_, Infallible>(Response::new(StreamBody::new(tokio_stream::iter(frames))))
+                }
+            });
+            let server = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
+            tokio::spawn(server.serve_connection(TokioIo::new(stream), service));
+        }
+    });
+    (address, requests)
+}
+
+#[tokio::test]
+async fn grpc_passes_one_node_and_two() {
+    let (address, mut requests) = grpc_replica().await;
+    let (edge, far) = two_nodes(address, true).await;
+    for ingress in [far.ingress, edge.ingress] {
+        let stream = TcpStream::connect(ingress).await.unwrap();
+        let handshake = hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(stream));
+        let (mut client, connection) = handshake.await.unwrap();
+        tokio::spawn(connection);
+        let request = Request::post(format!("http://{HOST}/inference.GRPCInferenceService/ModelInfer"))
+            .header(header::CONTENT_TYPE, "application/grpc")
+            .header(header::TE, "trailers")
+            .body(Full::from("question"));
+        let answer = client.send_request(request.unwrap()).await.unwrap().into_body().collect().await.unwrap();
+        assert_eq!(answer.trailers().unwrap()["grpc-status"], "5");
+        assert_eq!(answer.to_bytes(), "answer");
+
+        let head = requests.recv().await.unwrap();
+        assert_eq!((head.version, &head.headers[header::TE]), (Version::HTTP_2, &HeaderValue::from_static("trailers")));
+        // A Host beside an :authority that differs would be malformed to some servers.
+        assert_eq!(
+            (head.uri.authority().unwrap().as_str(), head.headers.get(header::HOST)),
+            (&*address.to_string(), None)
+        );
+        assert_eq!(head.headers["x-forwarded-host"], HOST);
+    }
 }
