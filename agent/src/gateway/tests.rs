@@ -430,7 +430,7 @@ async fn grpc_passes_one_node_and_two() {
         let request = Request::post(format!("http://{HOST}/inference.GRPCInferenceService/ModelInfer"))
             .header(header::CONTENT_TYPE, "application/grpc")
             .header(header::TE, "trailers")
-            .body(Full::from("question"));
+            .body(Full::<Bytes>::from("question"));
         let answer = client.send_request(request.unwrap()).await.unwrap().into_body().collect().await.unwrap();
         assert_eq!(answer.trailers().unwrap()["grpc-status"], "5");
         assert_eq!(answer.to_bytes(), "answer");
