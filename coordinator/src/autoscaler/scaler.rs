@@ -149,7 +149,11 @@ pub struct Decision {
 impl Decision {
     /// True where both say the same, wait times aside.
     pub fn same_but_for_time(&self, other: &Self) -> bool {
-        let rules = |decision: &Self| decision.reasons.iter().map(std::mem::discriminant).collect::<Vec<_>>();
+        let rule = |reason: &Reason| {
+            let held = if let Reason::Held(held) = reason { Some(std::mem::discriminant(held)) } else { None };
+            (std::mem::discriminant(reason), held)
+        };
+        let rules = |decision: &Self| decision.reasons.iter().map(rule).collect::<Vec<_>>();
         self.ready == other.ready
             && self.starting == other.starting
             && self.desired == other.desired

@@ -149,6 +149,25 @@ fn an_idle_service_keeps_its_last_replica_for_the_retention_period() {
 }
 
 #[test]
+fn each_rule_on_the_way_to_zero_is_a_decision_of_its_own() {
+    let mut fleet = Fleet::new(ScalerConfig { pod_retention: seconds(10), ..config() }, 1, seconds(2));
+    for _ in 0..100 {
+        fleet.tick(1.0);
+    }
+    let (mut told, mut last): (Vec<String>, Option<super::Decision>) = (Vec::new(), None);
+    while fleet.replicas > 0 {
+        let decision = fleet.tick(0.0);
+        // As `describe` keeps them.
+        if last.as_ref().is_none_or(|last| !last.same_but_for_time(&decision)) {
+            told.push(decision.reasons.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "));
+            last = Some(decision);
+        }
+    }
+    let has = |text: &str| told.iter().any(|reasons| reasons.contains(text));
+    assert!(has("inactive from now on") && has("retained for another"), "{told:?}");
+}
+
+#[test]
 fn replicas_that_load_are_not_ordered_again() {
     // One replica is ready, 19 load, and the queue grows.
     let seen = |starting| Observation {
