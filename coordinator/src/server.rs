@@ -12,7 +12,7 @@ use tokio::net::TcpListener;
 use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{service::Routes, transport::Server};
-use tracing::{error, info};
+use tracing::{error, info, warn};
 
 use crate::{
     api::{ControlService, Objects, access::Access},
@@ -27,6 +27,8 @@ use crate::{
 
 /// How long a leader's claim outlives its process; a successor waits this long after a crash.
 const LEADER_TTL: Duration = Duration::from_secs(5);
+/// Pause before an etcd that does not answer at the start is asked again.
+const STORE_PAUSE: Duration = Duration::from_secs(1);
 /// Certificates of the coordinator and its first operator; renewed at each start.
 const COORDINATOR_LIFETIME: Duration = Duration::from_secs(365 * 24 * 3600);
 /// Directory below the data directory for the first operator's certificate.
@@ -79,7 +81,7 @@ pub enum CoordinatorError {
 /// Runs a coordinator until `stopping`.
 ///
 /// # Errors
-/// A setting cannot be used, the store cannot be reached at the start, or leadership is lost.
+/// A setting cannot be used, the store cannot be opened, or leadership is lost.
 pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), CoordinatorError> {
     if matches!(config.security, Security::Plaintext) && !config.listen.ip().is_loopback() {
         return Err(CoordinatorError::PlaintextOffLoopback(config.listen));
@@ -89,8 +91,6 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), Coor
         .map_err(|error| CoordinatorError::DataDir(config.data_dir.clone(), error))?;
     let listener = listen("listen", config.listen).await?;
     let http = listen("listen-http", config.listen_http).await?;
-    let store = open_store(&config).await?;
-
     let metrics = pilotlight_telemetry::Metrics::new("pilotlight-coordinator", env!("CARGO_PKG_VERSION"));
     let leading = tokio_util::sync::CancellationToken::new();
     let ready = leading.clone();
@@ -102,6 +102,10 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), Coor
             error!(%error, "status listener ended");
         }
     });
+    let store = tokio::select! {
+        store = open_store(&config) => store?,
+        () = stopping.cancelled() => return Ok(()),
+    };
 
     let identity = config.listen.to_string();
     let leadership = tokio::select! {
@@ -245,11 +249,22 @@ async fn listen(what: &'static str, address: SocketAddr) -> Result<TcpListener, 
     TcpListener::bind(address).await.map_err(|error| CoordinatorError::Listen { what, address, error })
 }
 
+/// Opens the store; waits for an etcd that does not answer yet, since machines start in any order.
 async fn open_store(config: &Config) -> Result<Arc<dyn Store>, CoordinatorError> {
-    Ok(match &config.store {
-        StoreConfig::Embedded => Arc::new(EmbeddedStore::open(&config.data_dir.join("state.redb"))?),
-        StoreConfig::Etcd(etcd) => Arc::new(EtcdStore::connect(etcd, &format!("/pilotlight/{}/", config.cell)).await?),
-    })
+    let etcd = match &config.store {
+        StoreConfig::Embedded => return Ok(Arc::new(EmbeddedStore::open(&config.data_dir.join("state.redb"))?)),
+        StoreConfig::Etcd(etcd) => etcd,
+    };
+    loop {
+        match EtcdStore::connect(etcd, &format!("/pilotlight/{}/", config.cell)).await {
+            Ok(store) => return Ok(Arc::new(store)),
+            Err(StoreError::Unavailable(reason)) => {
+                warn!(%reason, endpoints = ?etcd.endpoints, "etcd does not answer; trying again");
+                tokio::time::sleep(STORE_PAUSE).await;
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
 }
 
 /// The operator's own authority, else the cell's, which the first coordinator makes.

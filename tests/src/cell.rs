@@ -202,8 +202,32 @@ impl Cell {
         Self::start_with(env, &[]).await
     }
 
+    /// Starts a coordinator, and etcd only once the coordinator has said that it misses it.
+    ///
+    /// # Panics
+    /// The coordinator never says so.
+    pub async fn start_without_store() -> Self {
+        let mut cell = Self::prepare(vec![], &[]);
+        cell.spawn_coordinator();
+        let log = cell.directory.path().join("coordinator.log");
+        eventually("the coordinator misses etcd", || async {
+            std::fs::read_to_string(&log).ok()?.contains("etcd does not answer").then_some(())
+        })
+        .await;
+        cell.start_etcd();
+        cell.answers().await;
+        cell
+    }
+
     /// Starts etcd and a coordinator with further flags, in which `{}` stands for the cell's directory.
     pub async fn start_with(env: Vec<(&'static str, String)>, flags: &[&str]) -> Self {
+        let mut cell = Self::prepare(env, flags);
+        cell.start_etcd();
+        cell.start_coordinator().await;
+        cell
+    }
+
+    fn prepare(env: Vec<(&'static str, String)>, flags: &[&str]) -> Self {
         let directory = tempfile::tempdir().expect("a temporary directory");
         let (grpc, http, etcd_port) = (free_port(), free_port(), free_port());
         let operator = Operator {
@@ -212,10 +236,7 @@ impl Cell {
         };
         let path = directory.path().display().to_string();
         let flags = flags.iter().map(|flag| flag.replace("{}", &path)).collect();
-        let mut cell = Self { operator, directory, env, flags, etcd: None, etcd_port, grpc, http, coordinator: None };
-        cell.start_etcd();
-        cell.start_coordinator().await;
-        cell
+        Self { operator, directory, env, flags, etcd: None, etcd_port, grpc, http, coordinator: None }
     }
 
     fn start_etcd(&mut self) {
@@ -236,6 +257,11 @@ impl Cell {
 
     /// Starts the coordinator, again or for the first time, and waits until it leads.
     pub async fn start_coordinator(&mut self) {
+        self.spawn_coordinator();
+        self.answers().await;
+    }
+
+    fn spawn_coordinator(&mut self) {
         let mut args = vec![
             "coordinator".to_owned(),
             format!("--listen=127.0.0.1:{}", self.grpc),
@@ -245,6 +271,9 @@ impl Cell {
         ];
         args.extend(self.flags.iter().cloned());
         self.coordinator = Some(Process::start(pilotlight(), self.directory.path(), "coordinator", args, &self.env));
+    }
+
+    async fn answers(&self) {
         eventually("the coordinator answers", || async {
             (self.operator.run(&["get", "nodes"]).code == 0).then_some(())
         })
@@ -343,6 +372,9 @@ fn end_replicas(directory: &Path) {
 
 impl Drop for Cell {
     fn drop(&mut self) {
+        // Their logs are shown where a story fails, and lie in the directory that goes next.
+        self.coordinator.take();
+        self.etcd.take();
         end_replicas(self.directory.path());
     }
 }

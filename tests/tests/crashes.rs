@@ -46,6 +46,13 @@ async fn coordinator_and_agent_are_killed_and_replicas_are_adopted() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_coordinator_that_starts_before_its_store_waits_for_it() {
+    let cell = Cell::start_without_store().await;
+    let nodes = cell.operator.json(&["get", "nodes"]);
+    assert_eq!(nodes["items"], serde_json::json!([]), "it answers, and knows of nobody yet");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn dev_is_killed_and_finds_everything_again() {
     let mut dev = Dev::start(&[], vec![]).await;
     let warm = Iris { min_replicas: 2, ..Iris::default() };
