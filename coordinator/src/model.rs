@@ -44,6 +44,11 @@ impl ServiceRecord {
         format!("{}/{}", self.service.namespace, self.service.name)
     }
 
+    /// Percent of the requests for the newest ready revision; all, where the manifest does not say.
+    pub fn canary(&self) -> u8 {
+        self.service.predictor.canary_traffic_percent.unwrap_or(100)
+    }
+
     /// Which revisions were ready and which had all requests.
     pub fn history(&self) -> History {
         History {

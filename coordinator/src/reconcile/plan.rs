@@ -173,8 +173,9 @@ fn sort_out<'a>(world: &'a World, revision: &'a RevisionState, now: Timestamp, p
     live
 }
 
-/// Whoever shall leave first, first.
-fn sort_for_leaving(world: &World, names: &mut [&str]) {
+/// Whoever shall leave first, first: of those that are not ready, else of those with the least to do, the
+/// newest.
+pub(super) fn sort_for_leaving(world: &World, names: &mut [&str]) {
     names.sort_by_key(|name| {
         let replica = &world.replicas[*name];
         (replica.ready(), replica.running, Reverse(replica.record.created_at), *name)

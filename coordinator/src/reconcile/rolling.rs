@@ -194,15 +194,11 @@ fn is_ready(world: &World, key: &str) -> bool {
     }
     let needed = match world.services.get(&revision.record.service_key()) {
         Some(service) if revision.record.in_place => {
-            progress::needed_in_place(revision.needed(), canary(&service.record))
+            progress::needed_in_place(revision.needed(), service.record.canary())
         }
         _ => revision.needed(),
     };
     world.counts(revision).ready >= needed
-}
-
-fn canary(service: &ServiceRecord) -> u8 {
-    service.service.predictor.canary_traffic_percent.unwrap_or(100)
 }
 
 /// New revisions whose deadline has passed. One that holds no place at all waits for one as long as it
@@ -317,7 +313,7 @@ fn enough(service: &ServiceState, revision: &RevisionState) -> u32 {
     if !newest || revision.wanted > revision.needed() {
         return revision.wanted;
     }
-    progress::needs(revision.wanted, canary(&service.record), 100).max(revision.wanted.min(1))
+    progress::needs(revision.wanted, service.record.canary(), 100).max(revision.wanted.min(1))
 }
 
 /// The service's other revisions, and how many of their replicas drain.
@@ -347,18 +343,16 @@ fn sides(world: &World, service: &ServiceState, needy: &RevisionState, targets: 
 /// The replica of `former` whose place a replica of `needy` could take: of those, one that is not ready,
 /// else the one with the least to do, else the newest.
 fn victim(world: &World, former: &RevisionState, needy: &RevisionState, now: Timestamp) -> Option<(String, String)> {
-    let replicas = former.replicas.iter().filter_map(|name| world.replicas.get(name));
-    let mut candidates: Vec<_> = replicas.filter(|replica| !replica.record.draining).collect();
-    candidates.sort_by_key(|replica| {
-        (replica.ready(), replica.running, std::cmp::Reverse(replica.record.created_at), &replica.record.name)
-    });
+    let stays = |name: &&str| world.replicas.get(*name).is_some_and(|replica| !replica.record.draining);
+    let mut candidates: Vec<&str> = former.replicas.iter().map(String::as_str).filter(stays).collect();
+    plan::sort_for_leaving(world, &mut candidates);
     let fits = |name: &str| {
         let fleet = plan::fleet_view(world, &BTreeSet::from([name]), now);
         let placed = placement::place(&fleet, &[plan::request(needy, 0)]);
         matches!(placed.first().map(|placement| &placement.outcome), Some(Outcome::Placed { .. }))
     };
-    let found = candidates.into_iter().find(|replica| fits(&replica.record.name))?;
-    Some((found.record.name.clone(), former.record.key()))
+    let found = candidates.into_iter().find(|name| fits(name))?;
+    Some((found.to_owned(), former.record.key()))
 }
 
 #[cfg(test)]

@@ -166,13 +166,7 @@ impl Reconciler {
 
     async fn on_tick(&mut self) {
         let now = self.clock.now();
-        let keys: Vec<_> = self.world.revisions.keys().cloned().collect();
-        let mut room = scale::Room::default();
-        for key in keys {
-            if scale::decide(&mut self.world, &key, now, &mut self.recorder, &mut room) {
-                self.dirty.revision(&self.world, &key);
-            }
-        }
+        scale::decide_all(&mut self.world, now, &mut self.recorder, &mut self.dirty);
         self.give_up(now).await;
         // Wishes that are open, and replicas on nodes that drain or may have been lost meanwhile.
         self.dirty.waiting_for_a_place(&self.world);
@@ -193,12 +187,12 @@ impl Reconciler {
         let now = self.clock.now();
         self.promote(now).await;
         self.note_shares(now);
+        let mut pass = scale::Pass::default();
         for key in std::mem::take(&mut self.dirty.urgent) {
             let trace = self.world.revisions.get(&key).map(|revision| revision.trace.clone()).unwrap_or_default();
             let span = info_span!("autoscaler.decide", otel.kind = "internal", revision = %key);
             pilotlight_telemetry::set_parent(&span, &trace);
-            let room = &mut scale::Room::default();
-            let changed = span.in_scope(|| scale::decide(&mut self.world, &key, now, &mut self.recorder, room));
+            let changed = span.in_scope(|| scale::decide(&mut self.world, &key, now, &mut self.recorder, &mut pass));
             if changed {
                 if let Some(revision) = self.world.revisions.get_mut(&key) {
                     revision.trace = TraceContext::of(&span);

@@ -1,9 +1,10 @@
-//! Runs the autoscaler for one revision and keeps what it decided.
+//! Runs the autoscaler and keeps what it decided. The loop and the simulator both call it.
 
 use jiff::Timestamp;
 
 use super::{
     clock::scaler_time,
+    observe::Dirty,
     record::{Entry, Recorder},
     world::{DECISIONS_KEPT, World},
 };
@@ -13,11 +14,30 @@ use crate::{
     reconcile::{plan, world::RevisionState},
 };
 
-/// The fleet's free places, looked at once per pass and only where somebody asks.
-#[derive(Debug, Default)]
-pub struct Room(Option<FleetView>);
+/// Decides for every revision; those whose number of replicas has changed are dirty then.
+pub fn decide_all(world: &mut World, now: Timestamp, recorder: &mut Recorder, dirty: &mut Dirty) {
+    let keys: Vec<_> = world.revisions.keys().cloned().collect();
+    let mut pass = Pass::default();
+    for key in keys {
+        if decide(world, &key, now, recorder, &mut pass) {
+            dirty.revision(world, &key);
+        }
+    }
+}
 
-impl Room {
+/// What is the same for all decisions of one moment; looked at once, and only where somebody asks.
+#[derive(Debug, Default)]
+pub struct Pass {
+    settled: Option<bool>,
+    /// The fleet's free places.
+    fleet: Option<FleetView>,
+}
+
+impl Pass {
+    fn settled(&mut self, world: &World, now: Timestamp) -> bool {
+        *self.settled.get_or_insert_with(|| world.settled(now))
+    }
+
     /// Replicas of the revision that the fleet could hold, those that have a place included. `None` where
     /// it does not matter: for Knative's class, and where all that is wanted has a place.
     fn fits(&mut self, world: &World, revision: &RevisionState, live: u32, now: Timestamp) -> Option<u32> {
@@ -26,7 +46,7 @@ impl Room {
         if revision.scaling.class != Class::Gpu || (revision.wanted <= live && !was_capped) {
             return None;
         }
-        let fleet = self.0.get_or_insert_with(|| plan::fleet_view(world, &Default::default(), now));
+        let fleet = self.fleet.get_or_insert_with(|| plan::fleet_view(world, &Default::default(), now));
         Some(placement::capacity(fleet, &plan::request(revision, 0)).saturating_add(live))
     }
 }
@@ -35,8 +55,8 @@ impl Room {
 ///
 /// Before the fleet has settled (`World::settled`), replicas that run may be unknown: then a revision
 /// that somebody waits for is woken, and everything else stays as it is.
-pub fn decide(world: &mut World, key: &str, now: Timestamp, recorder: &mut Recorder, room: &mut Room) -> bool {
-    let settled = world.settled(now);
+pub fn decide(world: &mut World, key: &str, now: Timestamp, recorder: &mut Recorder, pass: &mut Pass) -> bool {
+    let settled = pass.settled(world, now);
     let Some(revision) = world.revisions.get(key) else { return false };
     if world.retired(revision) {
         return retire(world, key);
@@ -53,7 +73,7 @@ pub fn decide(world: &mut World, key: &str, now: Timestamp, recorder: &mut Recor
         ready: Some(counts.ready),
         starting: counts.starting,
         current: revision.wanted,
-        fits: room.fits(world, revision, counts.ready + counts.starting, now),
+        fits: pass.fits(world, revision, counts.ready + counts.starting, now),
         reachable,
         initial_scale_reached: revision.record.been_ready,
         load_time: revision.load_time,

@@ -288,8 +288,7 @@ impl World {
         let mut targets = self.steady_targets(service);
         if let Some(newest) = self.newest(service).filter(|newest| newest.replaces_in_place()) {
             let ready = self.counts(newest).ready;
-            let canary = service.record.service.predictor.canary_traffic_percent.unwrap_or(100);
-            let share = progress::share_in_place(newest.needed(), ready, canary);
+            let share = progress::share_in_place(newest.needed(), ready, service.record.canary());
             rollout::shift(&mut targets, newest.record.number, share);
         }
         targets

@@ -286,13 +286,7 @@ impl<'a> Engine<'a> {
     /// As the coordinator's loop does at each tick.
     fn tick(&mut self) {
         let now = self.time();
-        let keys: Vec<_> = self.world.revisions.keys().cloned().collect();
-        let mut room = scale::Room::default();
-        for key in keys {
-            if scale::decide(&mut self.world, &key, now, &mut self.recorder, &mut room) {
-                self.dirty.revision(&self.world, &key);
-            }
-        }
+        scale::decide_all(&mut self.world, now, &mut self.recorder, &mut self.dirty);
         self.dirty.waiting_for_a_place(&self.world);
         (0..self.services.len()).for_each(|index| self.give_up(index));
         self.schedule(self.now + self.scenario.tick, Event::Tick);
@@ -303,9 +297,9 @@ impl<'a> Engine<'a> {
     /// As the coordinator's loop does after each input.
     fn act(&mut self) {
         let now = self.time();
+        let mut pass = scale::Pass::default();
         for key in std::mem::take(&mut self.dirty.urgent) {
-            let room = &mut scale::Room::default();
-            if scale::decide(&mut self.world, &key, now, &mut self.recorder, room) {
+            if scale::decide(&mut self.world, &key, now, &mut self.recorder, &mut pass) {
                 self.dirty.revision(&self.world, &key);
             }
         }
