@@ -65,30 +65,48 @@ pub struct Args {
 pub struct ServingArgs {
     /// Time between scaling decisions; Knative's is 2s.
     #[arg(long, env = "PILOTLIGHT_TICK", default_value = "2s", value_parser = humantime::parse_duration)]
-    pub tick: Duration,
+    tick: Duration,
     /// How often agents report their queues, 10ms to 60s.
     #[arg(long, env = "PILOTLIGHT_REPORT_INTERVAL", default_value = "1s", value_parser = humantime::parse_duration)]
-    pub report_interval: Duration,
+    report_interval: Duration,
     /// A node that is silent for longer is lost.
     #[arg(long, env = "PILOTLIGHT_NODE_LEASE", default_value = "20s", value_parser = humantime::parse_duration)]
-    pub node_lease: Duration,
+    node_lease: Duration,
     /// Requests that one gateway holds for one revision; further ones get 503.
     #[arg(long, env = "PILOTLIGHT_QUEUE_LIMIT", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
-    pub queue_limit: u32,
+    queue_limit: u32,
     /// How replicas are placed unless annotation pilotlight.dev/placement-policy says otherwise: binpack or spread.
     #[arg(long, env = "PILOTLIGHT_PLACEMENT_POLICY", default_value_t = PlacementPolicy::BinPack, value_name = "POLICY")]
-    pub placement_policy: PlacementPolicy,
+    placement_policy: PlacementPolicy,
     /// Services are reached as <service>.<namespace>.<domain>.
     #[arg(long, env = "PILOTLIGHT_DOMAIN", default_value = "localhost")]
-    pub domain: String,
+    domain: String,
     /// Port that clients use, for a service's URL.
     #[arg(long, env = "PILOTLIGHT_INGRESS_PORT")]
-    pub ingress_port: Option<u16>,
+    ingress_port: Option<u16>,
     /// File for what the autoscaler sees and decides, as JSON lines.
     #[arg(long, env = "PILOTLIGHT_RECORD", value_name = "FILE")]
-    pub record: Option<PathBuf>,
+    record: Option<PathBuf>,
     #[command(flatten)]
-    pub scaling: ScalingArgs,
+    scaling: ScalingArgs,
+}
+
+impl ServingArgs {
+    /// A coordinator with these settings and `ingress_port` where none was given; all else by default.
+    pub fn config(self, ingress_port: u16) -> Config {
+        Config {
+            domain: self.domain,
+            ingress_port: self.ingress_port.unwrap_or(ingress_port),
+            tick: self.tick,
+            report_interval: self.report_interval,
+            node_lease: self.node_lease,
+            queue_limit: self.queue_limit,
+            placement_policy: self.placement_policy,
+            record: self.record,
+            scaling: self.scaling.defaults(),
+            ..Default::default()
+        }
+    }
 }
 
 /// Runs a coordinator.
@@ -114,15 +132,7 @@ fn config(args: Args) -> Config {
         data_dir: args.data_dir,
         store,
         security: Security::Mtls { names: args.names, ca: args.ca_cert.zip(args.ca_key) },
-        domain: args.serving.domain,
-        ingress_port: args.serving.ingress_port.unwrap_or(8080),
-        tick: args.serving.tick,
-        report_interval: args.serving.report_interval,
-        node_lease: args.serving.node_lease,
-        queue_limit: args.serving.queue_limit,
-        placement_policy: args.serving.placement_policy,
         secrets_key: args.secrets_key,
-        record: args.serving.record,
-        scaling: args.serving.scaling.defaults(),
+        ..args.serving.config(8080)
     }
 }

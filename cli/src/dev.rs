@@ -40,17 +40,7 @@ pub async fn run(args: Args, stopping: CancellationToken) -> anyhow::Result<()> 
         data_dir: data_dir.join("coordinator"),
         store: StoreConfig::Embedded,
         security: Security::Plaintext,
-        domain: args.serving.domain,
-        ingress_port: args.serving.ingress_port.unwrap_or(ingress.port()),
-        tick: args.serving.tick,
-        report_interval: args.serving.report_interval,
-        node_lease: args.serving.node_lease,
-        queue_limit: args.serving.queue_limit,
-        placement_policy: args.serving.placement_policy,
-        secrets_key: None,
-        record: args.serving.record,
-        scaling: args.serving.scaling.defaults(),
-        ..Default::default()
+        ..args.serving.config(ingress.port())
     };
     let any_port = SocketAddr::from(([127, 0, 0, 1], 0));
     let agent = pilotlight_agent::config::Config {

@@ -2,7 +2,7 @@
 
 use std::error::Error;
 
-use pilotlight_coordinator::simulate::{Outcome, Point, ServiceOutcome};
+use pilotlight_coordinator::simulate::{Outcome, PanicPeriod, Point, ServiceOutcome};
 use plotters::{
     coord::Shift,
     prelude::{
@@ -37,71 +37,84 @@ fn thinned(timeline: &[Point]) -> Vec<Point> {
     timeline.chunks(chunk).map(of).collect()
 }
 
+/// What is drawn of one service.
+struct Panel<'a> {
+    title: String,
+    panic: &'a [PanicPeriod],
+    points: Vec<Point>,
+}
+
+impl<'a> Panel<'a> {
+    fn of(variation: &str, service: &'a ServiceOutcome) -> Self {
+        let title = format!("{}, {variation}", service.service);
+        Self { title, panic: &service.panic, points: thinned(&service.timeline) }
+    }
+
+    /// Minutes, and the largest of some value, with room above it.
+    fn ranges(&self, value: impl Fn(&Point) -> f64) -> (f64, f64) {
+        let minutes = self.points.last().map_or(1.0, |point| point.seconds / 60.0);
+        let most = self.points.iter().map(value).fold(1.0, f64::max);
+        (minutes, most * 1.15)
+    }
+
+    fn line(&self, value: fn(&Point) -> f64) -> impl Iterator<Item = (f64, f64)> {
+        self.points.iter().map(move |point| (point.seconds / 60.0, value(point)))
+    }
+}
+
 /// The picture of all variations, below one another.
 pub fn svg(outcomes: &[(String, Outcome)]) -> Result<String, Box<dyn Error>> {
-    let panel = |variation: &str, service: &ServiceOutcome| {
-        let thin = ServiceOutcome { timeline: thinned(&service.timeline), ..service.clone() };
-        (format!("{}, {variation}", service.service), thin)
-    };
-    let panels: Vec<(String, ServiceOutcome)> = outcomes
+    let panels: Vec<Panel<'_>> = outcomes
         .iter()
-        .flat_map(|(variation, outcome)| outcome.services.iter().map(move |service| panel(variation, service)))
+        .flat_map(|(variation, outcome)| outcome.services.iter().map(|service| Panel::of(variation, service)))
         .collect();
     let mut text = String::new();
     {
         let height = PANEL * 2 * panels.len() as u32;
         let root = SVGBackend::with_string(&mut text, (WIDTH, height)).into_drawing_area();
         root.fill(&WHITE)?;
-        for ((title, service), area) in panels.iter().zip(root.split_evenly((panels.len(), 1))) {
+        for (panel, area) in panels.iter().zip(root.split_evenly((panels.len(), 1))) {
             let (upper, lower) = area.split_vertically(PANEL);
-            replicas(&upper, title, service)?;
-            requests(&lower, service)?;
+            replicas(&upper, panel)?;
+            requests(&lower, panel)?;
         }
         root.present()?;
     }
     Ok(text)
 }
 
-/// Minutes, and the largest of some value, with room above it.
-fn ranges(service: &ServiceOutcome, value: impl Fn(&Point) -> f64) -> (f64, f64) {
-    let minutes = service.timeline.last().map_or(1.0, |point| point.seconds / 60.0);
-    let most = service.timeline.iter().map(value).fold(1.0, f64::max);
-    (minutes, most * 1.15)
-}
-
-fn replicas(area: &Area<'_>, title: &str, service: &ServiceOutcome) -> Drawn {
-    let (minutes, most) = ranges(service, |point| f64::from(point.wanted.max(point.ready + point.starting)));
+fn replicas(area: &Area<'_>, panel: &Panel<'_>) -> Drawn {
+    let (minutes, most) = panel.ranges(|point| f64::from(point.wanted.max(point.ready + point.starting)));
     let mut chart = ChartBuilder::on(area)
-        .caption(title, ("sans-serif", 15).into_font())
+        .caption(&panel.title, ("sans-serif", 15).into_font())
         .margin(6)
         .x_label_area_size(4)
         .y_label_area_size(52)
         .build_cartesian_2d(0.0..minutes, 0.0..most)?;
     chart
-        .draw_series(service.panic.iter().map(|period| {
+        .draw_series(panel.panic.iter().map(|period| {
             Rectangle::new([(period.from / 60.0, 0.0), (period.until / 60.0, most)], PANIC.mix(0.6).filled())
         }))?
         .label("panic")
         .legend(|(x, y)| Rectangle::new([(x, y - 4), (x + 14, y + 4)], PANIC.filled()));
     chart.configure_mesh().disable_x_mesh().x_labels(0).y_desc("replicas").label_style(("sans-serif", 11)).draw()?;
-    let line = |value: fn(&Point) -> f64| service.timeline.iter().map(move |p| (p.seconds / 60.0, value(p)));
     chart
-        .draw_series(AreaSeries::new(line(|p| f64::from(p.ready + p.starting)), 0.0, STARTING.mix(0.5)))?
+        .draw_series(AreaSeries::new(panel.line(|p| f64::from(p.ready + p.starting)), 0.0, STARTING.mix(0.5)))?
         .label("loading")
         .legend(|(x, y)| Rectangle::new([(x, y - 4), (x + 14, y + 4)], STARTING.mix(0.5).filled()));
     chart
-        .draw_series(AreaSeries::new(line(|p| f64::from(p.ready)), 0.0, READY.mix(0.7)))?
+        .draw_series(AreaSeries::new(panel.line(|p| f64::from(p.ready)), 0.0, READY.mix(0.7)))?
         .label("ready")
         .legend(|(x, y)| Rectangle::new([(x, y - 4), (x + 14, y + 4)], READY.mix(0.7).filled()));
     chart
-        .draw_series(LineSeries::new(line(|p| f64::from(p.wanted)), WANTED.stroke_width(1)))?
+        .draw_series(LineSeries::new(panel.line(|p| f64::from(p.wanted)), WANTED.stroke_width(1)))?
         .label("wanted")
         .legend(|(x, y)| PathElement::new([(x, y), (x + 14, y)], WANTED));
     legend(&mut chart)
 }
 
-fn requests(area: &Area<'_>, service: &ServiceOutcome) -> Drawn {
-    let (minutes, most) = ranges(service, |point| point.waiting.max(point.running) as f64);
+fn requests(area: &Area<'_>, panel: &Panel<'_>) -> Drawn {
+    let (minutes, most) = panel.ranges(|point| point.waiting.max(point.running) as f64);
     let mut chart = ChartBuilder::on(area)
         .margin(6)
         .x_label_area_size(34)
@@ -114,13 +127,12 @@ fn requests(area: &Area<'_>, service: &ServiceOutcome) -> Drawn {
         .y_desc("requests")
         .label_style(("sans-serif", 11))
         .draw()?;
-    let line = |value: fn(&Point) -> f64| service.timeline.iter().map(move |p| (p.seconds / 60.0, value(p)));
     chart
-        .draw_series(AreaSeries::new(line(|p| p.waiting as f64), 0.0, WAITING.mix(0.6)))?
+        .draw_series(AreaSeries::new(panel.line(|p| p.waiting as f64), 0.0, WAITING.mix(0.6)))?
         .label("waiting")
         .legend(|(x, y)| Rectangle::new([(x, y - 4), (x + 14, y + 4)], WAITING.mix(0.6).filled()));
     chart
-        .draw_series(LineSeries::new(line(|p| p.running as f64), RUNNING.stroke_width(1)))?
+        .draw_series(LineSeries::new(panel.line(|p| p.running as f64), RUNNING.stroke_width(1)))?
         .label("running")
         .legend(|(x, y)| PathElement::new([(x, y), (x + 14, y)], RUNNING));
     legend(&mut chart)

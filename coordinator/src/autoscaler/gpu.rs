@@ -19,7 +19,8 @@ pub struct Offered {
     running: (Window, Window),
     waiting: Window,
     completions: Window,
-    /// Seconds that a request runs, as last seen.
+    /// Seconds that a request runs: running over completed per second, from the stable window. What was
+    /// seen last holds where nothing has completed since; `None` where nothing ever has.
     service_time: Option<f64>,
 }
 
@@ -63,12 +64,6 @@ impl Offered {
         for window in pairs.chain([&mut self.waiting, &mut self.completions]) {
             window.pass(now);
         }
-    }
-
-    /// Seconds that a request runs: running over completed per second, from the stable window. What was
-    /// seen last holds where nothing has completed since; `None` where nothing ever has.
-    pub fn service_time(&self) -> Option<f64> {
-        self.service_time
     }
 
     /// The load over the stable and the panic window, bounded by what is offered. `load_time` is how long a
@@ -139,7 +134,7 @@ mod tests {
         }
         let (stable, panic) = offered.bound(&config, Duration::from_secs(199), (2.0, 2.0), Duration::ZERO);
         assert!((stable - 2.0).abs() < 1e-9 && (panic - 2.0).abs() < 1e-9, "no bound where all runs");
-        assert_eq!(offered.service_time(), Some(1.0));
+        assert_eq!(offered.service_time, Some(1.0));
         let waiting = queue_up(&mut offered, 1000, 60, 2.0);
         let (_, panic) = offered.bound(&config, Duration::from_secs(1059), (60.0, 97.0), Duration::ZERO);
         assert!(waiting == 120.0 && panic < 3.0, "two at a time, and a share of the backlog: {panic}");

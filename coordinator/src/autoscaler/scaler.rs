@@ -284,11 +284,6 @@ impl Scaler {
         self.config = config;
     }
 
-    /// What is remembered of the load, for a look at it.
-    pub fn service_time(&self) -> Option<f64> {
-        self.offered.as_ref()?.service_time()
-    }
-
     /// Takes in a report. Reports of one second add up.
     pub fn record(&mut self, now: Time, sample: &Sample) {
         let mut sample = *sample;

@@ -2,7 +2,7 @@
 
 use std::{
     cmp::Reverse,
-    collections::{BTreeMap, BinaryHeap, HashMap},
+    collections::{BTreeMap, BinaryHeap},
     sync::Arc,
     time::Duration,
 };
@@ -22,7 +22,7 @@ use crate::{
     reconcile::{
         load::insert_revision,
         observe::{self, Dirty},
-        plan::{self, Gone},
+        plan,
         record::Recorder,
         scale,
         world::{ServiceState, Settings, World},
@@ -68,7 +68,8 @@ struct Engine<'a> {
     asked: Vec<usize>,
     services: Vec<VirtualService>,
     replicas: Vec<VirtualReplica>,
-    by_name: HashMap<String, ReplicaId>,
+    /// Those that are there; `replicas` has those that were, too.
+    by_name: BTreeMap<String, ReplicaId>,
     events: BinaryHeap<Reverse<(Duration, u64, Event)>>,
     sequence: u64,
     now: Duration,
@@ -102,7 +103,7 @@ impl<'a> Engine<'a> {
             asked,
             services,
             replicas: Vec::new(),
-            by_name: HashMap::new(),
+            by_name: BTreeMap::new(),
             events: BinaryHeap::new(),
             sequence: 0,
             now: Duration::ZERO,
@@ -158,6 +159,11 @@ impl<'a> Engine<'a> {
         self.world.nodes.keys().next().cloned().unwrap_or_default()
     }
 
+    fn ready_replicas(&self) -> impl Iterator<Item = &VirtualReplica> {
+        let there = self.by_name.values().map(|id| &self.replicas[*id]);
+        there.filter(|replica| replica.phase == ReplicaPhase::Ready)
+    }
+
     fn tokens(&self, request: RequestId) -> (f64, f64) {
         match self.scenario.trace.requests[request].work {
             Work::Tokens { prompt, generated } => (f64::from(prompt), f64::from(generated)),
@@ -169,10 +175,9 @@ impl<'a> Engine<'a> {
         self.next_arrival(request + 1);
         let index = self.asked[self.scenario.trace.requests[request].service];
         let (prompt, _) = self.tokens(request);
-        let (limit, service) = (self.scenario.queue_limit, &mut self.services[index]);
-        let cold =
-            !self.replicas.iter().any(|replica| replica.service == index && replica.phase == ReplicaPhase::Ready);
+        let cold = !self.ready_replicas().any(|replica| replica.service == index);
         self.tallies[index].came(cold);
+        let (limit, service) = (self.scenario.queue_limit, &mut self.services[index]);
         if service.waiting.len() >= limit && !service.has_slot() {
             self.tallies[index].shed += 1;
             return;
@@ -273,7 +278,7 @@ impl<'a> Engine<'a> {
 
     fn report(&mut self) {
         let mut revisions: Vec<_> = self.services.iter_mut().map(|service| service.report(self.now)).collect();
-        for replica in self.replicas.iter().filter(|replica| replica.phase == ReplicaPhase::Ready) {
+        for replica in self.ready_replicas() {
             let load = fleet::ReplicaLoad { replica: replica.name.clone(), running: u64::from(replica.running) };
             revisions[replica.service].replicas.push(load);
         }
@@ -320,8 +325,8 @@ impl<'a> Engine<'a> {
                     revision.unplaced = why;
                 }
             }
-            for (name, gone) in plan.forget {
-                self.forget(&name, gone);
+            for (name, _) in plan.forget {
+                self.forget(&name);
             }
             for name in leaving {
                 self.drain(&name);
@@ -379,7 +384,7 @@ impl<'a> Engine<'a> {
         }
     }
 
-    fn forget(&mut self, name: &str, _: Gone) {
+    fn forget(&mut self, name: &str) {
         self.world.remove_replica(name);
         if let Some(id) = self.by_name.remove(name) {
             self.replicas[id].ran.until = Some(self.now);
