@@ -9,7 +9,7 @@ use super::{
 };
 use crate::{
     autoscaler::Defaults,
-    spec::{self, InferenceService, ParseOptions, Resource},
+    spec::{self, InferenceService},
 };
 
 fn service(annotations: &[(&str, &str)], gpus: u32) -> InferenceService {
@@ -19,17 +19,7 @@ fn service(annotations: &[(&str, &str)], gpus: u32) -> InferenceService {
          a: b\n{annotations}spec:\n  predictor:\n    minReplicas: 0\n    containerConcurrency: 10\n    containers:\n    \
          - {{name: kserve-container, image: x, command: [x], resources: {{limits: {{nvidia.com/gpu: {gpus}}}}}}}\n"
     );
-    let options = ParseOptions {
-        default_namespace: "",
-        strict: false,
-        validate_scaling: &|_, _| Vec::new(),
-        runtimes: &spec::Runtimes::built_in(),
-    };
-    let document = spec::parse(&manifest, options).remove(0);
-    match document.object {
-        Some(Resource::InferenceService(service)) => *service,
-        _ => panic!("{:?}", document.findings),
-    }
+    spec::tests::service(&manifest, false)
 }
 
 fn scenario(trace: Trace, annotations: &[(&str, &str)]) -> Scenario {

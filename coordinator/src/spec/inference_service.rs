@@ -1,5 +1,7 @@
 //! The InferenceService as a whole: metadata and the parts of `spec`.
 
+use std::collections::BTreeMap;
+
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use serde_json::{Map, Value, json};
 
@@ -37,12 +39,7 @@ pub(super) fn read(
     options: ParseOptions<'_>,
     report: &mut Report,
 ) -> InferenceService {
-    let metadata = read_head(&mut root, namespace, &["spec"], report);
-    names::check_service_name_of(&metadata, report);
-    let name = metadata.name.unwrap_or_default();
-    let labels = metadata.labels.unwrap_or_default();
-    let annotations = metadata.annotations.unwrap_or_default();
-    let stopped = annotations::check_service(&annotations, &labels, report);
+    let ServiceHead { name, labels, annotations, stopped } = read_service_head(&mut root, namespace, report);
 
     root.insert("apiVersion".into(), json!(API_VERSION));
     let context = Context { name: &name, namespace, labels: &labels, annotations: &annotations, options };
@@ -65,6 +62,25 @@ pub(super) fn read(
         traffic: Vec::new(),
         manifest: Value::Object(root),
     }
+}
+
+/// What a service has beside its spec.
+pub(super) struct ServiceHead {
+    pub(super) name: String,
+    pub(super) labels: BTreeMap<String, String>,
+    pub(super) annotations: BTreeMap<String, String>,
+    /// By annotation: no replica is to run.
+    pub(super) stopped: bool,
+}
+
+/// Reads the head of a service, of KServe's kind or Knative's.
+pub(super) fn read_service_head(root: &mut Map<String, Value>, namespace: &str, report: &mut Report) -> ServiceHead {
+    let metadata = read_head(root, namespace, &["spec"], report);
+    names::check_service_name_of(&metadata, report);
+    let labels = metadata.labels.unwrap_or_default();
+    let annotations = metadata.annotations.unwrap_or_default();
+    let stopped = annotations::check_service(&annotations, &labels, report);
+    ServiceHead { name: metadata.name.unwrap_or_default(), labels, annotations, stopped }
 }
 
 /// Reads what every object has, and says what is unknown beside it and `fields`.

@@ -6,10 +6,10 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use super::{
-    ParseOptions, annotations,
+    ParseOptions,
     component::{self, Context, Role},
     documents::join,
-    inference_service::read_head,
+    inference_service::{ServiceHead, read_service_head},
     model::{Component, InferenceService, TrafficShare},
     names,
     report::{Report, replace_prefix, show},
@@ -50,12 +50,7 @@ pub(super) fn read(
     options: ParseOptions<'_>,
     report: &mut Report,
 ) -> InferenceService {
-    let metadata = read_head(&mut root, namespace, &["spec"], report);
-    names::check_service_name_of(&metadata, report);
-    let name = metadata.name.unwrap_or_default();
-    let labels = metadata.labels.unwrap_or_default();
-    let annotations = metadata.annotations.unwrap_or_default();
-    let stopped = annotations::check_service(&annotations, &labels, report);
+    let ServiceHead { name, labels, annotations, stopped } = read_service_head(&mut root, namespace, report);
     for (key, value) in annotations.iter().filter(|(key, _)| key.starts_with("autoscaling.knative.dev/")) {
         let at = join("metadata.annotations", key);
         report.warning(at, value, "has no effect there: set it in spec.template.metadata.annotations");

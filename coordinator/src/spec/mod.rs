@@ -49,7 +49,7 @@ mod runtimes;
 mod serving_runtime;
 mod storage;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 mod typed;
 mod v1alpha2;
 mod volumes;

@@ -5,7 +5,17 @@ use std::path::Path;
 use proptest::{prelude::*, sample::Index};
 use serde_json::{Value, json};
 
-use super::{ParseOptions, Resource, Runtimes, parse};
+use super::{InferenceService, ParseOptions, Resource, Runtimes, parse};
+
+/// The one service of a manifest that must be good.
+pub(crate) fn service(manifest: &str, strict: bool) -> InferenceService {
+    let runtimes = Runtimes::built_in();
+    let options =
+        ParseOptions { default_namespace: "", strict, validate_scaling: &|_, _| Vec::new(), runtimes: &runtimes };
+    let document = parse(manifest, options).swap_remove(0);
+    let Some(Resource::InferenceService(service)) = document.object else { panic!("{:?}", document.findings) };
+    *service
+}
 
 /// Manifests to begin with: those that state the rules.
 fn good() -> Vec<String> {

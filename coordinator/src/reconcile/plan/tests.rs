@@ -8,7 +8,7 @@ use crate::{
     fleet::SessionHandle,
     model::{NodeRecord, ReplicaRecord, RevisionRecord},
     reconcile::world::Settings,
-    spec::{self, ParseOptions, PlacementPolicy, Resource},
+    spec::{self, PlacementPolicy},
 };
 
 /// A cell in which a test says what there is.
@@ -49,14 +49,7 @@ impl Cell {
              annotations: {{pilotlight.dev/priority: \"{priority}\"}}\nspec: {{predictor: {{containers: [{{name: c, \
              image: i, resources: {{limits: {{nvidia.com/gpu: 1}}}}}}]}}}}\n"
         );
-        let options = ParseOptions {
-            default_namespace: "",
-            strict: false,
-            validate_scaling: &|_, _| Vec::new(),
-            runtimes: &spec::Runtimes::built_in(),
-        };
-        let document = spec::parse(&manifest, options).swap_remove(0);
-        let Some(Resource::InferenceService(service)) = document.object else { panic!("{:?}", document.findings) };
+        let service = spec::tests::service(&manifest, false);
         let record = RevisionRecord {
             namespace: "default".into(),
             name: name.into(),

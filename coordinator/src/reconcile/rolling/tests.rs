@@ -15,7 +15,7 @@ use crate::{
         record::Recorder,
         world::{NodeState, Settings},
     },
-    spec::{self, ParseOptions, Resource},
+    spec,
 };
 
 const SERVICE: &str = "default/iris";
@@ -32,14 +32,7 @@ fn world(gpus: u32, min: u32, annotations: &str) -> World {
          spec: {{predictor: {{minReplicas: {min}, containers: [{{name: kserve-container, command: [x], \
          resources: {{limits: {{nvidia.com/gpu: 1}}}}}}]}}}}"
     );
-    let options = ParseOptions {
-        default_namespace: "default",
-        strict: true,
-        validate_scaling: &|_, _| Vec::new(),
-        runtimes: &spec::Runtimes::built_in(),
-    };
-    let document = spec::parse(&manifest, options).swap_remove(0);
-    let Some(Resource::InferenceService(service)) = document.object else { panic!("{:?}", document.findings) };
+    let service = spec::tests::service(&manifest, true);
     let mut world = World::new(Settings {
         cell: "test".into(),
         domain: "test".into(),
@@ -67,7 +60,7 @@ fn world(gpus: u32, min: u32, annotations: &str) -> World {
         latest_ready: Some(1),
         latest_rolledout: Some(1),
         previous_rolledout: None,
-        service: *service,
+        service,
     };
     world.services.insert(SERVICE.into(), ServiceState::new(record.clone()));
     for number in [1, 2] {
