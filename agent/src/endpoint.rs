@@ -1,8 +1,9 @@
 //! What the reconciler tells the data path about this node's replicas.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{io, net::SocketAddr, time::Duration};
 
 use futures::future::BoxFuture;
+use tokio_util::sync::DropGuard;
 
 /// A replica on this node that can be sent requests.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -33,4 +34,19 @@ pub trait Endpoints: Send + Sync + 'static {
     fn drained(&self, replica: &str) -> BoxFuture<'static, ()>;
     /// The replica is gone: requests on it fail, nothing more is sent there.
     fn remove(&self, replica: &str);
+}
+
+/// The way from a replica back to the gateway.
+pub trait Egress: Send + Sync + 'static {
+    /// Listens at `address`, port 0 for any, and takes every request there for one to `host`, until what it
+    /// gives is dropped; requests that run then may end.
+    fn open(&self, host: &str, address: SocketAddr) -> BoxFuture<'static, io::Result<EgressListener>>;
+}
+
+/// A listener of [`Egress`]; it closes when this is dropped.
+#[derive(Debug)]
+pub struct EgressListener {
+    /// Where it listens.
+    pub address: SocketAddr,
+    pub(crate) _open: DropGuard,
 }

@@ -27,7 +27,7 @@ use tracing::{error, info, warn};
 
 use crate::{
     config::{Config, Security},
-    gateway::{Connect, DataPath, GatewayMetrics, PeerStream, Setup},
+    gateway::{self, Connect, DataPath, GatewayMetrics, PeerStream, Setup},
     inventory::{self, InventoryError},
     reconcile::Reconciler,
     runtime::{ProcessRuntime, RuntimeError, logs},
@@ -117,7 +117,8 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), Agen
     let own_binary = std::env::current_exe().map_err(AgentError::OwnBinary)?;
     let runtime = Arc::new(ProcessRuntime::new(&config.data_dir, own_binary));
     let endpoints: Arc<dyn crate::endpoint::Endpoints> = Arc::clone(data_path.sidecar()) as _;
-    let reconciler = Reconciler::adopt(runtime, endpoints).await?;
+    let egress = Arc::new(gateway::Gateway(Arc::clone(&data_path)));
+    let reconciler = Reconciler::adopt(runtime, endpoints, egress).await?;
 
     let (connected, is_connected) = watch::channel(false);
     let status = pilotlight_telemetry::http_router(&metrics, move || *is_connected.borrow());

@@ -7,24 +7,42 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     rollout::History,
-    spec::{ConditionStatus, InferenceService, RevisionTemplate, Scaling, ServingRuntime},
+    spec::{Component, ComponentKind, ConditionStatus, InferenceService, RevisionTemplate, Scaling, ServingRuntime},
 };
 
-/// `<namespace>/<name>` of an InferenceService.
+/// `<namespace>/<name>` of an InferenceService, or `<namespace>/<name>/<component>` of a component that is
+/// not its predictor. Each component has revisions, shares and replicas of its own, as in KServe, where each
+/// one is a Knative service.
 pub type ServiceKey = String;
 /// `<namespace>/<revision>`, as in the fleet protocol.
 pub type RevisionKey = String;
 
-/// An applied InferenceService.
+/// The key of one component of a service.
+pub fn service_key(namespace: &str, name: &str, component: ComponentKind) -> ServiceKey {
+    match component {
+        ComponentKind::Predictor => format!("{namespace}/{name}"),
+        further => format!("{namespace}/{name}/{further}"),
+    }
+}
+
+/// The key of the service that a component belongs to: its predictor's.
+pub fn owner(key: &str) -> &str {
+    key.match_indices('/').nth(1).map_or(key, |(end, _)| &key[..end])
+}
+
+/// One component of an applied InferenceService; its predictor's record stands for the service as a whole.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct ServiceRecord {
+    /// Which component.
+    #[serde(default, skip_serializing_if = "ComponentKind::is_predictor")]
+    pub component: ComponentKind,
     /// Unique over time: a service that is deleted and applied again gets another.
     pub uid: String,
     /// Grows by one with each change of the spec; from 1.
     pub generation: u64,
     /// When it was first applied.
     pub created_at: Timestamp,
-    /// Number of the newest revision; revisions are named `<service>-predictor-<number>`.
+    /// Number of the newest revision; revisions are named `<service>-<component>-<number>`.
     pub latest_revision: u32,
     /// Number of the newest revision that has ever been ready.
     pub latest_ready: Option<u32>,
@@ -34,19 +52,25 @@ pub struct ServiceRecord {
     /// Number of the one that had them before.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub previous_rolledout: Option<u32>,
-    /// What was applied.
+    /// What was applied, whole, whichever component this is.
     pub service: InferenceService,
 }
 
 impl ServiceRecord {
-    /// `<namespace>/<name>`.
+    /// See [`ServiceKey`].
     pub fn key(&self) -> ServiceKey {
-        format!("{}/{}", self.service.namespace, self.service.name)
+        service_key(&self.service.namespace, &self.service.name, self.component)
+    }
+
+    /// What was applied of this component.
+    pub fn spec(&self) -> &Component {
+        // A record goes in the same write as its part of the service.
+        self.service.component(self.component).unwrap_or(&self.service.predictor)
     }
 
     /// Percent of the requests for the newest ready revision; all, where the manifest does not say.
     pub fn canary(&self) -> u8 {
-        self.service.predictor.canary_traffic_percent.unwrap_or(100)
+        self.spec().canary_traffic_percent.unwrap_or(100)
     }
 
     /// Which revisions were ready and which had all requests.
@@ -67,14 +91,14 @@ impl ServiceRecord {
 
     /// Brings the history up to date with what the service asks for and which revision is ready.
     pub fn settle(&mut self) {
-        let history = self.history().settled(self.service.predictor.canary_traffic_percent);
+        let history = self.history().settled(self.spec().canary_traffic_percent);
         self.latest_rolledout = history.rolledout;
         self.previous_rolledout = history.previous;
     }
 
     /// Name of this service's revision `number`, as Knative names them.
     pub fn revision_name(&self, number: u32) -> String {
-        format!("{}-predictor-{number:05}", self.service.name)
+        format!("{}-{}-{number:05}", self.service.name, self.component)
     }
 
     /// Key of this service's revision `number`.
@@ -83,15 +107,18 @@ impl ServiceRecord {
     }
 }
 
-/// One immutable version of a service's predictor.
+/// One immutable version of a service's component.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct RevisionRecord {
     /// Namespace.
     pub namespace: String,
-    /// `<service>-predictor-<number>`.
+    /// `<service>-<component>-<number>`.
     pub name: String,
     /// The InferenceService it belongs to.
     pub service: String,
+    /// And which part of it.
+    #[serde(default, skip_serializing_if = "ComponentKind::is_predictor")]
+    pub component: ComponentKind,
     /// From 1.
     pub number: u32,
     /// Generation of the service that made it.
@@ -153,9 +180,9 @@ impl RevisionRecord {
         format!("{}/{}", self.namespace, self.name)
     }
 
-    /// `<namespace>/<service>`.
+    /// Key of the component's record.
     pub fn service_key(&self) -> ServiceKey {
-        format!("{}/{}", self.namespace, self.service)
+        service_key(&self.namespace, &self.service, self.component)
     }
 }
 

@@ -3,8 +3,10 @@
 //! It needs no download: the classifier is fitted to R. A. Fisher's 150 flowers when the server starts.
 //! It speaks KServe's V1 protocol and the Open Inference Protocol (V2) over REST and gRPC, all on one port,
 //! and can be told to load or answer slowly, so that cold starts, queues and streams can be tried on any
-//! machine. To try OpenAI's chat streams it has an echo, and says so.
+//! machine. To try OpenAI's chat streams it has an echo, and says so. A transformer and an explainer for the
+//! same flowers make a chain with it.
 
+mod around;
 mod classifier;
 mod error;
 mod grpc;
@@ -20,6 +22,7 @@ mod tests;
 mod v1;
 mod v2;
 
+pub use around::{Around, AroundOptions, run_around};
 pub use classifier::{Classifier, FEATURES, Prediction};
 pub use serve::{Options, ServerError, router, run, serve};
 pub use state::{Server, Stats};

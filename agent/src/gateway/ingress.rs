@@ -16,6 +16,7 @@ use super::{
     DataPath,
     answer::{Answer, Body},
     body::Replay,
+    routes::Found,
     split::Destination,
 };
 
@@ -31,6 +32,16 @@ const HOSTS_NAMED: usize = 20;
 impl DataPath {
     /// Serves clients until `stopping`; requests that run then may end.
     pub async fn serve_ingress(self: Arc<Self>, listener: TcpListener, stopping: CancellationToken) {
+        self.serve_listener(listener, None, stopping).await;
+    }
+
+    /// The same; with `host`, every request is for that host, whatever it says itself.
+    pub(super) async fn serve_listener(
+        self: Arc<Self>,
+        listener: TcpListener,
+        host: Option<Arc<str>>,
+        stopping: CancellationToken,
+    ) {
         let mut server = auto::Builder::new(TokioExecutor::new());
         server.http1().timer(TokioTimer::new()).header_read_timeout(HEADERS_WITHIN);
         server.http2().timer(TokioTimer::new()).max_concurrent_streams(1000).adaptive_window(true);
@@ -42,10 +53,10 @@ impl DataPath {
                 accepted = accept(&listener, &room) => accepted,
             };
             let Some((stream, client, place)) = accepted else { continue };
-            let path = Arc::clone(&self);
+            let (path, host) = (Arc::clone(&self), host.clone());
             let service = service_fn(move |request| {
-                let path = Arc::clone(&path);
-                async move { Ok::<_, Infallible>(path.serve(client, request).await) }
+                let (path, host) = (Arc::clone(&path), host.clone());
+                async move { Ok::<_, Infallible>(path.serve(client, host.as_deref(), request).await) }
             });
             let connection = server.serve_connection(TokioIo::new(stream), service).into_owned();
             let connection = graceful.watch(connection);
@@ -61,7 +72,7 @@ impl DataPath {
     }
 
     /// Answers one request.
-    async fn serve(&self, client: SocketAddr, request: Request<Incoming>) -> Response<Body> {
+    async fn serve(&self, client: SocketAddr, host: Option<&str>, request: Request<Incoming>) -> Response<Body> {
         let span = info_span!(
             "gateway.request",
             otel.kind = "server",
@@ -76,7 +87,7 @@ impl DataPath {
         let http10_or_11 = request.version() < Version::HTTP_2;
         let answering = async {
             let mut service = String::new();
-            let outcome = self.route(client, request, &mut service).await;
+            let outcome = self.route(client, host, request, &mut service).await;
             let response = outcome.unwrap_or_else(|answer| {
                 debug!(?answer, "answered by the gateway");
                 answer.response()
@@ -98,24 +109,16 @@ impl DataPath {
     async fn route(
         &self,
         client: SocketAddr,
+        fixed_host: Option<&str>,
         request: Request<Incoming>,
         name: &mut String,
     ) -> Result<Response<Body>, Answer> {
         let (mut parts, body) = request.into_parts();
-        let host = host_of(&parts).to_owned();
-        let (service, tagged) = match self.routes.by_host(&host) {
-            Some(found) => found,
-            None => {
-                let path = parts.uri.path().to_owned();
-                let found = self.routes.by_path(&path);
-                let (service, rest) = found.ok_or_else(|| Answer::UnknownService {
-                    host: host.clone(),
-                    path: path.clone(),
-                    known: self.routes.known_hosts(HOSTS_NAMED),
-                })?;
-                replace_path(&mut parts, rest);
-                (service, None)
-            }
+        let host = fixed_host.unwrap_or_else(|| host_of(&parts)).to_owned();
+        let (service, tagged) = match fixed_host {
+            // Its routes come with the next session.
+            Some(host) => self.routes.by_host(host).ok_or_else(|| Answer::NoRevision { service: host.to_owned() })?,
+            None => self.find(&host, &mut parts)?,
         };
         name.clone_from(&service.name);
         if parts.headers.contains_key(header::UPGRADE) && parts.version < Version::HTTP_2 {
@@ -134,6 +137,27 @@ impl DataPath {
         queue.arrived();
         forwarded(&mut parts, client, &host);
         self.hold(&destination, queue, parts, Replay::new(body, limit)).await
+    }
+}
+
+impl DataPath {
+    /// The service that a client's request is for, by its host or else by its path, and the revision where
+    /// the host names its tag. A prefix that named the service is taken off the path.
+    fn find(&self, host: &str, parts: &mut http::request::Parts) -> Result<Found, Answer> {
+        let path = parts.uri.path().to_owned();
+        if let Some(explainer) = self.routes.explainer(host, &path) {
+            return Ok((explainer, None));
+        }
+        if let Some(found) = self.routes.by_host(host) {
+            return Ok(found);
+        }
+        let (service, rest) = self.routes.by_path(&path).ok_or_else(|| Answer::UnknownService {
+            host: host.to_owned(),
+            path: path.clone(),
+            known: self.routes.known_hosts(HOSTS_NAMED),
+        })?;
+        replace_path(parts, rest);
+        Ok((service, None))
     }
 }
 

@@ -3,10 +3,12 @@
 //! In the order a request meets them: [`ingress`] (listener, limits), [`routes`] (which service),
 //! [`split`] (which revision), [`hold`] (waits for a slot, tries again), [`forward`] (to a replica here
 //! or to the node that has it); [`tokens`] counts what answers have. [`peer`] is the other end: requests
-//! that come from other nodes' gateways.
+//! that come from other nodes' gateways; [`egress`] is where replicas of this node begin: a transformer's
+//! requests to its predictor.
 
 pub mod answer;
 pub mod body;
+mod egress;
 pub mod forward;
 pub mod hold;
 pub mod ingress;
@@ -25,6 +27,7 @@ use std::{
 
 use tokio::time::Instant;
 
+pub use egress::Gateway;
 pub use forward::{Connect, PeerStream};
 pub use metrics::GatewayMetrics;
 pub use routes::RouteTable;

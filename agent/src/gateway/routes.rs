@@ -16,6 +16,12 @@ use crate::sidecar::{Limits, RevisionQueue, Sidecar};
 /// Path prefix of services, as KServe's path template has it.
 pub const PATH_PREFIX: &str = "/serving/";
 
+/// KServe's verb for explanations, the end of such a request's path.
+const EXPLAIN: &str = ":explain";
+
+/// A service, and the revision where a host named its tag.
+pub(super) type Found = (Arc<Service>, Option<Arc<RevisionQueue>>);
+
 /// All routes. Reads take no lock; an update copies the maps of pointers.
 #[derive(Debug)]
 pub struct RouteTable {
@@ -30,18 +36,22 @@ struct Table {
     by_host: HashMap<String, Arc<Service>>,
     /// Hosts of tags. Apart from the others, since a service may be called as another one's tag is.
     by_tag: HashMap<String, (Arc<Service>, Arc<RevisionQueue>)>,
-    /// By `<namespace>/<name>`.
+    /// Explainers, by the hosts of their services.
+    by_explained: HashMap<String, Arc<Service>>,
+    /// By [`Service::name`].
     by_name: BTreeMap<String, Arc<Service>>,
 }
 
-/// One service.
+/// One component of a service.
 #[derive(Debug)]
 pub struct Service {
-    /// `<namespace>/<name>`.
+    /// `<namespace>/<name>` of a predictor, `<namespace>/<name>/<component>` of others.
     pub name: String,
     pub(super) split: Arc<Split>,
     pub(super) sticky_header: Option<HeaderName>,
     hosts: Vec<String>,
+    /// Hosts whose `:explain` requests come here.
+    explains: Vec<String>,
     /// Revisions that can be called alone.
     tags: Vec<(String, Arc<RevisionQueue>)>,
     keys: Vec<String>,
@@ -55,7 +65,8 @@ impl Service {
 
     #[cfg(test)]
     pub(super) fn for_tests(split: Arc<Split>, sticky_header: Option<HeaderName>) -> Self {
-        Self { name: "default/test".into(), split, sticky_header, hosts: vec![], tags: vec![], keys: vec![] }
+        let (hosts, explains, tags, keys) = Default::default();
+        Self { name: "default/test".into(), split, sticky_header, hosts, explains, tags, keys }
     }
 }
 
@@ -71,19 +82,28 @@ impl RouteTable {
     }
 
     /// The service for a host, and the revision where the host names its tag.
-    pub fn by_host(&self, host: &str) -> Option<(Arc<Service>, Option<Arc<RevisionQueue>>)> {
-        let host = host
-            .rsplit_once(':')
-            .map_or(host, |(name, port)| if port.bytes().all(|byte| byte.is_ascii_digit()) { name } else { host });
+    pub(super) fn by_host(&self, host: &str) -> Option<Found> {
+        let host = without_port(host);
         let table = self.table.load();
         table.find(host).or_else(|| table.find(&host.to_ascii_lowercase()))
+    }
+
+    /// The explainer of the service that a host names, where the path asks for one and there is one.
+    pub(super) fn explainer(&self, host: &str, path: &str) -> Option<Arc<Service>> {
+        if !path.ends_with(EXPLAIN) {
+            return None;
+        }
+        self.table.load().by_explained.get(&without_port(host).to_ascii_lowercase()).cloned()
     }
 
     /// The service for a path below [`PATH_PREFIX`], and the path at the model server.
     pub fn by_path<'a>(&self, path: &'a str) -> Option<(Arc<Service>, &'a str)> {
         let rest = path.strip_prefix(PATH_PREFIX)?;
         let end = rest.match_indices('/').nth(1).map_or(rest.len(), |(index, _)| index);
-        let service = self.table.load().by_name.get(&rest[..end]).cloned()?;
+        let (name, table) = (&rest[..end], self.table.load());
+        let component = |kind: &str| table.by_name.get(&format!("{name}/{kind}"));
+        let explainer = if path.ends_with(EXPLAIN) { component("explainer") } else { None };
+        let service = explainer.or_else(|| component("transformer")).or_else(|| table.by_name.get(name)).cloned()?;
         Some((service, &rest[end..]))
     }
 
@@ -103,7 +123,7 @@ impl RouteTable {
         *version = Some(update.version);
         let former = self.table.load();
         let mut table = if update.full { Table::default() } else { Table::clone(&former) };
-        let named = update.services.iter().map(|route| format!("{}/{}", route.namespace, route.name));
+        let named = update.services.iter().map(name_of);
         for name in update.removed.iter().cloned().chain(named) {
             table.remove(&name);
         }
@@ -129,6 +149,7 @@ impl RouteTable {
     }
 
     fn service(&self, own_node: &str, former: &Table, route: fleet::ServiceRoute) -> Arc<Service> {
+        let name = name_of(&route);
         let (mut shares, mut tags) = (Vec::new(), Vec::new());
         let mut keys = Vec::new();
         for revision in route.revisions {
@@ -152,21 +173,33 @@ impl RouteTable {
             }
             shares.push(Share::new(revision.traffic_percent, queue));
         }
-        let name = format!("{}/{}", route.namespace, route.name);
         // Turns go on where they were.
         let split = former.by_name.get(&name).map(|service| Arc::clone(&service.split)).unwrap_or_default();
         split.update(shares);
         // An empty name, which is no header's, means none.
         let sticky_header = HeaderName::from_bytes(route.sticky_header.as_bytes()).ok();
-        Arc::new(Service { name, split, sticky_header, hosts: route.hosts, tags, keys })
+        Arc::new(Service { name, split, sticky_header, hosts: route.hosts, explains: route.explains, tags, keys })
     }
+}
+
+/// See [`Service::name`].
+fn name_of(route: &fleet::ServiceRoute) -> String {
+    match route.component.as_str() {
+        "" => format!("{}/{}", route.namespace, route.name),
+        component => format!("{}/{}/{component}", route.namespace, route.name),
+    }
+}
+
+fn without_port(host: &str) -> &str {
+    let (name, port) = host.rsplit_once(':').unwrap_or((host, ""));
+    if port.bytes().all(|byte| byte.is_ascii_digit()) { name } else { host }
 }
 
 /// What holds for a revision between its last route and its end.
 const LIMITS_WITHOUT_ROUTE: Limits = Limits { queue: 0, timeout: Duration::from_secs(300), concurrency: 0 };
 
 impl Table {
-    fn find(&self, host: &str) -> Option<(Arc<Service>, Option<Arc<RevisionQueue>>)> {
+    fn find(&self, host: &str) -> Option<Found> {
         if let Some(service) = self.by_host.get(host) {
             return Some((Arc::clone(service), None));
         }
@@ -178,6 +211,9 @@ impl Table {
         for host in &service.hosts {
             self.by_host.insert(host.clone(), Arc::clone(&service));
         }
+        for host in &service.explains {
+            self.by_explained.insert(host.clone(), Arc::clone(&service));
+        }
         for (host, queue) in service.tag_hosts() {
             self.by_tag.insert(host, (Arc::clone(&service), Arc::clone(queue)));
         }
@@ -188,6 +224,9 @@ impl Table {
         if let Some(service) = self.by_name.remove(name) {
             for host in &service.hosts {
                 self.by_host.remove(host);
+            }
+            for host in &service.explains {
+                self.by_explained.remove(host);
             }
             for (host, _) in service.tag_hosts() {
                 self.by_tag.remove(&host);
@@ -245,6 +284,42 @@ mod tests {
         routes.apply("node", update(4, vec![service("iris", vec![revision("iris-2", 100, "")])], &[]));
         assert_eq!(found(&routes, "prev-iris.default.test"), None);
         assert_eq!(found(&routes, "latest-iris.default.test"), None);
+    }
+
+    #[test]
+    fn a_service_is_entered_by_its_transformer_and_explained_by_its_explainer() {
+        let routes = RouteTable::new(Sidecar::new());
+        let component = |component: &str, hosts: &[&str], explains: &[&str]| fleet::ServiceRoute {
+            component: component.to_owned(),
+            hosts: hosts.iter().map(ToString::to_string).collect(),
+            explains: explains.iter().map(ToString::to_string).collect(),
+            ..service("iris", vec![revision(&format!("iris-{component}-1"), 100, "")])
+        };
+        let outer = "iris.default.test";
+        let all = vec![
+            component("", &["iris-predictor.default.test"], &[]),
+            component("transformer", &[outer, "iris-transformer.default.test"], &[]),
+            component("explainer", &["iris-explainer.default.test"], &[outer]),
+        ];
+        routes.apply("node", update(1, all, &[]));
+        let by_host = |host: &str| routes.by_host(host).map(|(service, _)| service.name.clone());
+        assert_eq!(by_host(outer).unwrap(), "default/iris/transformer");
+        assert_eq!(by_host("iris-predictor.default.test:80").unwrap(), "default/iris");
+        let explainer = |host: &str, path: &str| routes.explainer(host, path).map(|service| service.name.clone());
+        assert_eq!(explainer("Iris.default.test:8080", "/v1/models/iris:explain").unwrap(), "default/iris/explainer");
+        assert_eq!(explainer(outer, "/v1/models/iris:predict"), None);
+        assert_eq!(explainer("iris-predictor.default.test", "/v1/models/iris:explain"), None);
+        let by_path = |path: &str| routes.by_path(path).map(|(service, rest)| format!("{} {rest}", service.name));
+        assert_eq!(by_path("/serving/default/iris/v1/x:predict").unwrap(), "default/iris/transformer /v1/x:predict");
+        assert_eq!(by_path("/serving/default/iris/v1/x:explain").unwrap(), "default/iris/explainer /v1/x:explain");
+
+        // Without them it is the predictor that is entered.
+        let alone = component("", &[outer, "iris-predictor.default.test"], &[]);
+        routes.apply("node", update(2, vec![alone], &["default/iris/transformer", "default/iris/explainer"]));
+        assert_eq!(by_host(outer).unwrap(), "default/iris");
+        assert_eq!(by_host("iris-transformer.default.test"), None);
+        assert_eq!(explainer(outer, "/v1/models/iris:explain"), None);
+        assert_eq!(by_path("/serving/default/iris/v1/x:explain").unwrap(), "default/iris /v1/x:explain");
     }
 
     #[test]

@@ -7,6 +7,7 @@ mod backoff;
 mod replica;
 #[cfg(test)]
 mod tests;
+mod way_back;
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -17,15 +18,17 @@ use pilotlight_proto::fleet::v1::{Assignment, ReplicaAssignment, ReplicaPhase, R
 use tokio::{sync::watch, task::JoinHandle};
 
 use crate::{
-    endpoint::Endpoints,
+    endpoint::{Egress, Endpoints},
     runtime::{Runtime, RuntimeError},
 };
 use replica::{Desired, Life};
+use way_back::WayBack;
 
 /// Brings this node's replicas to where they shall be.
 pub struct Reconciler {
     runtime: Arc<dyn Runtime>,
     endpoints: Arc<dyn Endpoints>,
+    egress: Arc<dyn Egress>,
     statuses: Statuses,
     inner: Mutex<Inner>,
 }
@@ -81,8 +84,13 @@ impl Reconciler {
     ///
     /// # Errors
     /// The runtime cannot say what runs.
-    pub async fn adopt(runtime: Arc<dyn Runtime>, endpoints: Arc<dyn Endpoints>) -> Result<Arc<Self>, RuntimeError> {
-        let reconciler = Arc::new(Self { runtime, endpoints, statuses: Statuses::new(), inner: Mutex::default() });
+    pub async fn adopt(
+        runtime: Arc<dyn Runtime>,
+        endpoints: Arc<dyn Endpoints>,
+        egress: Arc<dyn Egress>,
+    ) -> Result<Arc<Self>, RuntimeError> {
+        let statuses = Statuses::new();
+        let reconciler = Arc::new(Self { runtime, endpoints, egress, statuses, inner: Mutex::default() });
         for running in reconciler.runtime.adopt().await? {
             let desired = Desired { assignment: running.assignment.clone(), leave: false };
             reconciler.spawn(&mut reconciler.lock(), desired, Some(running));
@@ -158,6 +166,7 @@ impl Reconciler {
         let life = Life {
             runtime: Arc::clone(&self.runtime),
             endpoints: Arc::clone(&self.endpoints),
+            way_back: WayBack::new(Arc::clone(&self.egress)),
             statuses: self.statuses.clone(),
             desired: receiver,
         };

@@ -8,7 +8,7 @@ use prost_types::Timestamp;
 use tokio::{sync::watch, time::Instant};
 use tracing::{Instrument as _, Span, info, info_span, warn};
 
-use super::{Statuses, backoff::CrashBackoff};
+use super::{Statuses, backoff::CrashBackoff, way_back::WayBack};
 use crate::{
     endpoint::{Endpoints, LocalReplica},
     runtime::{Exit, Running, Runtime, RuntimeError, probe::Prober},
@@ -31,6 +31,7 @@ pub(super) struct Desired {
 pub(super) struct Life {
     pub(super) runtime: Arc<dyn Runtime>,
     pub(super) endpoints: Arc<dyn Endpoints>,
+    pub(super) way_back: WayBack,
     pub(super) statuses: Statuses,
     pub(super) desired: watch::Receiver<Desired>,
 }
@@ -52,13 +53,13 @@ impl Life {
             status.adopted = taken_over;
         });
         let mut backoff = CrashBackoff::default();
-        let mut present = adopted;
+        let mut present = self.take_over(adopted).await;
         while !self.leaving() {
             let span = self.start_span();
             let begun = Instant::now();
             let running = match present.take() {
                 Some(running) => Ok(running),
-                None => self.runtime.start(&self.assignment()).instrument(span.clone()).await,
+                None => self.start().instrument(span.clone()).await,
             };
             let failure = match running {
                 Ok(running) => match self.tend(&running, span).await {
@@ -73,6 +74,20 @@ impl Life {
             self.failed(failure, backoff.after(begun.elapsed())).await;
         }
         self.stopped().await;
+    }
+
+    async fn start(&mut self) -> Result<Running, RuntimeError> {
+        let assignment = self.way_back.prepare(self.assignment(), self.runtime.host_address()).await?;
+        self.runtime.start(&assignment).await
+    }
+
+    /// An adopted replica goes on, unless what it calls cannot be given back to it: then it starts anew.
+    async fn take_over(&mut self, adopted: Option<Running>) -> Option<Running> {
+        let running = adopted?;
+        let Err(error) = self.way_back.reopen(&running.assignment).await else { return Some(running) };
+        warn!(replica = %running.replica, %error, "has lost its way to the predictor; starts anew");
+        self.runtime.stop(&running, GRACE).await;
+        None
     }
 
     fn assignment(&self) -> ReplicaAssignment {

@@ -8,12 +8,14 @@ use std::{
 };
 
 use async_trait::async_trait;
+use futures::future::BoxFuture;
 use pilotlight_proto::fleet::v1::ContainerSpec;
 use tokio::{net::TcpListener, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 use super::*;
 use crate::{
+    endpoint::EgressListener,
     runtime::{Exit, Running},
     sidecar::{Grant, Limits, RevisionQueue, Sidecar},
 };
@@ -65,6 +67,15 @@ impl Runtime for Fake {
     }
 }
 
+/// These replicas call nobody.
+struct NoWayBack;
+
+impl Egress for NoWayBack {
+    fn open(&self, _: &str, _: SocketAddr) -> BoxFuture<'static, std::io::Result<EgressListener>> {
+        Box::pin(async { Err(std::io::ErrorKind::Unsupported.into()) })
+    }
+}
+
 struct Node {
     fake: Arc<Fake>,
     sidecar: Arc<Sidecar>,
@@ -86,7 +97,7 @@ impl Node {
         queue.route(Limits { queue: 10, timeout: TIMEOUT, concurrency: 1 }, BTreeMap::new());
         let runtime: Arc<dyn Runtime> = Arc::clone(&fake) as _;
         let endpoints: Arc<dyn Endpoints> = Arc::clone(&sidecar) as _;
-        let reconciler = Reconciler::adopt(runtime, endpoints).await.unwrap();
+        let reconciler = Reconciler::adopt(runtime, endpoints, Arc::new(NoWayBack)).await.unwrap();
         let node = Self { fake, sidecar, queue, reconciler, _listener: listener };
         node.assign(1, &[("a", false), ("b", false)]);
         node.phases(&[ReplicaPhase::Ready, ReplicaPhase::Ready]).await;

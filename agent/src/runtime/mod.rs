@@ -6,7 +6,11 @@ pub mod probe;
 pub mod process;
 mod state;
 
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::{
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    path::PathBuf,
+    time::Duration,
+};
 
 use async_trait::async_trait;
 use pilotlight_proto::fleet::v1::ReplicaAssignment;
@@ -79,6 +83,10 @@ pub trait Runtime: Send + Sync + 'static {
     async fn stop(&self, running: &Running, grace: Duration);
     /// Forgets a replica that has ended, with its files.
     async fn remove(&self, replica: &str);
+    /// Where replicas reach this agent.
+    fn host_address(&self) -> IpAddr {
+        Ipv4Addr::LOCALHOST.into()
+    }
     /// Where its output is.
     fn log_file(&self, replica: &str) -> PathBuf;
 }

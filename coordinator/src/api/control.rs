@@ -358,10 +358,8 @@ impl ControlService {
         let wanted = request.replica.clone();
         let sources = self
             .look(&request.namespace, &request.name, move |world, state| {
-                let names = state
-                    .revisions
-                    .iter()
-                    .filter_map(|number| world.revisions.get(&state.record.revision_key(*number)))
+                let names = world
+                    .revisions_of(state)
                     .flat_map(|revision| &revision.replicas)
                     .filter(|name| asked(&wanted, name));
                 let session = |name: &String| {
@@ -428,7 +426,8 @@ async fn services(handle: &Handle, namespace: String, name: String) -> Result<Ve
         .read(move |world, _| {
             let shown = world.services.values().filter(|state| {
                 let service = &state.record.service;
-                asked(&namespace, &service.namespace) && asked(&name, &service.name)
+                let whole = state.record.component.is_predictor();
+                whole && asked(&namespace, &service.namespace) && asked(&name, &service.name)
             });
             shown.map(|state| view::service(world, state)).collect()
         })

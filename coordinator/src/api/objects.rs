@@ -12,7 +12,7 @@ use crate::{
     finding::Finding,
     model::{RuntimeRecord, keys},
     reconcile::{Applied, Handle, commands::Input},
-    spec::{Auxiliary, AuxiliaryKind, InferenceService, Runtimes, ServingRuntime},
+    spec::{Auxiliary, AuxiliaryKind, Component, ComponentKind, InferenceService, Runtimes, ServingRuntime},
     store::{Store, StoreExt as _, Transaction},
     values::{ValuesError, Vault},
 };
@@ -99,16 +99,11 @@ impl Objects {
 
     /// Warnings about secrets and config maps that a service needs and that are not there yet.
     pub(super) fn missing(&self, service: &InferenceService) -> Vec<Finding> {
-        let components = [
-            ("spec.predictor", Some(&service.predictor)),
-            ("spec.transformer", service.transformer.as_ref()),
-            ("spec.explainer", service.explainer.as_ref()),
-        ];
-        let missing = |(at, component): (&str, Option<&crate::spec::Component>)| {
-            let why = self.vault.values().resolve(&service.namespace, &component?.template.container.env).err()?;
-            Some(Finding::warning(at, "", format!("{why}: replicas fail until it is applied")))
+        let missing = |(kind, component): (ComponentKind, &Component)| {
+            let why = self.vault.values().resolve(&service.namespace, &component.template.container.env).err()?;
+            Some(Finding::warning(format!("spec.{kind}"), "", format!("{why}: replicas fail until it is applied")))
         };
-        components.into_iter().filter_map(missing).collect()
+        service.components().filter_map(missing).collect()
     }
 
     /// All objects; secrets and config maps without their values.

@@ -13,16 +13,32 @@ use super::{
 };
 use crate::{
     autoscaler::ScalerConfig,
-    model::{RevisionRecord, ServiceRecord, keys},
-    spec::InferenceService,
+    model::{RevisionRecord, ServiceKey, ServiceRecord, keys, service_key},
+    spec::{Component, ComponentKind, InferenceService},
     store::Transaction,
 };
 
 /// Revisions kept of one service beside those that have replicas or take traffic.
 const REVISIONS_KEPT: usize = 10;
 
+/// One component of an applied service: its next record and its newest revision.
+struct Next {
+    record: ServiceRecord,
+    revision: RevisionRecord,
+    /// Numbers of old revisions that go.
+    expired: Vec<u32>,
+}
+
+/// What all components of a service have in common.
+struct Common {
+    uid: String,
+    generation: u64,
+    created_at: Timestamp,
+    service: InferenceService,
+}
+
 impl Reconciler {
-    /// Stores a service; a changed template makes a new revision.
+    /// Stores a service; a changed template makes a new revision of its component.
     pub(super) async fn apply(
         &mut self,
         service: InferenceService,
@@ -38,15 +54,86 @@ impl Reconciler {
         if dry_run {
             return Ok(outcome);
         }
-        let (record, revision) = self.next(former, service, now);
-        let mut write = Transaction::new().put_json(&keys::service(&key), &record);
-        write = write.put_json(&keys::revision(&revision.key()), &revision);
-        let expired = self.expired(&record);
-        for number in &expired {
-            write = write.delete(&keys::revision(&record.revision_key(*number)));
+        let common = common(former, service, now);
+        let next: Vec<_> =
+            common.service.components().map(|(kind, component)| self.next(kind, component, &common, now)).collect();
+        let former = self.world.services.get(&key);
+        let gone = former.into_iter().flat_map(|former| self.world.components(former));
+        let gone = gone.filter(|state| common.service.component(state.record.component).is_none());
+        let gone: Vec<ServiceKey> = gone.map(|state| state.record.key()).collect();
+
+        let mut write = next.iter().fold(Transaction::new(), write_next);
+        for key in &gone {
+            write = self.write_gone(key, write);
         }
         self.commit(write).await?;
+        for next in next {
+            self.take_over(next, now);
+        }
+        for key in gone {
+            self.retire(&key);
+        }
+        info!(service = %key, ?outcome, "applied");
+        self.dirty.services.insert(key);
+        Ok(outcome)
+    }
 
+    /// A component's next record, and its newest revision, which is a new one where the template differs.
+    fn next(&self, kind: ComponentKind, component: &Component, common: &Common, now: Timestamp) -> Next {
+        let key = service_key(&common.service.namespace, &common.service.name, kind);
+        let former = self.world.services.get(&key).map(|state| &state.record);
+        let mut record = ServiceRecord {
+            component: kind,
+            uid: common.uid.clone(),
+            generation: common.generation,
+            created_at: common.created_at,
+            latest_revision: former.map_or(0, |former| former.latest_revision),
+            latest_ready: former.and_then(|former| former.latest_ready),
+            latest_rolledout: former.and_then(|former| former.latest_rolledout),
+            previous_rolledout: former.and_then(|former| former.previous_rolledout),
+            service: common.service.clone(),
+        };
+        let (scaling, timeout) = (component.scaling.clone(), component.timeout);
+        let latest = self.world.revisions.get(&record.revision_key(record.latest_revision));
+        let same = latest.filter(|latest| latest.record.template == component.template);
+        let revision = match same {
+            // The revision stays, with what may change in it.
+            Some(latest) => RevisionRecord { scaling, timeout, ..latest.record.clone() },
+            None => {
+                record.latest_revision += 1;
+                // Knative: a revision that is born at zero needs no replica to prove itself.
+                let defaults = &self.world.settings.scaling;
+                let been_ready = ScalerConfig::resolve(defaults, &component.template.annotations, &scaling)
+                    .is_ok_and(|(config, _)| config.initial_scale() == 0 && config.min_scale() == 0);
+                if been_ready {
+                    record.latest_ready = Some(record.latest_revision);
+                }
+                RevisionRecord {
+                    namespace: record.service.namespace.clone(),
+                    name: record.revision_name(record.latest_revision),
+                    service: record.service.name.clone(),
+                    component: kind,
+                    number: record.latest_revision,
+                    generation: record.generation,
+                    created_at: now,
+                    been_ready,
+                    failed: None,
+                    in_place: false,
+                    scaling,
+                    timeout,
+                    template: component.template.clone(),
+                }
+            }
+        };
+        record.settle();
+        let expired = self.expired(&record);
+        Next { record, revision, expired }
+    }
+
+    /// A component becomes what has been written of it.
+    fn take_over(&mut self, next: Next, now: Timestamp) {
+        let Next { record, revision, expired } = next;
+        let key = record.key();
         let state = self.world.services.entry(key.clone()).or_insert_with(|| ServiceState::new(record.clone()));
         let replaced = state.record.revision_key(state.record.latest_revision);
         state.record = record;
@@ -65,71 +152,7 @@ impl Reconciler {
         let of = |number| self.world.services.get(&key).map(|state| state.record.revision_key(number));
         self.dirty.urgent.extend(concerned.into_iter().filter_map(of));
         self.dirty.urgent.insert(replaced);
-        info!(service = %key, ?outcome, "applied");
         self.dirty.services.insert(key);
-        Ok(outcome)
-    }
-
-    /// The service's next record, and its newest revision, which is a new one where the template differs.
-    fn next(
-        &self,
-        former: Option<&ServiceRecord>,
-        service: InferenceService,
-        now: Timestamp,
-    ) -> (ServiceRecord, RevisionRecord) {
-        let template = service.predictor.template.clone();
-        let mut record = match former {
-            Some(former) => {
-                // As in Kubernetes, only the specification has generations.
-                let changed = former.service.manifest.get("spec") != service.manifest.get("spec");
-                let generation = former.generation + u64::from(changed);
-                ServiceRecord { generation, service, ..former.clone() }
-            }
-            None => ServiceRecord {
-                uid: uuid::Uuid::new_v4().to_string(),
-                generation: 1,
-                created_at: now,
-                latest_revision: 0,
-                latest_ready: None,
-                latest_rolledout: None,
-                previous_rolledout: None,
-                service,
-            },
-        };
-        let latest = self.world.revisions.get(&record.revision_key(record.latest_revision));
-        if let Some(latest) = latest.filter(|latest| latest.record.template == template) {
-            // The same template: the revision stays, with what may change in it.
-            let predictor = &record.service.predictor;
-            let (scaling, timeout) = (predictor.scaling.clone(), predictor.timeout);
-            let revision = RevisionRecord { scaling, timeout, ..latest.record.clone() };
-            record.settle();
-            return (record, revision);
-        }
-        record.latest_revision += 1;
-        // Knative: a revision that is born at zero needs no replica to prove itself.
-        let predictor = &record.service.predictor;
-        let (scaling, timeout) = (predictor.scaling.clone(), predictor.timeout);
-        let starts_at_zero = ScalerConfig::resolve(&self.world.settings.scaling, &template.annotations, &scaling)
-            .is_ok_and(|(config, _)| config.initial_scale() == 0 && config.min_scale() == 0);
-        if starts_at_zero {
-            record.latest_ready = Some(record.latest_revision);
-        }
-        record.settle();
-        let revision = RevisionRecord {
-            namespace: record.service.namespace.clone(),
-            name: record.revision_name(record.latest_revision),
-            service: record.service.name.clone(),
-            number: record.latest_revision,
-            generation: record.generation,
-            created_at: now,
-            been_ready: starts_at_zero,
-            failed: None,
-            in_place: false,
-            scaling,
-            timeout,
-            template,
-        };
-        (record, revision)
     }
 
     /// A revision goes on with other bounds, target, concurrency or timeout.
@@ -183,25 +206,43 @@ impl Reconciler {
         self.dirty.revision(&self.world, &key);
     }
 
-    /// Deletes a service and its revisions; its replicas drain.
+    /// Deletes a service with all its components; their replicas drain.
     pub(super) async fn delete(&mut self, key: &str) -> Result<(), CommandError> {
-        let Some(state) = self.world.services.get(key) else {
-            return Err(CommandError::NotFound(key.to_owned()));
-        };
+        let state = self.world.services.get(key).filter(|state| state.record.component.is_predictor());
+        let state = state.ok_or_else(|| CommandError::NotFound(key.to_owned()))?;
         let last = view::service(&self.world, state);
-        let revisions: Vec<_> = state.revisions.iter().map(|number| state.record.revision_key(*number)).collect();
-        let mut write = Transaction::new().delete(&keys::service(key)).delete(&keys::conditions(key));
-        for revision in &revisions {
-            write = write.delete(&keys::revision(revision));
-        }
+        let components: Vec<_> = self.world.components(state).map(|component| component.record.key()).collect();
+        let write = Transaction::new().delete(&keys::conditions(key));
+        let write = components.iter().fold(write, |write, key| self.write_gone(key, write));
         self.commit(write).await?;
-        self.world.services.remove(key);
-        for revision in revisions {
+        for component in components {
+            self.retire(&component);
+        }
+        info!(service = %key, "deleted");
+        // Nobody may be watching.
+        let _ = self.changes.send(Change::Deleted(Box::new(last)));
+        Ok(())
+    }
+
+    /// Adds to a write that a component goes, with its revisions.
+    fn write_gone(&self, key: &str, mut write: Transaction) -> Transaction {
+        write = write.delete(&keys::service(key));
+        let Some(state) = self.world.services.get(key) else { return write };
+        for number in &state.revisions {
+            write = write.delete(&keys::revision(&state.record.revision_key(*number)));
+        }
+        write
+    }
+
+    /// A component that has been deleted: its revisions stay in memory until their last replica has drained.
+    fn retire(&mut self, key: &str) {
+        let Some(state) = self.world.services.remove(key) else { return };
+        for number in state.revisions {
+            let revision = state.record.revision_key(number);
             match self.world.revisions.get_mut(&revision) {
                 Some(state) if state.replicas.is_empty() => {
                     self.world.revisions.remove(&revision);
                 }
-                // Stays in memory until its last replica has drained.
                 Some(state) => {
                     state.wanted = 0;
                     self.dirty.revisions.insert(revision);
@@ -209,10 +250,29 @@ impl Reconciler {
                 None => {}
             }
         }
-        info!(service = %key, "deleted");
         self.dirty.services.insert(key.to_owned());
-        // Nobody may be watching.
-        let _ = self.changes.send(Change::Deleted(Box::new(last)));
-        Ok(())
     }
+}
+
+/// What the components of a service are to share, given the service's former record.
+fn common(former: Option<&ServiceRecord>, service: InferenceService, now: Timestamp) -> Common {
+    let Some(former) = former else {
+        return Common { uid: uuid::Uuid::new_v4().to_string(), generation: 1, created_at: now, service };
+    };
+    // As in Kubernetes, only the specification has generations.
+    let changed = former.service.manifest.get("spec") != service.manifest.get("spec");
+    Common {
+        uid: former.uid.clone(),
+        generation: former.generation + u64::from(changed),
+        created_at: former.created_at,
+        service,
+    }
+}
+
+/// Adds to a write what becomes of a component.
+fn write_next(write: Transaction, next: &Next) -> Transaction {
+    let write = write
+        .put_json(&keys::service(&next.record.key()), &next.record)
+        .put_json(&keys::revision(&next.revision.key()), &next.revision);
+    next.expired.iter().fold(write, |write, number| write.delete(&keys::revision(&next.record.revision_key(*number))))
 }

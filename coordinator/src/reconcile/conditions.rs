@@ -1,4 +1,4 @@
-//! Conditions of a service, in KServe's names. Pure.
+//! Conditions of a service and its components, in KServe's names. Pure.
 //!
 //! `Ready` depends on `PredictorReady` and `IngressReady` alone. The first asks whether what was applied
 //! last can serve, the second whether requests find their way to something that can: with a newer
@@ -13,7 +13,7 @@ use super::world::{ReplicaState, RevisionState, ServiceState, World};
 use crate::{
     model::ConditionRecord,
     rollout::policy::MAX_UNAVAILABLE,
-    spec::{Condition, ConditionStatus},
+    spec::{ComponentKind, Condition, ConditionStatus},
 };
 
 /// `reason` of a revision that showed no progress for too long, as Knative and Kubernetes write it.
@@ -79,37 +79,82 @@ fn since(service: &ServiceState, name: &str, status: ConditionStatus) -> Timesta
     kept.map_or(service.record.created_at, |record| record.since)
 }
 
+/// What is known of one component.
+struct Component {
+    kind: ComponentKind,
+    /// Whether its newest revision can serve.
+    configuration: State,
+    /// Whether requests find something that can.
+    route: State,
+}
+
+impl Component {
+    fn of(world: &World, component: &ServiceState) -> Self {
+        let record = &component.record;
+        let configuration = if record.service.stopped { stopped() } else { configuration(world, component) };
+        // A newer revision that fails leaves the last good one serving: its route stays.
+        let route = match () {
+            () if record.service.stopped => stopped(),
+            () if record.latest_ready.is_some() => State::holds(),
+            () if configuration.status == ConditionStatus::False => {
+                State::fails("RevisionMissing", &*configuration.message)
+            }
+            () => State::unknown("RevisionMissing", "no revision has been ready yet"),
+        };
+        Self { kind: record.component, configuration, route }
+    }
+
+    fn ready(&self) -> State {
+        self.configuration.and(&self.route)
+    }
+
+    /// Its conditions in KServe's names, one of which is spelled otherwise for explainers.
+    fn named(&self) -> [(&'static str, State); 3] {
+        let [configuration, ready, route] = match self.kind {
+            ComponentKind::Predictor => ["PredictorConfigurationReady", "PredictorReady", "PredictorRouteReady"],
+            ComponentKind::Transformer => {
+                ["TransformerConfigurationReady", "TransformerReady", "TransformerRouteReady"]
+            }
+            ComponentKind::Explainer => ["ExplainerConfigurationReady", "ExplainerReady", "ExplainerRoutesReady"],
+        };
+        [(configuration, self.configuration.clone()), (ready, self.ready()), (route, self.route.clone())]
+    }
+}
+
+const STOPPED_BY: &str = "annotation serving.kserve.io/stop is true";
+
+fn stopped() -> State {
+    State::fails("Stopped", STOPPED_BY)
+}
+
 fn states(world: &World, service: &ServiceState) -> BTreeMap<&'static str, State> {
-    let stopped = service.record.service.stopped;
-    let why = "annotation serving.kserve.io/stop is true";
-    let configuration = if stopped { State::fails("Stopped", why) } else { configuration(world, service) };
-    // A newer revision that fails leaves the last good one serving: its route stays.
-    let route = match () {
-        () if stopped => State::fails("Stopped", why),
-        () if service.record.latest_ready.is_some() => State::holds(),
-        () if configuration.status == ConditionStatus::False => {
-            State::fails("RevisionMissing", &*configuration.message)
-        }
-        () => State::unknown("RevisionMissing", "no revision has been ready yet"),
+    let components: Vec<_> = world.components(service).map(|component| Component::of(world, component)).collect();
+    let all = |state: &dyn Fn(&Component) -> State| {
+        components.iter().fold(State::holds(), |all, component| all.and(&state(component)))
     };
-    let predictor = configuration.and(&route);
-    BTreeMap::from([
-        ("IngressReady", route.clone()),
-        ("LatestDeploymentReady", configuration.clone()),
-        ("PredictorConfigurationReady", configuration),
-        ("PredictorReady", predictor.clone()),
-        ("PredictorRouteReady", route.clone()),
-        ("Ready", predictor.and(&route)),
-        ("RoutesReady", route),
+    // Requests pass the transformer, so one that is not ready holds back the way in; so does an explainer.
+    let ingress = all(&|component| match component.kind {
+        ComponentKind::Predictor => component.route.clone(),
+        ComponentKind::Transformer | ComponentKind::Explainer => component.ready(),
+    });
+    let predictor = components.first().map_or_else(State::holds, Component::ready);
+    let is_stopped = service.record.service.stopped;
+    let mut states = BTreeMap::from([
+        ("IngressReady", ingress.clone()),
+        ("LatestDeploymentReady", all(&|component| component.configuration.clone())),
+        ("Ready", predictor.and(&ingress)),
+        ("RoutesReady", all(&|component| component.route.clone())),
         (
             "Stopped",
             State {
-                status: if stopped { ConditionStatus::True } else { ConditionStatus::False },
-                reason: if stopped { "Stopped" } else { "" }.to_owned(),
-                message: if stopped { why } else { "" }.to_owned(),
+                status: if is_stopped { ConditionStatus::True } else { ConditionStatus::False },
+                reason: if is_stopped { "Stopped" } else { "" }.to_owned(),
+                message: if is_stopped { STOPPED_BY } else { "" }.to_owned(),
             },
         ),
-    ])
+    ]);
+    states.extend(components.iter().flat_map(Component::named));
+    states
 }
 
 /// Whether the newest revision can serve, and if not, why.

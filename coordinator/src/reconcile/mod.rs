@@ -5,6 +5,8 @@
 //! and [`view`] how it is shown to them.
 
 mod apply;
+#[cfg(test)]
+mod chain_tests;
 pub mod clock;
 pub mod commands;
 pub mod conditions;

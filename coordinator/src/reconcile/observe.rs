@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     autoscaler::Sample,
-    model::{RevisionKey, ServiceKey},
+    model::{self, RevisionKey, ServiceKey},
 };
 
 /// What has changed since the loop last acted.
@@ -123,15 +123,35 @@ fn demanded(
     let Some(revision) = world.revisions.get_mut(&demand.revision) else { return };
     revision.waiting.insert(node.to_owned(), demand.waiting);
     dirty.services.insert(revision.record.service_key());
-    if revision.wanted > 0 {
-        return;
+    let further = !revision.record.component.is_predictor();
+    let owner = model::service_key(&revision.record.namespace, &revision.record.service, Default::default());
+    let trace = TraceContext { traceparent: demand.traceparent, tracestate: demand.tracestate };
+    wake(world, &demand.revision, &trace, now, recorder, dirty);
+    // What a transformer is asked it asks its predictor: both wake at the same time, not one after the other.
+    let Some(predictor) = world.services.get(&owner).filter(|_| further) else { return };
+    let asked = world.destinations(predictor).into_iter().filter(|target| target.percent > 0);
+    let asked: Vec<_> = asked.map(|target| predictor.record.revision_key(target.revision)).collect();
+    for revision in asked {
+        wake(world, &revision, &trace, now, recorder, dirty);
     }
-    revision.trace = TraceContext { traceparent: demand.traceparent, tracestate: demand.tracestate };
+}
+
+/// Counts a first request for a revision at zero, and has it decided upon at once.
+fn wake(
+    world: &mut World,
+    key: &str,
+    trace: &TraceContext,
+    now: Timestamp,
+    recorder: &mut Recorder,
+    dirty: &mut Dirty,
+) {
+    let Some(revision) = world.revisions.get_mut(key).filter(|revision| revision.wanted == 0) else { return };
+    revision.trace = trace.clone();
     if let Some(scaler) = &mut revision.scaler {
-        recorder.write(now, &demand.revision, || Entry::Poke);
+        recorder.write(now, key, || Entry::Poke);
         scaler.poke(scaler_time(now));
     }
-    dirty.urgent.insert(demand.revision);
+    dirty.urgent.insert(key.to_owned());
 }
 
 /// The whole truth about one node's replicas.
@@ -183,7 +203,7 @@ fn took(world: &mut World, status: fleet::ReplicaStatus, now: Timestamp, dirty: 
     let took = (phase == ReplicaPhase::Ready && before != ReplicaPhase::Unspecified)
         .then(|| since(replica.record.created_at, now));
     let revision = replica.record.revision.clone();
-    let service = format!("{}/{}", replica.record.namespace, replica.record.service);
+    let service = model::service_key(&replica.record.namespace, &replica.record.service, Default::default());
     let name = status.replica.clone();
     let message = status.message.clone();
     let progress = replica.signs.progress(&status);

@@ -168,7 +168,7 @@ impl Reconciler {
             .services
             .iter()
             .filter_map(|key| {
-                let service = self.world.services.get(key)?;
+                let service = self.world.services.get(key).filter(|service| service.record.component.is_predictor())?;
                 let conditions = conditions::changed(&self.world, service, now)?;
                 Some(ConditionsRecord { service: key.clone(), conditions })
             })

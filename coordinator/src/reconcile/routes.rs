@@ -6,20 +6,33 @@ use pilotlight_proto::fleet::v1 as fleet;
 
 use super::world::{NodeState, RevisionState, ServiceState, World};
 use crate::{
-    spec::{Probe, ProbeHandler, RevisionTemplate},
+    spec::{ComponentKind, InferenceService, Probe, ProbeHandler, RevisionTemplate},
     values::Values,
 };
 
-/// The host names of a service: `<name>.<namespace>.<domain>`, and KServe's name of its predictor.
-pub fn hosts(world: &World, namespace: &str, name: &str) -> Vec<String> {
-    let domain = &world.settings.domain;
-    vec![format!("{name}.{namespace}.{domain}"), format!("{name}-predictor.{namespace}.{domain}")]
+/// The host name of a service: `<name>.<namespace>.<domain>`.
+pub fn host(world: &World, namespace: &str, name: &str) -> String {
+    format!("{name}.{namespace}.{}", world.settings.domain)
 }
 
-/// Where one service's requests go: its shares, the newest first, and then the revisions without a share
+/// KServe's host name of one component of a service: `<name>-<component>.<namespace>.<domain>`.
+pub fn component_host(world: &World, service: &InferenceService, component: ComponentKind) -> String {
+    host(world, &service.namespace, &format!("{}-{component}", service.name))
+}
+
+/// All host names that lead to one component. The one that takes the service's requests has the service's
+/// own host, as the first.
+pub fn component_hosts(world: &World, service: &InferenceService, component: ComponentKind) -> Vec<String> {
+    let entrance = if service.transformer.is_some() { ComponentKind::Transformer } else { ComponentKind::Predictor };
+    let outer = (component == entrance).then(|| host(world, &service.namespace, &service.name));
+    outer.into_iter().chain([component_host(world, service, component)]).collect()
+}
+
+/// Where one component's requests go: its shares, the newest first, and then the revisions without a share
 /// that still have replicas, since requests may wait or run there.
 pub fn service_route(world: &World, service: &ServiceState) -> fleet::ServiceRoute {
-    let spec = &service.record.service;
+    let (spec, component) = (&service.record.service, service.record.component);
+    let explains = (component == ComponentKind::Explainer).then(|| host(world, &spec.namespace, &spec.name));
     let targets = world.destinations(service);
     let shares = targets.iter().filter_map(|target| {
         let tag = target.tag.map(|tag| tag.to_string()).unwrap_or_default();
@@ -33,7 +46,9 @@ pub fn service_route(world: &World, service: &ServiceState) -> fleet::ServiceRou
     fleet::ServiceRoute {
         namespace: spec.namespace.clone(),
         name: spec.name.clone(),
-        hosts: hosts(world, &spec.namespace, &spec.name),
+        component: if component.is_predictor() { String::new() } else { component.to_string() },
+        hosts: component_hosts(world, spec, component),
+        explains: explains.into_iter().collect(),
         revisions: shares.chain(left).collect(),
         sticky_header: world.policy(service).sticky_header.unwrap_or_default(),
     }
@@ -80,7 +95,10 @@ pub fn assignment(world: &World, node: &NodeState) -> fleet::Assignment {
         .filter_map(|replica| {
             let revision = world.revisions.get(&replica.record.revision)?;
             let revision = &revision.record;
+            let of = world.services.get(&revision.service_key()).filter(|_| !revision.component.is_predictor());
+            let calls = of.map(|of| component_host(world, &of.record.service, ComponentKind::Predictor));
             Some(fleet::ReplicaAssignment {
+                predictor_host: calls.unwrap_or_default(),
                 replica: replica.record.name.clone(),
                 revision: replica.record.revision.clone(),
                 namespace: replica.record.namespace.clone(),

@@ -28,7 +28,7 @@ use super::{
 };
 use crate::{
     fleet::SessionHandle,
-    model::{Availability, NodeRecord, ReplicaRecord, keys},
+    model::{Availability, NodeRecord, ReplicaRecord, keys, owner},
     store::{Store, StoreError, Transaction},
 };
 
@@ -302,7 +302,7 @@ impl Reconciler {
 
     fn place(&mut self, record: ReplicaRecord, now: Timestamp) {
         let trace = self.world.revisions.get(&record.revision).map(|r| r.trace.clone()).unwrap_or_default();
-        let service = format!("{}/{}", record.namespace, record.service);
+        let service = self.world.component_of(&record);
         let parts = match record.mig_devices.as_slice() {
             [] => String::new(),
             devices => format!(", of them only {}", devices.join(", ")),
@@ -318,8 +318,8 @@ impl Reconciler {
     fn drain(&mut self, name: &str, why: &Leaving, now: Timestamp) {
         let Some(replica) = self.world.replicas.get_mut(name) else { return };
         replica.record.draining = true;
-        let record = &replica.record;
-        let service = format!("{}/{}", record.namespace, record.service);
+        let record = replica.record.clone();
+        let service = self.world.component_of(&record);
         let (warning, reason, why) = match why {
             Leaving::ScaledDown => (false, "Draining", String::new()),
             Leaving::NodeDrained => (false, "NodeDrained", format!("node {} drains: ", record.node)),
@@ -334,7 +334,7 @@ impl Reconciler {
     fn forget(&mut self, name: &str, why: Gone, now: Timestamp) {
         let Some(record) = self.world.remove_replica(name) else { return };
         self.meter.close(&record, now);
-        let service = format!("{}/{}", record.namespace, record.service);
+        let service = self.world.component_of(&record);
         if why == Gone::NodeLost {
             let message = format!("node {} is silent for longer than its lease", record.node);
             let object = format!("Replica/{name}");
@@ -400,6 +400,9 @@ impl Reconciler {
 
     /// Tells agents what has changed: assignments to the nodes concerned, routes to all.
     fn push(&mut self) {
+        // What changes a component changes what is shown of its service.
+        let owners: Vec<_> = self.dirty.services.iter().map(|key| owner(key).to_owned()).collect();
+        self.dirty.services.extend(owners);
         let mut fallen_behind = Vec::new();
         for name in std::mem::take(&mut self.dirty.nodes) {
             let Some(node) = self.world.nodes.get_mut(&name) else { continue };
@@ -453,7 +456,7 @@ impl Reconciler {
     /// Tells watchers.
     fn publish(&mut self) {
         for key in std::mem::take(&mut self.dirty.services) {
-            if self.world.services.contains_key(&key) {
+            if owner(&key) == key && self.world.services.contains_key(&key) {
                 // Nobody may be watching.
                 let _ = self.changes.send(Change::Updated(key));
             }

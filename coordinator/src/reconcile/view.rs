@@ -14,7 +14,7 @@ use crate::{
     autoscaler::Decision,
     model::Availability,
     rollout::Tag,
-    spec::{self, FailureInfo, ModelState, ModelStatus, StatusView, TrafficTarget, TransitionStatus},
+    spec::{self, ComponentView, FailureInfo, ModelState, ModelStatus, StatusView, TrafficTarget, TransitionStatus},
 };
 
 /// A service, with its object in KServe's shape.
@@ -33,8 +33,9 @@ pub fn service(world: &World, state: &ServiceState) -> control::Service {
     let counts = revisions.iter().map(|revision| world.counts(revision));
     let (ready_replicas, starting_replicas) =
         counts.fold((0, 0), |(ready, starting), counts| (ready + counts.ready, starting + counts.starting));
-    let latest_share = status.traffic.iter().find(|target| target.latest);
-    let prev_share = status.traffic.iter().find(|target| target.tag == Tag::Prev.as_str());
+    let traffic = status.components.first().map(|predictor| predictor.traffic.as_slice()).unwrap_or_default();
+    let latest_share = traffic.iter().find(|target| target.latest);
+    let prev_share = traffic.iter().find(|target| target.tag == Tag::Prev.as_str());
     control::Service {
         namespace: spec.namespace.clone(),
         name: spec.name.clone(),
@@ -50,12 +51,7 @@ pub fn service(world: &World, state: &ServiceState) -> control::Service {
         min_replicas: latest.map_or(0, |revision| revision.scaling.min_scale()),
         max_replicas: latest.map_or(0, |revision| revision.scaling.max_scale()),
         created_at: Some(timestamp(record.created_at)),
-        queue_depth: state
-            .revisions
-            .iter()
-            .filter_map(|number| world.revision_of(state, *number))
-            .flat_map(|revision| revision.waiting.values())
-            .sum(),
+        queue_depth: world.revisions_of(state).flat_map(|revision| revision.waiting.values()).sum(),
         latest_traffic_percent: latest_share.map(|target| u32::from(target.percent)),
         prev_traffic_percent: prev_share.map(|target| u32::from(target.percent)),
         prev_revision: prev_share.map(|target| target.revision.clone()).unwrap_or_default(),
@@ -65,8 +61,7 @@ pub fn service(world: &World, state: &ServiceState) -> control::Service {
 
 /// The service's address as clients use it.
 pub fn url(world: &World, namespace: &str, name: &str) -> String {
-    let host = routes::hosts(world, namespace, name).swap_remove(0);
-    url_of(world, &host)
+    url_of(world, &routes::host(world, namespace, name))
 }
 
 fn url_of(world: &World, host: &str) -> String {
@@ -79,18 +74,7 @@ fn url_of(world: &World, host: &str) -> String {
 fn status(world: &World, state: &ServiceState) -> StatusView {
     let record = &state.record;
     let routable = record.latest_ready.is_some() && !record.service.stopped;
-    let mut hosts = routes::hosts(world, &record.service.namespace, &record.service.name);
-    let predictor = hosts.pop().map(|host| url_of(world, &host));
-    let host = hosts.pop().unwrap_or_default();
-    let address = url_of(world, &host);
-    let name = |number| record.revision_name(number);
-    let traffic = world.targets(state).into_iter().map(|target| TrafficTarget {
-        revision: name(target.revision),
-        percent: target.percent,
-        latest: target.latest,
-        tag: target.tag.map(|tag| tag.to_string()).unwrap_or_default(),
-        url: target.tag.map(|tag| url_of(world, &format!("{tag}-{host}"))),
-    });
+    let address = url(world, &record.service.namespace, &record.service.name);
     StatusView {
         uid: record.uid.clone(),
         generation: record.generation,
@@ -98,14 +82,34 @@ fn status(world: &World, state: &ServiceState) -> StatusView {
         created_at: record.created_at,
         url: routable.then(|| address.clone()),
         address_url: routable.then_some(address),
-        predictor_url: predictor.filter(|_| routable),
+        components: world.components(state).map(|component| component_view(world, component)).collect(),
         conditions: conditions::of(world, state),
+        model: model_status(world, state),
+    }
+}
+
+fn component_view(world: &World, state: &ServiceState) -> ComponentView {
+    let record = &state.record;
+    let name = |number| record.revision_name(number);
+    // Tags lead to a revision by each host of its component; the one that clients know is named.
+    let host = routes::component_hosts(world, &record.service, record.component).swap_remove(0);
+    let traffic = world.targets(state).into_iter().map(|target| TrafficTarget {
+        revision: name(target.revision),
+        percent: target.percent,
+        latest: target.latest,
+        tag: target.tag.map(|tag| tag.to_string()).unwrap_or_default(),
+        url: target.tag.map(|tag| url_of(world, &format!("{tag}-{host}"))),
+    });
+    let routable = record.latest_ready.is_some() && !record.service.stopped;
+    let own = routes::component_host(world, &record.service, record.component);
+    ComponentView {
+        kind: record.component,
+        url: routable.then(|| url_of(world, &own)),
         latest_created_revision: name(record.latest_revision),
         latest_ready_revision: record.latest_ready.map(name).unwrap_or_default(),
         latest_rolledout_revision: record.latest_rolledout.map(name).unwrap_or_default(),
         previous_rolledout_revision: record.previous_rolledout.map(name).unwrap_or_default(),
         traffic: traffic.collect(),
-        model: model_status(world, state),
     }
 }
 
@@ -304,10 +308,8 @@ pub fn decision(revision: &str, time: Timestamp, decision: &Decision) -> control
 
 /// The last decisions of all revisions of a service, oldest first; `limit` 0 is all.
 pub fn decisions(world: &World, state: &ServiceState, limit: usize) -> Vec<control::Decision> {
-    let mut all: Vec<_> = state
-        .revisions
-        .iter()
-        .filter_map(|number| world.revisions.get(&state.record.revision_key(*number)))
+    let mut all: Vec<_> = world
+        .revisions_of(state)
         .flat_map(|revision| revision.decisions.iter().map(|(at, made)| (*at, &revision.record.name, made)))
         .collect();
     all.sort_by_key(|(at, ..)| *at);
@@ -328,8 +330,7 @@ pub fn event(event: &Event) -> control::Event {
 
 /// Everything about a service.
 pub fn describe(world: &World, state: &ServiceState) -> control::DescribeResponse {
-    let revisions: Vec<_> =
-        state.revisions.iter().filter_map(|number| world.revisions.get(&state.record.revision_key(*number))).collect();
+    let revisions: Vec<_> = world.revisions_of(state).collect();
     control::DescribeResponse {
         service: Some(service(world, state)),
         replicas: revisions

@@ -13,9 +13,12 @@ use pilotlight_telemetry::TraceContext;
 use crate::{
     autoscaler::{Decision, Defaults, Scaler, ScalerConfig},
     fleet::SessionHandle,
-    model::{ConditionRecord, NodeRecord, ReplicaRecord, RevisionKey, RevisionRecord, ServiceKey, ServiceRecord},
+    model::{
+        ConditionRecord, NodeRecord, ReplicaRecord, RevisionKey, RevisionRecord, ServiceKey, ServiceRecord, owner,
+        service_key,
+    },
     rollout::{self, Policy, Signs, Target, progress},
-    spec::PlacementPolicy,
+    spec::{ComponentKind, PlacementPolicy},
     values::Values,
 };
 
@@ -29,7 +32,7 @@ pub const EVENTS_KEPT: usize = 50;
 pub struct World {
     /// What holds for every service.
     pub settings: Settings,
-    /// Applied services.
+    /// Components of applied services.
     pub services: BTreeMap<ServiceKey, ServiceState>,
     /// Their revisions.
     pub revisions: BTreeMap<RevisionKey, RevisionState>,
@@ -60,18 +63,35 @@ pub struct Settings {
     pub values: Arc<Values>,
 }
 
-/// One service.
+#[cfg(test)]
+impl Settings {
+    /// A cell "test" whose nodes are never lost.
+    pub(crate) fn for_tests() -> Self {
+        Self {
+            cell: "test".into(),
+            domain: "test".into(),
+            ingress_port: 80,
+            queue_limit: 10,
+            scaling: Defaults::default(),
+            node_lease: Duration::from_secs(1_000_000),
+            placement_policy: PlacementPolicy::BinPack,
+            values: Default::default(),
+        }
+    }
+}
+
+/// One component of a service; its predictor stands for the service as a whole.
 #[derive(Debug)]
 pub struct ServiceState {
     /// As stored.
     pub record: ServiceRecord,
     /// Numbers of its revisions that still exist.
     pub revisions: BTreeSet<u32>,
-    /// Whether its conditions held when last looked at, and since when.
+    /// Whether the service's conditions held when last looked at, and since when. Only with predictors.
     pub conditions: BTreeMap<String, ConditionRecord>,
     /// Shares of its requests when last looked at, for telling of changes.
     pub shares: Vec<Target>,
-    /// What happened lately, oldest first.
+    /// What happened lately to the service, oldest first. Only with predictors.
     pub events: VecDeque<Event>,
 }
 
@@ -278,8 +298,7 @@ impl World {
 
     /// What the service's annotations say about its roll-out.
     pub fn policy(&self, service: &ServiceState) -> Policy {
-        let spec = &service.record.service;
-        let annotations = [&spec.annotations, &spec.predictor.template.annotations];
+        let annotations = [&service.record.service.annotations, &service.record.spec().template.annotations];
         Policy::resolve(annotations, self.settings.scaling.progress_deadline)
     }
 
@@ -302,7 +321,7 @@ impl World {
         }
         let tagged = spec.annotations.get(rollout::policy::TAG_ROUTING);
         let tag_latest = tagged.is_some_and(|value| value.eq_ignore_ascii_case("true"));
-        rollout::split(&service.record.history(), spec.predictor.canary_traffic_percent, tag_latest)
+        rollout::split(&service.record.history(), service.record.spec().canary_traffic_percent, tag_latest)
     }
 
     /// Where requests go: [`World::targets`], and before anything was ready the newest revision, where
@@ -370,10 +389,29 @@ impl World {
         Some(replica.record)
     }
 
-    /// Notes an event of a service; the oldest go when there are too many. An event that only repeats
-    /// the newest one replaces it.
+    /// The component that a replica is of.
+    pub fn component_of(&self, replica: &ReplicaRecord) -> ServiceKey {
+        let component = self.revisions.get(&replica.revision).map(|revision| revision.record.component);
+        service_key(&replica.namespace, &replica.service, component.unwrap_or_default())
+    }
+
+    /// All components of a service, its predictor first.
+    pub fn components(&self, service: &ServiceState) -> impl Iterator<Item = &ServiceState> {
+        let spec = &service.record.service;
+        let (namespace, name) = (spec.namespace.clone(), spec.name.clone());
+        ComponentKind::ALL.into_iter().filter_map(move |kind| self.services.get(&service_key(&namespace, &name, kind)))
+    }
+
+    /// The revisions that there are of a service, those of all its components.
+    pub fn revisions_of(&self, service: &ServiceState) -> impl Iterator<Item = &RevisionState> {
+        self.components(service)
+            .flat_map(|component| component.revisions.iter().filter_map(|number| self.revision_of(component, *number)))
+    }
+
+    /// Notes an event of a service or one of its components; the oldest go when there are too many. An
+    /// event that only repeats the newest one replaces it.
     pub fn note(&mut self, service: &str, event: Event) {
-        let Some(service) = self.services.get_mut(service) else { return };
+        let Some(service) = self.services.get_mut(owner(service)) else { return };
         let events = &mut service.events;
         if events.back().is_some_and(|last| {
             last.reason == event.reason && last.object == event.object && last.message == event.message

@@ -27,7 +27,7 @@ use crate::{
         scale,
         world::{ServiceState, Settings, World},
     },
-    spec::{InferenceService, PlacementPolicy},
+    spec::{ComponentKind, InferenceService, PlacementPolicy},
 };
 
 /// Simulates a scenario from its first request until its tail is over.
@@ -468,6 +468,7 @@ fn add(world: &mut World, service: &InferenceService, now: Timestamp) -> Result<
         return Err(ScenarioError::Settings(format!("{}: {}", service.name, findings.join("; "))));
     }
     let record = ServiceRecord {
+        component: ComponentKind::Predictor,
         uid: "simulated".into(),
         generation: 1,
         created_at: now,
@@ -481,6 +482,7 @@ fn add(world: &mut World, service: &InferenceService, now: Timestamp) -> Result<
         namespace: service.namespace.clone(),
         name: record.revision_name(1),
         service: service.name.clone(),
+        component: ComponentKind::Predictor,
         number: 1,
         generation: 1,
         created_at: now,

@@ -6,7 +6,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use serde_json::{Map, Value, json};
 
 use super::{
-    API_VERSION, ParseOptions, annotations,
+    API_VERSION, ParseOptions, annotations, chain,
     component::{self, Context, Role},
     documents::join,
     model::{Component, InferenceService},
@@ -29,8 +29,6 @@ const SERVER_METADATA: [&str; 8] = [
 
 /// Explainers that KServe runs from images of its own configuration; `alibi` until v0.13.
 const EXPLAINERS: [&str; 3] = ["art", "alibi", "aix"];
-/// What a service is without the parts that this version does not run.
-const NOT_RUN: &str = "it is kept but not run: requests reach the predictor as they are";
 
 /// Reads an InferenceService. What it gives is to be used only where the report has no error.
 pub(super) fn read(
@@ -167,11 +165,12 @@ fn read_beside(given: Option<&Value>, at: &str, context: Context<'_>, report: &m
     match given? {
         Value::Null => None,
         Value::Object(fields) => {
-            report.unsupported(at, NOT_RUN);
             if fields.contains_key("custom") {
                 report.error(join(at, "custom"), "", "is of v1alpha2; give the container in containers");
             }
-            Some(component::read(fields, at, Role::Beside, context, report))
+            let mut component = component::read(fields, at, Role::Beside, context, report);
+            chain::point_at_predictor(&mut component, fields.contains_key("containerConcurrency"), context.name);
+            Some(component)
         }
         other => {
             report.error(at, show(other), "must be a mapping");

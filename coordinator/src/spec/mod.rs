@@ -12,6 +12,7 @@
 //! | `typed` | JSON to typed values, with the path of each unknown field and type error |
 //! | `inference_service`, `v1alpha2`, `knative`, `annotations`, `placing` | the service |
 //! | `component`, `fields` | one component: implementation, extension fields and pod fields at one level |
+//! | `chain` | what a transformer or explainer is told of its predictor |
 //! | `framework`, `storage` | `model`, the older keys, and where weights come from |
 //! | `serving_runtime`, `runtimes` | runtimes, and which of them a model gets |
 //! | `resolve`, `merge`, `placeholders`, `image` | model and runtime become one pod |
@@ -22,6 +23,7 @@
 mod affinity;
 mod annotations;
 mod auxiliary;
+mod chain;
 mod component;
 mod container;
 mod documents;
@@ -60,14 +62,15 @@ use serde_json::{Map, Value};
 
 pub use self::{
     auxiliary::Data,
+    chain::PREDICTOR_HOST,
     model::{
-        Auxiliary, AuxiliaryKind, Component, Container, EnvSource, EnvVar, InferenceService, MigRequest, Probe,
-        ProbeHandler, Protocol, Resource, Resources, RevisionTemplate, RuntimeUse, Scaling, ServingRuntime, Sidecar,
-        Storage, StorageSource, SupportedFormat, TrafficShare,
+        Auxiliary, AuxiliaryKind, Component, ComponentKind, Container, EnvSource, EnvVar, InferenceService, MigRequest,
+        Probe, ProbeHandler, Protocol, Resource, Resources, RevisionTemplate, RuntimeUse, Scaling, ServingRuntime,
+        Sidecar, Storage, StorageSource, SupportedFormat, TrafficShare,
     },
     object::{
-        Condition, ConditionStatus, FailureInfo, ModelState, ModelStatus, StatusView, TrafficTarget, TransitionStatus,
-        to_object,
+        ComponentView, Condition, ConditionStatus, FailureInfo, ModelState, ModelStatus, StatusView, TrafficTarget,
+        TransitionStatus, to_object,
     },
     placing::{PlacementPolicy, placement_policy, priority},
     runtimes::{NoRuntime, Runtimes},

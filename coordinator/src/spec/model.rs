@@ -56,6 +56,22 @@ pub struct InferenceService {
     pub manifest: Value,
 }
 
+impl InferenceService {
+    /// One of its components; `None` where it has no such part.
+    pub fn component(&self, kind: ComponentKind) -> Option<&Component> {
+        match kind {
+            ComponentKind::Predictor => Some(&self.predictor),
+            ComponentKind::Transformer => self.transformer.as_ref(),
+            ComponentKind::Explainer => self.explainer.as_ref(),
+        }
+    }
+
+    /// The components that it has, the predictor first.
+    pub fn components(&self) -> impl Iterator<Item = (ComponentKind, &Component)> {
+        ComponentKind::ALL.into_iter().filter_map(|kind| Some((kind, self.component(kind)?)))
+    }
+}
+
 /// One entry of a Knative `Service`'s `traffic`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TrafficShare {
@@ -67,6 +83,44 @@ pub struct TrafficShare {
     /// Empty for none.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub tag: String,
+}
+
+/// Which part of a service a component is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum ComponentKind {
+    /// Serves the model.
+    #[default]
+    Predictor,
+    /// Takes the service's requests and asks the predictor.
+    Transformer,
+    /// Takes the service's `:explain` requests and asks the predictor.
+    Explainer,
+}
+
+impl ComponentKind {
+    /// All, the predictor first.
+    pub const ALL: [Self; 3] = [Self::Predictor, Self::Transformer, Self::Explainer];
+
+    /// As in `spec`, in names of revisions and in hosts: `predictor`, `transformer`, `explainer`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Predictor => "predictor",
+            Self::Transformer => "transformer",
+            Self::Explainer => "explainer",
+        }
+    }
+
+    /// True for what every service has.
+    pub fn is_predictor(&self) -> bool {
+        *self == Self::Predictor
+    }
+}
+
+impl std::fmt::Display for ComponentKind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.as_str())
+    }
 }
 
 /// One component of a service: predictor, transformer or explainer.

@@ -6,7 +6,10 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use super::{API_VERSION, model::InferenceService};
+use super::{
+    API_VERSION,
+    model::{ComponentKind, InferenceService},
+};
 
 /// Whether a condition holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -136,8 +139,19 @@ pub struct StatusView {
     pub address_url: Option<String>,
     /// All conditions, sorted by name, as Knative keeps them.
     pub conditions: Vec<Condition>,
-    /// Where clients reach the predictor; `None` until it was first ready.
-    pub predictor_url: Option<String>,
+    /// Its components, the predictor first.
+    pub components: Vec<ComponentView>,
+    /// State of the model.
+    pub model: ModelStatus,
+}
+
+/// One entry of `status.components`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ComponentView {
+    /// Which.
+    pub kind: ComponentKind,
+    /// Where clients reach it; `None` until it was first ready.
+    pub url: Option<String>,
     /// Revision names without the namespace; empty where there is none yet.
     pub latest_created_revision: String,
     /// The newest revision that was ready.
@@ -148,8 +162,6 @@ pub struct StatusView {
     pub previous_rolledout_revision: String,
     /// Shares of requests.
     pub traffic: Vec<TrafficTarget>,
-    /// State of the model.
-    pub model: ModelStatus,
 }
 
 /// The service as KServe's API would give it: metadata, `spec` as applied, and status.
@@ -179,26 +191,12 @@ pub fn to_object(service: &InferenceService, view: &StatusView) -> Value {
 
 fn status(view: &StatusView) -> Value {
     let conditions: Vec<_> = view.conditions.iter().map(condition).collect();
-    let mut predictor = Map::new();
-    for (key, revision) in [
-        ("latestCreatedRevision", &view.latest_created_revision),
-        ("latestReadyRevision", &view.latest_ready_revision),
-        ("latestRolledoutRevision", &view.latest_rolledout_revision),
-        ("previousRolledoutRevision", &view.previous_rolledout_revision),
-    ] {
-        put_text(&mut predictor, key, revision);
-    }
-    predictor.insert("traffic".into(), view.traffic.iter().map(traffic).collect());
-    if let Some(url) = &view.predictor_url {
-        predictor.insert("url".into(), json!(url));
-        predictor.insert("address".into(), json!({ "url": url }));
-    }
-
+    let components: Map<_, _> = view.components.iter().map(|of| (of.kind.to_string(), component(of))).collect();
     let mut status = json!({
         "deploymentMode": "Knative",
         "observedGeneration": view.observed_generation,
         "conditions": conditions,
-        "components": { "predictor": predictor },
+        "components": components,
         "modelStatus": model(&view.model),
     });
     if let Some(url) = &view.url {
@@ -208,6 +206,24 @@ fn status(view: &StatusView) -> Value {
         status["address"] = json!({ "url": url });
     }
     status
+}
+
+fn component(view: &ComponentView) -> Value {
+    let mut component = Map::new();
+    for (key, revision) in [
+        ("latestCreatedRevision", &view.latest_created_revision),
+        ("latestReadyRevision", &view.latest_ready_revision),
+        ("latestRolledoutRevision", &view.latest_rolledout_revision),
+        ("previousRolledoutRevision", &view.previous_rolledout_revision),
+    ] {
+        put_text(&mut component, key, revision);
+    }
+    component.insert("traffic".into(), view.traffic.iter().map(traffic).collect());
+    if let Some(url) = &view.url {
+        component.insert("url".into(), json!(url));
+        component.insert("address".into(), json!({ "url": url }));
+    }
+    Value::Object(component)
 }
 
 fn condition(condition: &Condition) -> Value {

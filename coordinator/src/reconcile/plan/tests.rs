@@ -54,6 +54,7 @@ impl Cell {
             namespace: "default".into(),
             name: name.into(),
             service: name.into(),
+            component: spec::ComponentKind::Predictor,
             number: 1,
             generation: 1,
             created_at: Timestamp::UNIX_EPOCH,

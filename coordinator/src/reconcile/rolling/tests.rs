@@ -6,7 +6,6 @@ use pilotlight_proto::fleet::v1::{self as fleet, ReplicaPhase};
 
 use super::*;
 use crate::{
-    autoscaler::Defaults,
     fleet::SessionHandle,
     model::{NodeRecord, ReplicaRecord},
     reconcile::{
@@ -33,16 +32,7 @@ fn world(gpus: u32, min: u32, annotations: &str) -> World {
          resources: {{limits: {{nvidia.com/gpu: 1}}}}}}]}}}}"
     );
     let service = spec::tests::service(&manifest, true);
-    let mut world = World::new(Settings {
-        cell: "test".into(),
-        domain: "test".into(),
-        ingress_port: 80,
-        queue_limit: 10,
-        scaling: Defaults::default(),
-        node_lease: Duration::from_secs(1_000_000),
-        placement_policy: spec::PlacementPolicy::BinPack,
-        values: Default::default(),
-    });
+    let mut world = World::new(Settings::for_tests());
     let record = NodeRecord { name: "node".into(), joined_at: at(0), availability: Default::default() };
     let gpus = (0..gpus).map(|index| fleet::Gpu { index, product: "A40".into(), ..Default::default() }).collect();
     let node = NodeState {
@@ -53,6 +43,7 @@ fn world(gpus: u32, min: u32, annotations: &str) -> World {
     };
     world.nodes.insert("node".into(), node);
     let record = ServiceRecord {
+        component: spec::ComponentKind::Predictor,
         uid: "1".into(),
         generation: 2,
         created_at: at(0),
@@ -68,6 +59,7 @@ fn world(gpus: u32, min: u32, annotations: &str) -> World {
             namespace: "default".into(),
             name: record.revision_name(number),
             service: "iris".into(),
+            component: spec::ComponentKind::Predictor,
             number,
             generation: u64::from(number),
             created_at: at(0),
