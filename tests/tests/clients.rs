@@ -59,3 +59,20 @@ async fn tritonclient_and_kserves_clients_get_the_right_classes() {
         }
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_transformer_by_kserves_sdk_finds_its_predictor() {
+    let python = python().display().to_string();
+    let dev = Dev::start(&[], vec![]).await;
+    let manifest = fs::read_to_string(format!("{REPOSITORY}/deploy/examples/iris-chain.yaml")).unwrap();
+    let own = format!("[{python}, {REPOSITORY}/tests/clients/transformer.py, --enable_grpc=false]");
+    let manifest = manifest.replace("[pilotlight, example-server, iris-transformer]", &own);
+    assert!(manifest.contains(&own));
+    let applied = dev.operator.apply(&manifest, &["--strict"]);
+    assert_eq!(applied.code, 0, "{}", applied.err);
+    let flower =
+        r#"{"instances": [{"sepal length": 6.3, "sepal width": 3.3, "petal length": 6.0, "petal width": 2.5}]}"#;
+    let answer =
+        dev.gateway.post("iris-chain.default.localhost", "/v1/models/iris-chain:predict", flower).await.unwrap();
+    assert_eq!(answer.body, r#"{"predictions":["virginica"]}"#);
+}
