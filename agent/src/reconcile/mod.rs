@@ -4,6 +4,7 @@
 //! assignment nothing is stopped: replicas of a former agent process are adopted and go on serving.
 
 mod backoff;
+mod health;
 mod replica;
 #[cfg(test)]
 mod tests;

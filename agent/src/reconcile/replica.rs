@@ -8,7 +8,12 @@ use prost_types::Timestamp;
 use tokio::{sync::watch, time::Instant};
 use tracing::{Instrument as _, Span, info, info_span, warn};
 
-use super::{Statuses, backoff::CrashBackoff, way_back::WayBack};
+use super::{
+    Statuses,
+    backoff::CrashBackoff,
+    health::{Health, Unhealthy},
+    way_back::WayBack,
+};
 use crate::{
     endpoint::{Endpoints, LocalReplica},
     runtime::{Exit, Running, Runtime, RuntimeError, probe::Prober},
@@ -16,6 +21,8 @@ use crate::{
 
 /// Grace where the assignment names none; Kubernetes' default.
 const GRACE: Duration = Duration::from_secs(30);
+/// Reason of a replica that a probe has had restarted; the name of Kubernetes' event.
+const UNHEALTHY: &str = "Unhealthy";
 /// Longest request where the assignment names none; Knative's default.
 const TIMEOUT: Duration = Duration::from_secs(300);
 
@@ -39,6 +46,7 @@ pub(super) struct Life {
 /// Why a running replica is not tended any more.
 enum Turn {
     Ended(Exit),
+    Unhealthy(Unhealthy),
     Leave,
 }
 
@@ -64,6 +72,7 @@ impl Life {
             let failure = match running {
                 Ok(running) => match self.tend(&running, span).await {
                     Turn::Leave => return self.leave(&running).await,
+                    Turn::Unhealthy(why) => self.restart(&running, why).await,
                     Turn::Ended(exit) => {
                         self.endpoints.remove(&running.replica);
                         Failure::of_exit(exit)
@@ -124,8 +133,11 @@ impl Life {
         });
         let mut loading = Some(info_span!(parent: &span, "replica.load", otel.kind = "internal"));
         let mut starting = Some(span);
-        let probe = running.assignment.container.clone().and_then(|container| container.readiness_probe);
-        let prober = Prober::new(probe.unwrap_or_default(), running.address);
+        let container = running.assignment.container.clone().unwrap_or_default();
+        let (started, mut has_started) = watch::channel(false);
+        let unhealthy = Health::new(&container, running.address).fails(started);
+        tokio::pin!(unhealthy);
+        let prober = Prober::new(container.readiness_probe.unwrap_or_default(), running.address);
         let runtime = Arc::clone(&self.runtime);
         let exited = runtime.exited(running);
         tokio::pin!(exited);
@@ -135,7 +147,8 @@ impl Life {
             let answer = tokio::select! {
                 exit = &mut exited => return Turn::Ended(exit),
                 () = left(&mut self.desired) => return Turn::Leave,
-                answer = ask(&prober, pause) => answer,
+                why = &mut unhealthy => return Turn::Unhealthy(why),
+                answer = ask(&prober, pause, &mut has_started) => answer,
             };
             match answer {
                 Ok(()) => {
@@ -163,6 +176,22 @@ impl Life {
             }
             pause = prober.period(ready);
         }
+    }
+
+    /// Ends a container that a probe has found unhealthy. It gets nothing new, and may end what it has.
+    async fn restart(&self, running: &Running, why: Unhealthy) -> Failure {
+        warn!(replica = %running.replica, message = %why.message, "is restarted");
+        self.endpoints.not_ready(&running.replica);
+        self.update(|status| {
+            status.set_phase(ReplicaPhase::Starting);
+            status.reason = UNHEALTHY.to_owned();
+            status.message.clone_from(&why.message);
+        });
+        let container = self.assignment().container.unwrap_or_default();
+        let grace = why.grace.or_else(|| duration(container.termination_grace_period)).unwrap_or(GRACE);
+        self.runtime.stop(running, grace).await;
+        self.endpoints.remove(&running.replica);
+        Failure { reason: UNHEALTHY, message: why.message, exit_code: None }
     }
 
     fn ready(&self, running: &Running) {
@@ -252,7 +281,11 @@ async fn left(desired: &mut watch::Receiver<Desired>) {
     }
 }
 
-async fn ask(prober: &Prober, pause: Duration) -> Result<(), String> {
+async fn ask(prober: &Prober, pause: Duration, has_started: &mut watch::Receiver<bool>) -> Result<(), String> {
+    // An error means that the container is about to be restarted.
+    if has_started.wait_for(|started| *started).await.is_err() {
+        std::future::pending::<()>().await;
+    }
     tokio::time::sleep(pause).await;
     prober.ask().await
 }

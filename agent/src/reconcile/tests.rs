@@ -9,7 +9,7 @@ use std::{
 
 use async_trait::async_trait;
 use futures::future::BoxFuture;
-use pilotlight_proto::fleet::v1::ContainerSpec;
+use pilotlight_proto::fleet::v1::{self as fleet, ContainerSpec};
 use tokio::{net::TcpListener, time::Instant};
 use tokio_util::sync::CancellationToken;
 
@@ -43,6 +43,7 @@ impl Fake {
 impl Runtime for Fake {
     async fn start(&self, assignment: &ReplicaAssignment) -> Result<Running, RuntimeError> {
         let assignment = assignment.clone();
+        self.ends.lock().unwrap().insert(assignment.replica.clone(), CancellationToken::new());
         Ok(Running { replica: assignment.replica.clone(), pid: 1, address: self.address, started_at: 0, assignment })
     }
 
@@ -57,6 +58,8 @@ impl Runtime for Fake {
 
     async fn stop(&self, running: &Running, grace: Duration) {
         self.stops.lock().unwrap().push((running.replica.clone(), self.began.elapsed(), grace));
+        // A real one takes its time, in which the status before is seen.
+        tokio::time::sleep(Duration::from_millis(1)).await;
         self.end(&running.replica).cancel();
     }
 
@@ -65,6 +68,72 @@ impl Runtime for Fake {
     fn log_file(&self, _: &str) -> PathBuf {
         PathBuf::new()
     }
+}
+
+/// Asks each ten seconds whether something listens at `port`; the third failure is one too many.
+fn listens(port: u16) -> Option<fleet::Probe> {
+    Some(fleet::Probe {
+        handler: Some(fleet::probe::Handler::TcpSocket(fleet::TcpSocket { port: port.into() })),
+        termination_grace_period: prost_types::Duration::try_from(Duration::from_secs(2)).ok(),
+        ..Default::default()
+    })
+}
+
+/// A port at which nothing listens.
+async fn closed_port() -> u16 {
+    TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap().local_addr().unwrap().port()
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_container_whose_liveness_probe_fails_is_restarted() {
+    let node = Node::empty().await;
+    let alive = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+    let liveness_probe = listens(alive.local_addr().unwrap().port());
+    node.assign_container(1, &[("a", false)], ContainerSpec { liveness_probe, ..Default::default() });
+    node.phases(&[ReplicaPhase::Ready]).await;
+    tokio::time::sleep(Duration::from_secs(95)).await;
+    let dead = Instant::now();
+    assert!(node.stops(dead).is_empty(), "it lives");
+
+    drop(alive);
+    let said = node.unhealthy().await;
+    assert!(said.starts_with("liveness probe failed 3 times in a row: "), "{said}");
+    // Asked at 100, 110 and 120 s.
+    node.restarted(1).await;
+    assert_eq!(node.stops(dead), [("a".to_owned(), Duration::from_secs(25), Duration::from_secs(2))]);
+    // It is started again at once, and after the second time a little later.
+    node.phases(&[ReplicaPhase::Ready]).await;
+    assert_eq!(node.restarted(2).await.reason, "CrashLoopBackOff");
+}
+
+#[tokio::test(start_paused = true)]
+async fn until_the_startup_probe_has_passed_nothing_else_is_asked() {
+    let node = Node::empty().await;
+    let (port, never) = (closed_port().await, closed_port().await);
+    let startup_probe = listens(port).map(|probe| fleet::Probe { failure_threshold: 100, ..probe });
+    let container = ContainerSpec { startup_probe, liveness_probe: listens(never), ..Default::default() };
+    node.assign_container(1, &[("a", false)], container);
+    let began = Instant::now();
+    tokio::time::sleep(Duration::from_secs(500)).await;
+    node.phases(&[ReplicaPhase::Starting]).await;
+    assert!(node.stops(began).is_empty(), "the liveness probe would have failed long ago");
+
+    let _started = TcpListener::bind((Ipv4Addr::LOCALHOST, port)).await.unwrap();
+    node.phases(&[ReplicaPhase::Ready]).await;
+    let said = node.unhealthy().await;
+    assert!(said.starts_with("liveness probe failed"), "{said}");
+    assert!(began.elapsed() >= Duration::from_secs(520), "asked at 500, 510 and 520 s");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_container_that_does_not_start_in_time_is_restarted() {
+    let node = Node::empty().await;
+    let startup_probe = listens(closed_port().await);
+    node.assign_container(1, &[("a", false)], ContainerSpec { startup_probe, ..Default::default() });
+    let began = Instant::now();
+    let said = node.unhealthy().await;
+    assert!(said.starts_with("startup probe failed 3 times"), "{said}");
+    assert_eq!(began.elapsed(), Duration::from_secs(20), "asked at 0, 10 and 20 s");
 }
 
 /// These replicas call nobody.
@@ -88,6 +157,14 @@ struct Node {
 impl Node {
     /// A node with two ready replicas, "a" and "b", that take one request each.
     async fn start() -> Self {
+        let node = Self::empty().await;
+        node.assign(1, &[("a", false), ("b", false)]);
+        node.phases(&[ReplicaPhase::Ready, ReplicaPhase::Ready]).await;
+        node
+    }
+
+    /// A node without replicas.
+    async fn empty() -> Self {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
         let address = listener.local_addr().unwrap();
         let (ends, stops) = (Mutex::default(), Mutex::default());
@@ -98,21 +175,21 @@ impl Node {
         let runtime: Arc<dyn Runtime> = Arc::clone(&fake) as _;
         let endpoints: Arc<dyn Endpoints> = Arc::clone(&sidecar) as _;
         let reconciler = Reconciler::adopt(runtime, endpoints, Arc::new(NoWayBack)).await.unwrap();
-        let node = Self { fake, sidecar, queue, reconciler, _listener: listener };
-        node.assign(1, &[("a", false), ("b", false)]);
-        node.phases(&[ReplicaPhase::Ready, ReplicaPhase::Ready]).await;
-        node
+        Self { fake, sidecar, queue, reconciler, _listener: listener }
     }
 
     /// The whole assignment: replicas, and whether they drain.
     fn assign(&self, version: u64, replicas: &[(&str, bool)]) {
+        self.assign_container(version, replicas, ContainerSpec::default());
+    }
+
+    /// The same, with probes.
+    fn assign_container(&self, version: u64, replicas: &[(&str, bool)], mut container: ContainerSpec) {
+        container.termination_grace_period = prost_types::Duration::try_from(GRACE).ok();
         let replicas = replicas.iter().map(|(name, draining)| ReplicaAssignment {
             replica: (*name).to_owned(),
             revision: KEY.to_owned(),
-            container: Some(ContainerSpec {
-                termination_grace_period: prost_types::Duration::try_from(GRACE).ok(),
-                ..Default::default()
-            }),
+            container: Some(container.clone()),
             container_concurrency: 1,
             timeout: prost_types::Duration::try_from(TIMEOUT).ok(),
             draining: *draining,
@@ -126,6 +203,20 @@ impl Node {
         let mut statuses = self.reconciler.statuses();
         let reached = |all: &ReplicaStatuses| all.replicas.iter().map(ReplicaStatus::phase).eq(phases.iter().copied());
         statuses.wait_for(reached).await.unwrap();
+    }
+
+    /// Waits until the first replica has been started again so many times; what was last said of it.
+    async fn restarted(&self, times: u32) -> ReplicaStatus {
+        let mut statuses = self.reconciler.statuses();
+        let restarted = |all: &ReplicaStatuses| all.replicas.iter().any(|status| status.restarts == times);
+        statuses.wait_for(restarted).await.unwrap().replicas[0].clone()
+    }
+
+    /// Waits until a probe has found the first replica unhealthy; what the probe said.
+    async fn unhealthy(&self) -> String {
+        let mut statuses = self.reconciler.statuses();
+        let unhealthy = |all: &ReplicaStatuses| all.replicas.iter().any(|status| status.reason == "Unhealthy");
+        statuses.wait_for(unhealthy).await.unwrap().replicas[0].message.clone()
     }
 
     /// A request that runs, and on which replica.

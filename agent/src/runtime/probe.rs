@@ -1,4 +1,4 @@
-//! Asks a replica whether it is ready.
+//! Asks a replica whether it is ready, or alive.
 
 use std::{net::SocketAddr, time::Duration};
 
@@ -51,6 +51,11 @@ impl Prober {
     /// Failures in a row that make it unready; 3 where not given.
     pub fn failure_threshold(&self) -> u32 {
         if self.probe.failure_threshold == 0 { 3 } else { self.probe.failure_threshold }
+    }
+
+    /// Between the polite signal and the kill, where this probe says so.
+    pub fn termination_grace_period(&self) -> Option<Duration> {
+        duration(&self.probe.termination_grace_period)
     }
 
     /// Asks once.

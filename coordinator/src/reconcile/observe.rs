@@ -191,6 +191,9 @@ fn statuses_of(world: &mut World, node: &str, statuses: fleet::ReplicaStatuses, 
     }
 }
 
+/// Reason of a replica that is being restarted by a probe's verdict.
+const UNHEALTHY: &str = "Unhealthy";
+
 /// One replica's new status.
 fn took(world: &mut World, status: fleet::ReplicaStatus, now: Timestamp, dirty: &mut Dirty) {
     let Some(replica) = world.replicas.get_mut(&status.replica) else { return };
@@ -206,6 +209,7 @@ fn took(world: &mut World, status: fleet::ReplicaStatus, now: Timestamp, dirty: 
     let service = model::service_key(&replica.record.namespace, &replica.record.service, Default::default());
     let name = status.replica.clone();
     let message = status.message.clone();
+    let unhealthy = status.reason == UNHEALTHY && phase == ReplicaPhase::Starting;
     let progress = replica.signs.progress(&status);
     match phase {
         ReplicaPhase::Failed => replica.failure = Some(status.clone()),
@@ -224,6 +228,7 @@ fn took(world: &mut World, status: fleet::ReplicaStatus, now: Timestamp, dirty: 
         revision.load_time = took;
     }
     let (warning, reason, message) = match phase {
+        ReplicaPhase::Starting if unhealthy => (true, UNHEALTHY, format!("{message}; is restarted")),
         ReplicaPhase::Starting => (false, "Started", "process started, waiting for readiness".to_owned()),
         ReplicaPhase::Ready => (false, "Ready", "takes requests".to_owned()),
         ReplicaPhase::Failed => (true, "Failed", message),

@@ -136,6 +136,8 @@ fn container(values: &Values, namespace: &str, template: &RevisionTemplate) -> f
         port: container.port.map_or(0, u32::from),
         h2c: container.h2c,
         readiness_probe: Some(probe(&container.readiness)),
+        liveness_probe: container.liveness.as_ref().map(probe),
+        startup_probe: container.startup.as_ref().map(probe),
         termination_grace_period: Some(duration(template.termination_grace_period)),
     }
 }
@@ -162,6 +164,7 @@ fn probe(probe: &Probe) -> fleet::Probe {
         timeout: Some(duration(probe.timeout)),
         success_threshold: probe.success_threshold,
         failure_threshold: probe.failure_threshold,
+        termination_grace_period: probe.termination_grace_period.map(duration),
     }
 }
 

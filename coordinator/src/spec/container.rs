@@ -10,7 +10,7 @@ use super::{
     env,
     expand::expand,
     model::{Container, Probe, Storage},
-    probe,
+    probe::{self, Purpose},
     report::Report,
     storage, volumes,
 };
@@ -21,15 +21,13 @@ pub(super) const MAIN: &str = "kserve-container";
 pub(super) const TRANSFORMER: &str = "transformer-container";
 
 /// Container fields that have no effect here, and what happens instead.
-const UNSUPPORTED: [(&str, &str); 14] = [
+const UNSUPPORTED: [(&str, &str); 12] = [
     ("imagePullPolicy", "the runtime decides when to pull"),
     ("lifecycle", "no hook is called"),
-    ("livenessProbe", "a replica is started again only when it ends"),
     ("resizePolicy", "a change of resources makes a new revision"),
     ("restartPolicy", "a replica that ends is always started again"),
     ("restartPolicyRules", "a replica that ends is always started again"),
     ("securityContext", "the node's runtime settings apply"),
-    ("startupProbe", "readinessProbe is asked from the start"),
     ("stdin", "standard input is closed"),
     ("stdinOnce", "standard input is closed"),
     ("terminationMessagePath", "the log is kept instead"),
@@ -103,12 +101,13 @@ pub(super) fn read(
     let expand_all = |texts: &[String]| texts.iter().map(|text| expand(text, &variables)).collect();
     let (port, h2c) = read_port(given.ports.as_deref().unwrap_or_default(), place.part, &join(at, "ports"), report);
     let port_name = given.ports.iter().flatten().next().and_then(|port| port.name.as_deref());
-    let mut read_probe = |given: &Option<k8s::Probe>, key: &str| -> Option<Probe> {
-        given.as_ref().map(|given| probe::read(given, port, port_name, &join(at, key), report))
+    let mut read_probe = |given: &Option<k8s::Probe>, purpose: Purpose, key: &str| -> Option<Probe> {
+        given.as_ref().map(|given| probe::read(given, port, port_name, purpose, &join(at, key), report))
     };
-    let readiness = read_probe(&given.readiness_probe, "readinessProbe").unwrap_or_else(probe::default);
-    let liveness = read_probe(&given.liveness_probe, "livenessProbe");
-    let startup = read_probe(&given.startup_probe, "startupProbe");
+    let readiness = read_probe(&given.readiness_probe, Purpose::Readiness, "readinessProbe");
+    let readiness = readiness.unwrap_or_else(probe::default);
+    let liveness = read_probe(&given.liveness_probe, Purpose::Restart, "livenessProbe");
+    let startup = read_probe(&given.startup_probe, Purpose::Restart, "startupProbe");
     let container = Container {
         image,
         command: expand_all(&command),

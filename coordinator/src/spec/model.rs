@@ -338,14 +338,17 @@ pub struct Probe {
     pub handler: ProbeHandler,
     /// From the start of the container to the first probe.
     pub initial_delay: Duration,
-    /// Between probes; zero is the agent's own pace (fast until ready, slow after).
+    /// Between probes; zero is the agent's own pace (readiness: fast until ready; else 10 s, as Kubernetes).
     pub period: Duration,
     /// Answer expected within; at least 1 s. Default 1 s, as Kubernetes.
     pub timeout: Duration,
     /// Successes in a row that make it ready, at least 1. Default 1.
     pub success_threshold: u32,
-    /// Failures in a row that make it unready, at least 1. Default 3.
+    /// Failures in a row that make it unready or have it restarted, at least 1. Default 3.
     pub failure_threshold: u32,
+    /// Between the polite signal and the kill when this probe has it restarted; `None` is the replica's own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub termination_grace_period: Option<Duration>,
 }
 
 /// What a probe asks. A port of `None` is the serving port.

@@ -1,4 +1,4 @@
-//! The readiness probe.
+//! Readiness, liveness and startup probes.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -7,6 +7,7 @@ use k8s_openapi::{api::core::v1 as k8s, apimachinery::pkg::util::intstr::IntOrSt
 use super::{
     documents::join,
     model::{Probe, ProbeHandler},
+    pod,
     report::Report,
 };
 
@@ -23,7 +24,17 @@ pub(super) fn default() -> Probe {
         timeout: Duration::from_secs(1),
         success_threshold: 1,
         failure_threshold: 3,
+        termination_grace_period: None,
     }
+}
+
+/// What follows from a probe.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Purpose {
+    /// Whether the container takes requests.
+    Readiness,
+    /// Whether it is to be restarted: liveness and startup.
+    Restart,
 }
 
 /// Reads the probe at `at` of a container with this serving port.
@@ -31,13 +42,22 @@ pub(super) fn read(
     given: &k8s::Probe,
     port: Option<u16>,
     port_name: Option<&str>,
+    purpose: Purpose,
     at: &str,
     report: &mut Report,
 ) -> Probe {
     let default = default();
-    if given.termination_grace_period_seconds.is_some() {
-        report.unsupported(join(at, "terminationGracePeriodSeconds"), "the pod's own grace period is used");
+    // Kubernetes' own rules.
+    if purpose == Purpose::Readiness && given.termination_grace_period_seconds.is_some() {
+        report.error(join(at, "terminationGracePeriodSeconds"), "", "must not be set for readiness probes");
     }
+    if purpose == Purpose::Restart
+        && let Some(successes) = given.success_threshold.filter(|successes| *successes != 1)
+    {
+        report.error(join(at, "successThreshold"), successes, "must be 1 for liveness and startup probes");
+    }
+    let grace = given.termination_grace_period_seconds.filter(|_| purpose == Purpose::Restart);
+    let grace = grace.map(|grace| pod::seconds(Some(grace), 0, 1, &join(at, "terminationGracePeriodSeconds"), report));
     let mut number = |name: &str, value: Option<i32>, min: i32, default: u32| match value {
         None => default,
         Some(value) if value < min => {
@@ -53,6 +73,7 @@ pub(super) fn read(
         timeout: seconds(number("timeoutSeconds", given.timeout_seconds, 1, 1)),
         success_threshold: number("successThreshold", given.success_threshold, 1, default.success_threshold),
         failure_threshold: number("failureThreshold", given.failure_threshold, 1, default.failure_threshold),
+        termination_grace_period: grace,
         handler: Ports { port, port_name }.handler(given, at, report),
     }
 }

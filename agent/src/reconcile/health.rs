@@ -1,0 +1,82 @@
+//! Startup and liveness: whether a running container is to be restarted, as Kubernetes' kubelet decides it.
+
+use std::{net::SocketAddr, time::Duration};
+
+use pilotlight_proto::fleet::v1::ContainerSpec;
+use tokio::sync::watch;
+
+use crate::runtime::probe::Prober;
+
+/// Why a container is to be restarted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Unhealthy {
+    /// Which probe failed, and what was said.
+    pub(super) message: String,
+    /// Between the polite signal and the kill, where the probe says so.
+    pub(super) grace: Option<Duration>,
+}
+
+/// The probes by which a container is restarted.
+pub(super) struct Health {
+    startup: Option<Prober>,
+    liveness: Option<Prober>,
+}
+
+impl Health {
+    pub(super) fn new(container: &ContainerSpec, address: SocketAddr) -> Self {
+        let prober = |probe: &Option<_>| Some(Prober::new(Option::clone(probe)?, address));
+        Self { startup: prober(&container.startup_probe), liveness: prober(&container.liveness_probe) }
+    }
+
+    /// Resolves when the container is to be restarted; never, where nothing asks for that. `started` becomes
+    /// true once the startup probe has passed: nothing else is to be asked before.
+    pub(super) async fn fails(self, started: watch::Sender<bool>) -> Unhealthy {
+        let mut begun = Duration::ZERO;
+        if let Some(startup) = self.startup {
+            let clock = tokio::time::Instant::now();
+            if let Err(unhealthy) = passes(&startup, "startup", Until::Passed).await {
+                return unhealthy;
+            }
+            begun = clock.elapsed();
+        }
+        started.send_replace(true);
+        let Some(liveness) = self.liveness else { return std::future::pending().await };
+        // The delay counts from the container's start.
+        tokio::time::sleep(liveness.initial_delay().saturating_sub(begun)).await;
+        match passes(&liveness, "liveness", Until::Failed).await {
+            Err(unhealthy) => unhealthy,
+            Ok(()) => std::future::pending().await,
+        }
+    }
+}
+
+/// How long a probe is asked.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Until {
+    /// It has passed once, or failed too often.
+    Passed,
+    /// It has failed too often.
+    Failed,
+}
+
+async fn passes(prober: &Prober, what: &str, until: Until) -> Result<(), Unhealthy> {
+    if until == Until::Passed {
+        tokio::time::sleep(prober.initial_delay()).await;
+    }
+    let mut failures = 0;
+    loop {
+        match prober.ask().await {
+            Ok(()) if until == Until::Passed => return Ok(()),
+            Ok(()) => failures = 0,
+            Err(why) => {
+                failures += 1;
+                if failures >= prober.failure_threshold() {
+                    let message = format!("{what} probe failed {failures} times in a row: {why}");
+                    return Err(Unhealthy { message, grace: prober.termination_grace_period() });
+                }
+            }
+        }
+        // Kubernetes' pace: the eager one is for readiness alone.
+        tokio::time::sleep(prober.period(true)).await;
+    }
+}
