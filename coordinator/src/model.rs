@@ -6,8 +6,11 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    rollout::History,
-    spec::{Component, ComponentKind, ConditionStatus, InferenceService, RevisionTemplate, Scaling, ServingRuntime},
+    rollout::{History, Share},
+    spec::{
+        Component, ComponentKind, ConditionStatus, InferenceService, RevisionTemplate, Scaling, ServingRuntime,
+        TrafficShare,
+    },
 };
 
 /// `<namespace>/<name>` of an InferenceService, or `<namespace>/<name>/<component>` of a component that is
@@ -52,6 +55,9 @@ pub struct ServiceRecord {
     /// Number of the one that had them before.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub previous_rolledout: Option<u32>,
+    /// Names that a Knative `Service` gave its revisions, and their numbers.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub revision_names: BTreeMap<String, u32>,
     /// What was applied, whole, whichever component this is.
     pub service: InferenceService,
 }
@@ -70,7 +76,39 @@ impl ServiceRecord {
 
     /// Percent of the requests for the newest ready revision; all, where the manifest does not say.
     pub fn canary(&self) -> u8 {
-        self.spec().canary_traffic_percent.unwrap_or(100)
+        match self.shares() {
+            Some(shares) => shares.iter().filter(|share| share.revision.is_none()).map(|share| share.percent).sum(),
+            None => self.spec().canary_traffic_percent.unwrap_or(100),
+        }
+    }
+
+    /// A Knative `Service`'s `traffic`; `None` where all goes by the rules of a canary. A revision that is
+    /// not known stands for the newest: that was refused when it was applied.
+    pub fn shares(&self) -> Option<Vec<Share>> {
+        let traffic = &self.service.traffic;
+        let share = |share: &TrafficShare| Share {
+            revision: share.revision.as_ref().and_then(|name| self.revision_number(name)),
+            percent: share.percent,
+            tag: share.tag.clone(),
+        };
+        (self.component.is_predictor() && !traffic.is_empty()).then(|| traffic.iter().map(share).collect())
+    }
+
+    /// The number of the revision that `traffic` means by a name: one that was given, `<service>-00001` as
+    /// Knative numbers them, or our own.
+    pub fn revision_number(&self, name: &str) -> Option<u32> {
+        if let Some(number) = self.revision_names.get(name) {
+            return Some(*number);
+        }
+        let rest = name.strip_prefix(&self.service.name)?.strip_prefix('-')?;
+        let number: u32 = rest.strip_prefix("predictor-").unwrap_or(rest).parse().ok()?;
+        (1..=self.latest_revision).contains(&number).then_some(number)
+    }
+
+    /// True where a revision may yet be asked for: it must not be thrown away.
+    pub fn needs(&self, number: u32) -> bool {
+        let named = self.shares().is_some_and(|shares| shares.iter().any(|share| share.revision == Some(number)));
+        named || self.history().needs(number)
     }
 
     /// Which revisions were ready and which had all requests.
@@ -91,7 +129,13 @@ impl ServiceRecord {
 
     /// Brings the history up to date with what the service asks for and which revision is ready.
     pub fn settle(&mut self) {
-        let history = self.history().settled(self.spec().canary_traffic_percent);
+        let canary = match self.shares() {
+            // Named revisions make no history: what they had before is in the manifest before.
+            Some(_) if self.canary() < 100 => return,
+            Some(_) => None,
+            None => self.spec().canary_traffic_percent,
+        };
+        let history = self.history().settled(canary);
         self.latest_rolledout = history.rolledout;
         self.previous_rolledout = history.previous;
     }

@@ -73,7 +73,13 @@ impl ControlService {
                     result.object_json = service.manifest.to_string();
                     result.stored_json = self.stored(&service.namespace, &service.name).await?;
                 }
-                self.handle.apply(*service, dry_run).await.map_err(status)?.into()
+                match self.handle.apply(*service, dry_run).await {
+                    Err(CommandError::Refused(findings)) => {
+                        result.findings.extend(findings.iter().map(finding));
+                        return Ok(result);
+                    }
+                    applied => applied.map_err(status)?.into(),
+                }
             }
             spec::Resource::ServingRuntime(runtime) => {
                 let applied = self.objects.apply_runtime(*runtime, dry_run).await?;
@@ -515,6 +521,7 @@ fn usage(record: UsageRecord) -> control::Usage {
 pub(super) fn status(error: CommandError) -> Status {
     match &error {
         CommandError::NotFound(_) | CommandError::NodeNotFound(_) => Status::not_found(error.to_string()),
+        CommandError::Refused(_) => Status::failed_precondition(error.to_string()),
         CommandError::Store(_) | CommandError::Stopping => Status::unavailable(error.to_string()),
     }
 }

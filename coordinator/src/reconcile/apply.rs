@@ -4,6 +4,7 @@ use jiff::Timestamp;
 use tracing::info;
 
 use super::{
+    admission,
     commands::{Applied, Change, CommandError},
     load::{insert_revision, scaling_of},
     record::Entry,
@@ -50,6 +51,10 @@ impl Reconciler {
         if former.is_some_and(|former| former.service == service) {
             return Ok(Applied::Unchanged);
         }
+        let refusals = admission::check(&self.world, &service);
+        if !refusals.is_empty() {
+            return Err(CommandError::Refused(refusals));
+        }
         let outcome = if former.is_some() { Applied::Configured } else { Applied::Created };
         if dry_run {
             return Ok(outcome);
@@ -91,6 +96,7 @@ impl Reconciler {
             latest_ready: former.and_then(|former| former.latest_ready),
             latest_rolledout: former.and_then(|former| former.latest_rolledout),
             previous_rolledout: former.and_then(|former| former.previous_rolledout),
+            revision_names: former.map(|former| former.revision_names.clone()).unwrap_or_default(),
             service: common.service.clone(),
         };
         let (scaling, timeout) = (component.scaling.clone(), component.timeout);
@@ -125,8 +131,12 @@ impl Reconciler {
                 }
             }
         };
+        if let Some(name) = record.service.revision_name.clone().filter(|_| kind.is_predictor()) {
+            record.revision_names.insert(name, record.latest_revision);
+        }
         record.settle();
         let expired = self.expired(&record);
+        record.revision_names.retain(|_, number| !expired.contains(number));
         Next { record, revision, expired }
     }
 
@@ -183,7 +193,7 @@ impl Reconciler {
     fn expired(&self, record: &ServiceRecord) -> Vec<u32> {
         let Some(state) = self.world.services.get(&record.key()) else { return Vec::new() };
         let idle = state.revisions.iter().copied().filter(|number| {
-            !record.history().needs(*number)
+            !record.needs(*number)
                 && self.world.revisions.get(&record.revision_key(*number)).is_none_or(|r| r.replicas.is_empty())
         });
         let mut idle: Vec<u32> = idle.collect();

@@ -47,6 +47,7 @@ fn world(new: &[ComponentKind]) -> World {
             latest_ready: been_ready.then_some(1),
             latest_rolledout: been_ready.then_some(1),
             previous_rolledout: None,
+            revision_names: Default::default(),
             service: service.clone(),
         };
         let revision = RevisionRecord {

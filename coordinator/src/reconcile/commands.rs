@@ -5,6 +5,7 @@ use tokio::sync::{broadcast, mpsc, oneshot};
 
 use super::{meter::UsageRecord, world::World};
 use crate::{
+    finding::Finding,
     fleet::SessionHandle,
     model::{Availability, ServiceKey},
     spec::InferenceService,
@@ -103,6 +104,9 @@ pub enum CommandError {
     /// No such node.
     #[error("node {0} not found: no node of this name has joined")]
     NodeNotFound(String),
+    /// The service may not become what was applied; nothing was changed.
+    #[error("refused: {}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))]
+    Refused(Vec<Finding>),
     /// The store refused or could not be reached; nothing was changed.
     #[error("nothing was changed: {0}")]
     Store(#[from] StoreError),

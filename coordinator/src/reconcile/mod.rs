@@ -4,6 +4,7 @@
 //! [`run`] is the loop itself, `load`, `apply` and `rolling` parts of it, [`commands`] what operators ask of it,
 //! and [`view`] how it is shown to them.
 
+mod admission;
 mod apply;
 #[cfg(test)]
 mod chain_tests;

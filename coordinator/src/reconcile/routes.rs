@@ -35,7 +35,7 @@ pub fn service_route(world: &World, service: &ServiceState) -> fleet::ServiceRou
     let explains = (component == ComponentKind::Explainer).then(|| host(world, &spec.namespace, &spec.name));
     let targets = world.destinations(service);
     let shares = targets.iter().filter_map(|target| {
-        let tag = target.tag.map(|tag| tag.to_string()).unwrap_or_default();
+        let tag = target.tag.as_ref().map(ToString::to_string).unwrap_or_default();
         Some(revision_route(world, world.revision_of(service, target.revision)?, target.percent, tag))
     });
     let others = service.revisions.iter().filter(|number| targets.iter().all(|target| target.revision != **number));

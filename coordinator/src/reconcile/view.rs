@@ -97,7 +97,7 @@ fn component_view(world: &World, state: &ServiceState) -> ComponentView {
         revision: name(target.revision),
         percent: target.percent,
         latest: target.latest,
-        tag: target.tag.map(|tag| tag.to_string()).unwrap_or_default(),
+        tag: target.tag.as_ref().map(ToString::to_string).unwrap_or_default(),
         url: target.tag.map(|tag| url_of(world, &format!("{tag}-{host}"))),
     });
     let routable = record.latest_ready.is_some() && !record.service.stopped;

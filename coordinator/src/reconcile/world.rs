@@ -315,12 +315,14 @@ impl World {
 
     /// The same, leaving out a revision that is about to replace others one replica at a time.
     pub fn steady_targets(&self, service: &ServiceState) -> Vec<Target> {
-        let spec = &service.record.service;
-        if spec.stopped {
+        if service.record.service.stopped {
             return Vec::new();
         }
-        let tagged = spec.annotations.get(rollout::policy::TAG_ROUTING);
-        let tag_latest = tagged.is_some_and(|value| value.eq_ignore_ascii_case("true"));
+        if let Some(shares) = service.record.shares() {
+            let ready = |number| self.revision_of(service, number).is_some_and(|revision| revision.record.been_ready);
+            return rollout::by_shares(service.record.latest_ready, &shares, ready);
+        }
+        let tag_latest = self.policy(service).tag_latest;
         rollout::split(&service.record.history(), service.record.spec().canary_traffic_percent, tag_latest)
     }
 

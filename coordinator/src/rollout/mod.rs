@@ -29,4 +29,4 @@ pub use history::History;
 pub use policy::Policy;
 pub use progress::Signs;
 pub use room::{Room, Scene, Side};
-pub use traffic::{Tag, Target, shift, split};
+pub use traffic::{Share, Tag, Target, by_shares, shift, split};

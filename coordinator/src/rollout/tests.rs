@@ -6,7 +6,7 @@ use pilotlight_proto::fleet::v1::{ReplicaPhase, ReplicaStatus};
 use proptest::prelude::*;
 
 use super::{
-    History, Policy, Scene, Side, Signs, Tag, Target,
+    History, Policy, Scene, Share, Side, Signs, Tag, Target, by_shares,
     policy::{self, Amount},
     progress::{needed_in_place, needs, share_in_place},
     room::room,
@@ -184,7 +184,8 @@ fn tags() {
     let mut service = first();
     service.apply(Some(10));
     service.ready();
-    let tags = |tagged| split(&service.history, service.canary, tagged).iter().map(|t| t.tag).collect::<Vec<_>>();
+    let tags =
+        |tagged| split(&service.history, service.canary, tagged).iter().map(|t| t.tag.clone()).collect::<Vec<_>>();
     assert_eq!(tags(false), [None, Some(Tag::Prev)]);
     assert_eq!(tags(true), [Some(Tag::Latest), Some(Tag::Prev)]);
     assert_eq!(split(&first().history, None, true)[0].tag, Some(Tag::Latest));
@@ -505,4 +506,19 @@ proptest! {
         let stuck = replicas == 1 && min > 0 && missing.is_none() && (spare == 0 || surge == Some(0));
         prop_assert!(end.proven || stuck, "waits for ever: {:?}", end);
     }
+}
+
+#[test]
+fn a_knative_services_traffic_is_as_it_says() {
+    let share = |revision, percent, tag: &str| Share { revision, percent, tag: tag.into() };
+    let shares = [share(Some(1), 70, "old"), share(None, 30, ""), share(Some(3), 0, "candidate")];
+    let told = |ready: &[u32]| {
+        let targets = by_shares(ready.last().copied(), &shares, |revision| ready.contains(&revision));
+        targets.iter().map(|t| (t.revision, t.percent, t.tag.as_ref().map(ToString::to_string))).collect::<Vec<_>>()
+    };
+    let [old, candidate] = ["old", "candidate"].map(|tag| Some(tag.to_owned()));
+    assert_eq!(told(&[]), []);
+    assert_eq!(told(&[1, 2, 3]), [(3, 30, None), (1, 70, old.clone()), (3, 0, candidate.clone())]);
+    // The third has never been ready: the second stands in for it.
+    assert_eq!(told(&[1, 2]), [(2, 30, None), (1, 70, old), (2, 0, candidate)]);
 }

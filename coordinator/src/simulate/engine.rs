@@ -476,6 +476,7 @@ fn add(world: &mut World, service: &InferenceService, now: Timestamp) -> Result<
         latest_ready: Some(1),
         latest_rolledout: Some(1),
         previous_rolledout: None,
+        revision_names: Default::default(),
         service: service.clone(),
     };
     let revision = RevisionRecord {

@@ -58,6 +58,7 @@ pub(super) fn read(
         transformer,
         explainer,
         traffic: Vec::new(),
+        revision_name: None,
         manifest: Value::Object(root),
     }
 }

@@ -66,8 +66,12 @@ pub(super) fn read(
     // Annotations of the service itself do not reach its revisions.
     let none = BTreeMap::new();
     let context = Context { name: &name, namespace, labels: &labels, annotations: &none, options };
+    let mut revision_name = None;
     let predictor = match spec.get("template") {
-        Some(Value::Object(template)) => read_template(template, context, report),
+        Some(Value::Object(template)) => {
+            revision_name = template.get("metadata").and_then(|metadata| metadata.get("name")?.as_str());
+            read_template(template, context, report)
+        }
         given => {
             report.error("spec.template", given.map(show).unwrap_or_default(), "must be a mapping");
             component::absent()
@@ -84,6 +88,7 @@ pub(super) fn read(
         transformer: None,
         explainer: None,
         traffic,
+        revision_name: revision_name.map(str::to_owned),
         manifest: Value::Object(root),
     }
 }
@@ -94,8 +99,11 @@ fn read_template(template: &Map<String, Value>, context: Context<'_>, report: &m
     }
     let mut metadata = template.get("metadata").cloned().unwrap_or_else(|| json!({}));
     let metadata: TemplateMetadata = typed::read(&mut metadata, METADATA, report);
-    if metadata.name.is_some() {
-        report.unsupported(join(METADATA, "name"), "revisions are numbered");
+    let suffix = metadata.name.as_deref().map(|name| name.strip_prefix(context.name)?.strip_prefix('-'));
+    if let Some(name) = &metadata.name
+        && !(suffix.flatten().is_some_and(|suffix| !suffix.is_empty()) && names::is_dns_label(name))
+    {
+        report.error(join(METADATA, "name"), name, format!("must be a DNS label that begins with {}-", context.name));
     }
     let mut fields = match template.get("spec") {
         Some(Value::Object(fields)) => fields.clone(),
@@ -187,10 +195,6 @@ fn read_traffic(given: Option<&Value>, report: &mut Report) -> Vec<TrafficShare>
     let sum: u32 = shares.iter().map(|share| u32::from(share.percent)).sum();
     if !shares.is_empty() && sum != 100 {
         report.error("spec.traffic", sum, "percents must add up to 100");
-    }
-    let simple = |share: &TrafficShare| share.revision.is_none() && share.tag.is_empty();
-    if !shares.iter().all(simple) {
-        report.unsupported("spec.traffic", "all requests go to the newest ready revision");
     }
     shares
 }

@@ -51,6 +51,9 @@ pub struct InferenceService {
     /// `spec.traffic` of a Knative `Service`; empty for all to the newest ready revision.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub traffic: Vec<TrafficShare>,
+    /// `spec.template.metadata.name` of a Knative `Service`: by which `traffic` may name the revision.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub revision_name: Option<String>,
     /// The object as applied: an older `apiVersion` rewritten to `serving.kserve.io/v1beta1`, the
     /// namespace filled in, `status` and the fields of `metadata` that a server sets left out.
     pub manifest: Value,

@@ -185,7 +185,10 @@ pub fn to_object(service: &InferenceService, view: &StatusView) -> Value {
         "kind": given("kind", "InferenceService"),
         "metadata": metadata,
         "spec": service.manifest.get("spec").cloned().unwrap_or(Value::Null),
-        "status": status(view),
+        "status": match service.manifest.get("kind").and_then(Value::as_str) {
+            Some("Service") => knative_status(view),
+            _ => status(view),
+        },
     })
 }
 
@@ -204,6 +207,18 @@ fn status(view: &StatusView) -> Value {
     }
     if let Some(url) = &view.address_url {
         status["address"] = json!({ "url": url });
+    }
+    status
+}
+
+/// A Knative `Service`'s own fields, beside KServe's.
+fn knative_status(view: &StatusView) -> Value {
+    let mut status = status(view);
+    let predictor = view.components.first();
+    if let (Some(predictor), Some(fields)) = (predictor, status.as_object_mut()) {
+        put_text(fields, "latestCreatedRevisionName", &predictor.latest_created_revision);
+        put_text(fields, "latestReadyRevisionName", &predictor.latest_ready_revision);
+        fields.insert("traffic".into(), predictor.traffic.iter().map(traffic).collect());
     }
     status
 }

@@ -51,6 +51,7 @@ fn world(gpus: u32, min: u32, annotations: &str) -> World {
         latest_ready: Some(1),
         latest_rolledout: Some(1),
         previous_rolledout: None,
+        revision_names: Default::default(),
         service,
     };
     world.services.insert(SERVICE.into(), ServiceState::new(record.clone()));
