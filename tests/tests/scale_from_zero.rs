@@ -49,6 +49,18 @@ async fn a_request_wakes_a_service_and_silence_lets_it_go() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_is_applied_can_be_called_at_once() {
+    const NAMES: [&str; 8] = ["a", "b", "c", "d", "e", "f", "g", "h"];
+    let dev = Dev::start(&[], vec![]).await;
+    for name in NAMES {
+        let manifest = Iris { name, ..Iris::default() }.yaml();
+        assert_eq!(dev.operator.apply(&manifest, &[]).code, 0);
+        let answer = dev.gateway.post(&format!("{name}.default.localhost"), PREDICT, TWO_FLOWERS).await.unwrap();
+        assert_eq!(answer.status, 200, "{name}: {}", answer.body);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn two_hundred_requests_at_once_are_each_answered_once() {
     let dev = Dev::start(&[], vec![]).await;
     let slow = Iris {

@@ -109,7 +109,11 @@ impl Session {
                             reports.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
                         }
                     }
+                    let routes = if let ToAgent::Routes(routes) = &message { Some(routes.version) } else { None };
                     self.told.take(message, &say);
+                    if let Some(version) = routes {
+                        say.if_room(FromAgent::RoutesApplied(fleet::RoutesApplied { version }));
+                    }
                 }
                 _ = reports.tick() => say.if_room(FromAgent::QueueReport(self.told.report())),
             }

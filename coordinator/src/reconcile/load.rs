@@ -73,6 +73,7 @@ impl Reconciler {
             tick: setup.tick,
             report_interval: setup.report_interval,
             inputs: setup.inputs,
+            unanswered: Vec::new(),
         })
     }
 }

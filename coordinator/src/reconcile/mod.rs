@@ -5,6 +5,7 @@
 //! and [`view`] how it is shown to them.
 
 mod admission;
+mod answer;
 mod apply;
 #[cfg(test)]
 mod chain_tests;

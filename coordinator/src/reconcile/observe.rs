@@ -70,6 +70,11 @@ pub fn hear(
         Message::QueueReport(report) => queue_report(world, node, report, now, recorder, dirty),
         Message::Demand(demand) => demanded(world, node, demand, now, recorder, dirty),
         Message::ReplicaStatuses(statuses) => statuses_of(world, node, statuses, now, dirty),
+        Message::RoutesApplied(applied) => {
+            if let Some(state) = world.nodes.get_mut(node) {
+                state.routes_applied = applied.version;
+            }
+        }
         // Sessions handle these themselves.
         Message::Hello(_) | Message::LogChunk(_) => {}
     }

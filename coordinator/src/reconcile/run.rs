@@ -17,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{Instrument as _, error, info_span, warn};
 
 use super::{
+    answer::Unanswered,
     clock::Clock,
     commands::{Change, Input},
     meter::Meter,
@@ -53,6 +54,8 @@ pub struct Reconciler {
     pub(super) tick: Duration,
     pub(super) report_interval: Duration,
     pub(super) inputs: mpsc::Receiver<Input>,
+    /// Applies whose answers wait for gateways.
+    pub(super) unanswered: Vec<Unanswered>,
 }
 
 /// What the loop is made with.
@@ -109,8 +112,8 @@ impl Reconciler {
                 }
             }
             Input::Apply { service, dry_run, reply } => {
-                // The asker may have hung up; the apply holds all the same.
-                let _ = reply.send(self.apply(*service, dry_run, now).await);
+                let result = self.apply(*service, dry_run, now).await;
+                self.answer_later(result, dry_run, now, reply);
             }
             Input::Delete { key, reply } => {
                 let _ = reply.send(self.delete(&key).await);
@@ -152,6 +155,7 @@ impl Reconciler {
         node.last_seen = now;
         node.hello = hello;
         node.session = told.then_some(session);
+        node.routes_applied = 0;
         self.dirty.nodes.insert(name);
         self.dirty.peers = true;
     }
@@ -204,6 +208,7 @@ impl Reconciler {
             self.replan(now).await;
         }
         self.push();
+        self.answer(now);
         // Gateways do not wait for what only people read.
         self.remember_conditions(now).await;
         self.publish();

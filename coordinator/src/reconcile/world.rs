@@ -177,6 +177,8 @@ pub struct NodeState {
     pub replicas: BTreeSet<String>,
     /// Version of the last assignment sent.
     pub assignment_version: u64,
+    /// Version of the last routes that it said it routes by, in this session.
+    pub routes_applied: u64,
 }
 
 impl ServiceState {
@@ -204,6 +206,7 @@ impl NodeState {
             last_seen: now,
             replicas: BTreeSet::new(),
             assignment_version: 0,
+            routes_applied: 0,
         }
     }
 
