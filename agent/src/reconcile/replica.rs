@@ -55,12 +55,17 @@ impl Life {
         let mut present = adopted;
         while !self.leaving() {
             let span = self.start_span();
-            let begun = Instant::now();
-            let running = match present.take() {
+            let started = match present.take() {
                 Some(running) => Ok(running),
-                None => self.runtime.start(&self.assignment()).instrument(span.clone()).await,
+                None => match self.start().instrument(span.clone()).await {
+                    Some(started) => started,
+                    None => break,
+                },
             };
-            let failure = match running {
+            // An adopted one has run for longer than this process has known it.
+            let before = started.as_ref().map_or(Duration::ZERO, ran_before);
+            let begun = Instant::now();
+            let failure = match started {
                 Ok(running) => match self.tend(&running, span).await {
                     Turn::Leave => return self.leave(&running).await,
                     Turn::Ended(exit) => {
@@ -70,9 +75,29 @@ impl Life {
                 },
                 Err(error) => Failure::of_error(&error),
             };
-            self.failed(failure, backoff.after(begun.elapsed())).await;
+            self.failed(failure, backoff.after(before + begun.elapsed())).await;
         }
         self.stopped().await;
+    }
+
+    /// Gets what it needs and starts it; `None` where it is to leave before that.
+    async fn start(&mut self) -> Option<Result<Running, RuntimeError>> {
+        let (runtime, assignment, statuses) = (Arc::clone(&self.runtime), self.assignment(), self.statuses.clone());
+        let say = |message: String| {
+            statuses.update(&assignment.replica, |status| {
+                status.set_phase(ReplicaPhase::Pending);
+                status.reason = "Pulling".to_owned();
+                status.message = message;
+            });
+        };
+        let prepared = tokio::select! {
+            prepared = runtime.prepare(&assignment, &say) => prepared,
+            () = left(&mut self.desired) => return None,
+        };
+        match prepared {
+            Ok(()) => Some(runtime.start(&self.assignment()).await),
+            Err(error) => Some(Err(error)),
+        }
     }
 
     fn assignment(&self) -> ReplicaAssignment {
@@ -110,7 +135,7 @@ impl Life {
         let mut loading = Some(info_span!(parent: &span, "replica.load", otel.kind = "internal"));
         let mut starting = Some(span);
         let probe = running.assignment.container.clone().and_then(|container| container.readiness_probe);
-        let prober = Prober::new(probe.unwrap_or_default(), running.address);
+        let prober = Prober::new(probe.unwrap_or_default(), running, Arc::clone(&self.runtime));
         let runtime = Arc::clone(&self.runtime);
         let exited = runtime.exited(running);
         tokio::pin!(exited);
@@ -191,7 +216,7 @@ impl Life {
             status.pid = 0;
             status.exit_code = failure.exit_code;
             status.restarts += 1;
-            status.reason = if looping { "CrashLoopBackOff" } else { failure.reason }.to_owned();
+            status.reason = if looping { in_backoff(failure.reason) } else { failure.reason }.to_owned();
             status.message =
                 if looping { format!("{}; started again in {pause:?}", failure.message) } else { failure.message };
         });
@@ -256,8 +281,14 @@ struct Failure {
 impl Failure {
     fn of_exit(exit: Exit) -> Self {
         let (reason, message) = match (exit.code, exit.signal) {
+            _ if exit.oom_killed => {
+                ("OOMKilled", "the container was killed: it used more memory than its limit".to_owned())
+            }
             (Some(0), _) => ("Completed", "the process ended with exit code 0".to_owned()),
-            (Some(code), _) => ("Error", format!("the process ended with exit code {code}")),
+            (Some(code), Some(signal)) => {
+                ("Error", format!("the process ended with exit code {code}, that is by signal {signal}"))
+            }
+            (Some(code), None) => ("Error", format!("the process ended with exit code {code}")),
             (None, Some(signal)) => ("Error", format!("the process was ended by signal {signal}")),
             (None, None) => ("Error", "the process ended".to_owned()),
         };
@@ -265,6 +296,25 @@ impl Failure {
     }
 
     fn of_error(error: &RuntimeError) -> Self {
-        Self { reason: "StartError", message: error.to_string(), exit_code: None }
+        Self { reason: error.reason(), message: error.to_string(), exit_code: None }
     }
+}
+
+/// What Kubernetes calls the pause after this reason: images have a name of their own for it, and what
+/// cannot be created stays what it is.
+fn in_backoff(reason: &'static str) -> &'static str {
+    match reason {
+        "ErrImagePull" => "ImagePullBackOff",
+        "InvalidImageName" | "ErrImageNeverPull" | "ImageInspectError" | "CreateContainerConfigError"
+        | "CreateContainerError" => reason,
+        _ => "CrashLoopBackOff",
+    }
+}
+
+/// How long it ran before this process knew it, to the second.
+fn ran_before(running: &Running) -> Duration {
+    let now = std::time::SystemTime::now().duration_since(std::time::SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let started = u64::try_from(running.started_at).unwrap_or_default();
+    // The clock's start is no start.
+    if started == 0 { Duration::ZERO } else { Duration::from_secs(now.as_secs().saturating_sub(started)) }
 }
