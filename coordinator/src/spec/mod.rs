@@ -46,6 +46,7 @@ mod report;
 mod resolve;
 mod resources;
 mod runtimes;
+mod security;
 mod serving_runtime;
 mod storage;
 #[cfg(test)]
