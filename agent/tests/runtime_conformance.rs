@@ -212,13 +212,17 @@ async fn a_replica_gets_what_its_assignment_says_and_serves() {
 #[tokio::test]
 async fn ends_are_reported_as_they_were() {
     for bench in Bench::all().await {
-        for (args, code, signal) in [(&["exit", "0"][..], Some(0), None), (&["exit", "7"], Some(7), None), (&["abort"], None, Some(6))] {
-            let running = bench.start(&bench.assignment("ends", args)).await.unwrap();
+        let (killed, _) = bench.serve(&bench.assignment("killed", &[])).await;
+        assert!(Command::new("kill").args(["-9", &killed.pid.to_string()]).status().unwrap().success());
+        let exit = tokio::time::timeout(DEADLINE, bench.runtime.exited(&killed)).await.expect("it ends");
+        // Engines tell a signal as a code of 128 and its number, besides.
+        assert_eq!((exit.signal, exit.code), (Some(9), bench.docker.then_some(137)));
+        bench.end(&killed).await;
+        for code in [0, 7] {
+            let args = ["exit", &code.to_string()];
+            let running = bench.start(&bench.assignment("ends", &args)).await.unwrap();
             let exit = tokio::time::timeout(DEADLINE, bench.runtime.exited(&running)).await.expect("it ends");
-            assert_eq!(exit.signal, signal, "{args:?}");
-            // Engines tell a signal as a code of 128 and its number.
-            assert!(exit.code == code || (bench.docker && exit.code == signal.map(|signal| signal + 128)), "{exit:?}");
-            assert!(!exit.oom_killed);
+            assert_eq!((exit.code, exit.signal, exit.oom_killed), (Some(code), None, false));
             bench.log(&running.replica, &format!("args {}", args.join(" "))).await;
             // The same replica, again: its output goes on.
             let again = bench.start(&running.assignment).await.unwrap();

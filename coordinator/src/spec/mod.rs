@@ -63,8 +63,8 @@ pub use self::{
     auxiliary::Data,
     model::{
         Auxiliary, AuxiliaryKind, Component, Container, EnvSource, EnvVar, InferenceService, MigRequest, Probe,
-        ProbeHandler, Protocol, Resource, Resources, RevisionTemplate, RuntimeUse, Scaling, ServingRuntime, Sidecar,
-        Storage, StorageSource, SupportedFormat, TrafficShare,
+        ProbeHandler, Protocol, Resource, Resources, RevisionTemplate, RuntimeUse, Scaling, Security, ServingRuntime,
+        Sidecar, Storage, StorageSource, SupportedFormat, TrafficShare, default_pull_policy,
     },
     object::{
         Condition, ConditionStatus, FailureInfo, ModelState, ModelStatus, StatusView, TrafficTarget, TransitionStatus,

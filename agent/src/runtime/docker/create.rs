@@ -60,6 +60,8 @@ pub(super) struct Place<'a> {
     pub(super) gpus: &'a BTreeMap<u32, String>,
     /// True: it is Podman, which knows fewer options of logs.
     pub(super) podman: bool,
+    /// False where the engine may not raise limits of processes.
+    pub(super) ulimits: bool,
 }
 
 /// What a container is made of, beside its assignment.
@@ -170,11 +172,9 @@ fn host_config(
         memory_swap: amount(limits.memory_bytes),
         nano_cpus: amount(limits.cpu_millis.saturating_mul(1_000_000)),
         pids_limit: Some(PIDS_MOST),
-        ulimits: Some(vec![
-            ulimit("memlock", -1),
-            ulimit("nofile", FILES_MOST),
-            ulimit("stack", STACK_MOST),
-        ]),
+        ulimits: place.ulimits.then(|| {
+            vec![ulimit("memlock", -1), ulimit("nofile", FILES_MOST), ulimit("stack", STACK_MOST)]
+        }),
         shm_size: amount(shm),
         privileged: Some(false),
         readonly_rootfs: Some(security.read_only_root_filesystem),
@@ -300,7 +300,7 @@ mod tests {
         gpu_mode: GpuMode,
     ) -> Result<ContainerCreateBody, String> {
         let gpus = gpus();
-        let place = Place { network: "bridge", gpu_mode, gpus: &gpus, podman: false };
+        let place = Place { network: "bridge", gpu_mode, gpus: &gpus, podman: false, ulimits: true };
         let parts = Parts { image: "sha256:1".into(), image_user: image_user.into(), ..Parts::default() };
         body(assignment, container, parts, &place).map_err(|error| error.to_string())
     }

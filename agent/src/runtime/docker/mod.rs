@@ -9,7 +9,10 @@ use std::{
     collections::{BTreeMap, HashMap},
     net::{IpAddr, Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
-    sync::{Mutex, PoisonError},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, SystemTime},
 };
 
@@ -99,6 +102,8 @@ pub struct DockerRuntime {
     scope: String,
     host: IpAddr,
     podman: bool,
+    /// False once the engine has said that it may not raise limits of processes.
+    ulimits: AtomicBool,
     /// Tasks that copy output, by replica.
     followers: Mutex<HashMap<String, JoinHandle<()>>>,
 }
@@ -148,7 +153,7 @@ impl DockerRuntime {
             Places { host_roots: settings.host_path_roots.clone(), claims: settings.claims.clone(), secrets };
         info!(socket, version = version.version.unwrap_or_default(), podman, %host, "container engine answers");
         let directories = Directories::new(data_dir);
-        Ok(Self { docker, settings, directories, places, scope, host, podman, followers: Mutex::default() })
+        Ok(Self { docker, settings, directories, places, scope, host, podman, ulimits: AtomicBool::new(true), followers: Mutex::default() })
     }
 
     /// True where records below `data_dir` speak of containers.
@@ -192,6 +197,7 @@ impl DockerRuntime {
             gpu_mode: self.settings.gpu_mode,
             gpus: &self.settings.gpus,
             podman: self.podman,
+            ulimits: self.ulimits.load(Ordering::Relaxed),
         };
         let body = create::body(assignment, container, parts, &place)?;
         let options = CreateContainerOptionsBuilder::default().name(&self.name_of(&assignment.replica)).build();
@@ -361,8 +367,17 @@ impl Runtime for DockerRuntime {
             contained: true,
         };
         self.directories.write(&assignment.replica, &state)?;
-        let id = self.create(assignment, &container).await?;
-        self.launch(&id).await?;
+        let mut id = self.create(assignment, &container).await?;
+        match self.launch(&id).await {
+            // An engine without CAP_SYS_RESOURCE, rootless or in a container itself, has its own limits.
+            Err(error) if error.to_string().contains("rlimit") => {
+                self.ulimits.store(false, Ordering::Relaxed);
+                warn!(%error, "the engine cannot raise limits of processes; containers get its own");
+                id = self.create(assignment, &container).await?;
+                self.launch(&id).await?;
+            }
+            launched => launched?,
+        }
         self.follow(&assignment.replica, &id);
         let found = self.docker.inspect_container(&id, None).await.map_err(|error| RuntimeError::Container {
             reason: "RunContainerError",
