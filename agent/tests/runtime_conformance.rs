@@ -11,8 +11,7 @@ use std::{
 };
 
 use pilotlight_agent::runtime::{
-    DockerRuntime, DockerSettings, ProcessRuntime, Running, Runtime, RuntimeError,
-    probe::Prober,
+    DockerRuntime, DockerSettings, ProcessRuntime, Running, Runtime, RuntimeError, probe::Prober,
 };
 use pilotlight_proto::fleet::v1::{
     ContainerSpec, EmptyDir, EnvVar, Files, Limits, Probe, ReplicaAssignment, SecurityContext, Volume, VolumeMount,
@@ -55,7 +54,8 @@ fn image() -> Option<()> {
         let archive = directory.path().join("image.tar");
         let tar = Command::new("tar").arg("-cf").arg(&archive).arg("-C").arg(directory.path()).arg("server").status();
         assert!(tar.unwrap().success());
-        let import = Command::new("docker").args(["import", "-c", "ENTRYPOINT [\"/server\"]"]).arg(&archive).arg(IMAGE).output();
+        let import =
+            Command::new("docker").args(["import", "-c", "ENTRYPOINT [\"/server\"]"]).arg(&archive).arg(IMAGE).output();
         let import = import.unwrap();
         assert!(import.status.success(), "{}", String::from_utf8_lossy(&import.stderr));
         true
@@ -333,7 +333,8 @@ async fn a_container_is_given_no_more_than_asked_for() {
         volume("secret", Source::Files(files)),
     ];
     let container = assignment.container.as_mut().unwrap();
-    let mount = |volume: &str, path: &str| VolumeMount { volume: volume.into(), path: path.into(), ..Default::default() };
+    let mount =
+        |volume: &str, path: &str| VolumeMount { volume: volume.into(), path: path.into(), ..Default::default() };
     container.mounts = vec![mount("shm", "/dev/shm"), mount("secret", "/secret")];
     container.security = Some(SecurityContext {
         run_as_user: Some(4321),
@@ -378,7 +379,12 @@ async fn a_kill_between_create_and_start_leaks_nothing_and_others_are_left_alone
     let (theirs, _) = other.serve(&other.assignment("theirs", &[])).await;
     let (ours, _) = bench.serve(&bench.assignment("ours", &[])).await;
     let scope = Command::new("docker")
-        .args(["inspect", ours.container.as_deref().unwrap(), "--format", "{{index .Config.Labels \"pilotlight.dev/scope\"}}"])
+        .args([
+            "inspect",
+            ours.container.as_deref().unwrap(),
+            "--format",
+            "{{index .Config.Labels \"pilotlight.dev/scope\"}}",
+        ])
         .output()
         .unwrap();
     let scope = format!("pilotlight.dev/scope={}", String::from_utf8(scope.stdout).unwrap().trim());
@@ -386,7 +392,11 @@ async fn a_kill_between_create_and_start_leaks_nothing_and_others_are_left_alone
     for (replica, verb) in [("created", "create"), ("lost", "run")] {
         let detach: &[&str] = if verb == "run" { &["-d"] } else { &[] };
         let label = format!("pilotlight.dev/replica={replica}");
-        let made = Command::new("docker").arg(verb).args(detach).args(["--label", &scope, "--label", &label, "--env", "PORT=8080", IMAGE]).output();
+        let made = Command::new("docker")
+            .arg(verb)
+            .args(detach)
+            .args(["--label", &scope, "--label", &label, "--env", "PORT=8080", IMAGE])
+            .output();
         let made = made.unwrap();
         assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
     }

@@ -305,7 +305,10 @@ impl Failure {
 fn in_backoff(reason: &'static str) -> &'static str {
     match reason {
         "ErrImagePull" => "ImagePullBackOff",
-        "InvalidImageName" | "ErrImageNeverPull" | "ImageInspectError" | "CreateContainerConfigError"
+        "InvalidImageName"
+        | "ErrImageNeverPull"
+        | "ImageInspectError"
+        | "CreateContainerConfigError"
         | "CreateContainerError" => reason,
         _ => "CrashLoopBackOff",
     }

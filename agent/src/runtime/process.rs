@@ -155,7 +155,8 @@ impl Runtime for ProcessRuntime {
         let started_at = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |now| now.as_secs() as i64);
         let encoded = ReplicaState::encode(assignment);
         // First the intent: should this process die now, the next one finds the replica by its mark.
-        let mut state = ReplicaState { pid: 0, start_ticks: 0, port, started_at, assignment: encoded, contained: false };
+        let mut state =
+            ReplicaState { pid: 0, start_ticks: 0, port, started_at, assignment: encoded, contained: false };
         self.directories.write(&assignment.replica, &state)?;
         let child = self.spawn(assignment, port)?;
         let pid = child.id().unwrap_or(0);

@@ -5,7 +5,9 @@ use std::{
     time::Duration,
 };
 
-use k8s_openapi::api::core::v1::{Container as K8sContainer, NodeSelector, PodSecurityContext, PodSpec, PreferredSchedulingTerm, Volume};
+use k8s_openapi::api::core::v1::{
+    Container as K8sContainer, NodeSelector, PodSecurityContext, PodSpec, PreferredSchedulingTerm, Volume,
+};
 use serde_json::Value;
 
 use super::{

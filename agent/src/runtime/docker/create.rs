@@ -172,9 +172,9 @@ fn host_config(
         memory_swap: amount(limits.memory_bytes),
         nano_cpus: amount(limits.cpu_millis.saturating_mul(1_000_000)),
         pids_limit: Some(PIDS_MOST),
-        ulimits: place.ulimits.then(|| {
-            vec![ulimit("memlock", -1), ulimit("nofile", FILES_MOST), ulimit("stack", STACK_MOST)]
-        }),
+        ulimits: place
+            .ulimits
+            .then(|| vec![ulimit("memlock", -1), ulimit("nofile", FILES_MOST), ulimit("stack", STACK_MOST)]),
         shm_size: amount(shm),
         privileged: Some(false),
         readonly_rootfs: Some(security.read_only_root_filesystem),
@@ -249,14 +249,14 @@ fn device_requests(
 /// Whom the container runs as; `None` is whom the image says.
 fn user(security: &SecurityContext, image_user: &str) -> Result<Option<String>, RuntimeError> {
     let own = image_user.split(':').next().unwrap_or_default();
-    let refuse = |reason: String| {
-        Err(RuntimeError::Specification { field: "securityContext.runAsNonRoot", reason })
-    };
+    let refuse = |reason: String| Err(RuntimeError::Specification { field: "securityContext.runAsNonRoot", reason });
     if security.run_as_non_root {
         match security.run_as_user.map(|user| user.to_string()).as_deref().unwrap_or(own) {
             "" | "0" | "root" => return refuse("true, and the image would run as root; set runAsUser".to_owned()),
             user if user.parse::<u32>().is_err() => {
-                return refuse(format!("true, and the image's user {user:?} is no number, so it may be root; set runAsUser"));
+                return refuse(format!(
+                    "true, and the image's user {user:?} is no number, so it may be root; set runAsUser"
+                ));
             }
             _ => {}
         }
@@ -364,7 +364,10 @@ mod tests {
         assert_eq!(of(&mig, GpuMode::DeviceRequest).0.unwrap()[0].device_ids.as_deref().unwrap(), ["MIG-x"]);
         let (requests, env) = of(&ReplicaAssignment::default(), GpuMode::DeviceRequest);
         assert_eq!(requests, None);
-        assert!(env.contains(&"CUDA_VISIBLE_DEVICES=-1".to_owned()) && env.contains(&"NVIDIA_VISIBLE_DEVICES=void".to_owned()));
+        assert!(
+            env.contains(&"CUDA_VISIBLE_DEVICES=-1".to_owned())
+                && env.contains(&"NVIDIA_VISIBLE_DEVICES=void".to_owned())
+        );
         let unknown = ReplicaAssignment { gpu_indices: vec![7], ..Default::default() };
         assert!(made(&unknown, &container, "", GpuMode::Cdi).unwrap_err().contains("no GPU 7"));
     }
@@ -374,7 +377,10 @@ mod tests {
         let get = HttpGet { port: 9000, ..Default::default() };
         let container = ContainerSpec {
             args: vec!["--port=$(PORT)".into(), "$(A)".into()],
-            env: vec![EnvVar { name: "A".into(), value: "p$(PORT)".into() }, EnvVar { name: "PORT".into(), value: "1".into() }],
+            env: vec![
+                EnvVar { name: "A".into(), value: "p$(PORT)".into() },
+                EnvVar { name: "PORT".into(), value: "1".into() },
+            ],
             port: 8000,
             readiness_probe: Some(Probe { handler: Some(Handler::HttpGet(get)), ..Default::default() }),
             limits: Some(Limits { cpu_millis: 1500, memory_bytes: 1 << 30 }),
@@ -386,10 +392,14 @@ mod tests {
         assert_eq!(made.exposed_ports.unwrap(), ["8000/tcp", "9000/tcp"]);
         let host = made.host_config.unwrap();
         assert_eq!(host.port_bindings.unwrap().len(), 2);
-        assert_eq!((host.memory, host.memory_swap, host.nano_cpus), (Some(1 << 30), Some(1 << 30), Some(1_500_000_000)));
+        assert_eq!(
+            (host.memory, host.memory_swap, host.nano_cpus),
+            (Some(1 << 30), Some(1 << 30), Some(1_500_000_000))
+        );
         assert_eq!(host.shm_size, Some(1 << 29), "half of the memory");
         let none = ContainerSpec::default();
-        let host = super::tests::made(&ReplicaAssignment::default(), &none, "", GpuMode::Cdi).unwrap().host_config.unwrap();
+        let host =
+            super::tests::made(&ReplicaAssignment::default(), &none, "", GpuMode::Cdi).unwrap().host_config.unwrap();
         assert_eq!((host.memory, host.nano_cpus, host.shm_size), (None, None, Some(64 << 20)));
     }
 }

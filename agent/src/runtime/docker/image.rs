@@ -173,16 +173,14 @@ fn check_name(image: &str) -> Result<(), String> {
     }
     let word = |sign: char| sign.is_ascii_alphanumeric() || "._-".contains(sign);
     if let Some(tag) = tag
-        && !(1..=128).contains(&tag.len())
-        | !tag.chars().all(word)
-        | tag.starts_with(['.', '-'])
+        && !(1..=128).contains(&tag.len()) | !tag.chars().all(word) | tag.starts_with(['.', '-'])
     {
         return Err("the tag must be of letters, digits, '.', '_' and '-', at most 128".to_owned());
     }
     if let Some(digest) = digest
-        && !digest
-            .split_once(':')
-            .is_some_and(|(kind, hex)| kind == "sha256" && hex.len() == 64 && hex.chars().all(|s| s.is_ascii_hexdigit()))
+        && !digest.split_once(':').is_some_and(|(kind, hex)| {
+            kind == "sha256" && hex.len() == 64 && hex.chars().all(|s| s.is_ascii_hexdigit())
+        })
     {
         return Err("the digest must be sha256: and 64 hexadecimal digits".to_owned());
     }
@@ -237,7 +235,8 @@ fn covers(key: &str, image: &str) -> bool {
     if host == DOCKER_HUB {
         return ["docker.io", "index.docker.io", "registry-1.docker.io"].contains(&key_host);
     }
-    let below = path.strip_prefix(key_path).is_some_and(|rest| key_path.is_empty() || rest.starts_with('/') || rest.is_empty());
+    let below =
+        path.strip_prefix(key_path).is_some_and(|rest| key_path.is_empty() || rest.starts_with('/') || rest.is_empty());
     key_host == host && below
 }
 
@@ -269,7 +268,8 @@ mod tests {
         for good in ["a", "a/b:1", "localhost:5000/a/b_c:V1.2-x", "nvcr.io/nvidia/tritonserver:25.06-py3", &digest] {
             assert_eq!(check_name(good), Ok(()), "{good}");
         }
-        for bad in ["", "A", "a b", "a:", "a:b c", "a@sha256:12", "ghcr.io/", "a//b", "a:-x", "../a", "a?b", "a/b:c:d"] {
+        for bad in ["", "A", "a b", "a:", "a:b c", "a@sha256:12", "ghcr.io/", "a//b", "a:-x", "../a", "a?b", "a/b:c:d"]
+        {
             assert!(check_name(bad).is_err(), "{bad}");
         }
         assert_eq!(with_tag("localhost:5000/a"), "localhost:5000/a:latest");

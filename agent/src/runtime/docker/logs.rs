@@ -106,8 +106,11 @@ mod tests {
     fn entries_that_were_copied_are_left_out_once() {
         let mut cursor = Cursor::default();
         let mut again = 0;
-        let entries: [&[u8]; 3] =
-            [b"2026-01-01T00:00:00.000000001Z a\n", b"2026-01-01T00:00:00.000000002Z b\n", b"2026-01-01T00:00:00.000000002Z c\n"];
+        let entries: [&[u8]; 3] = [
+            b"2026-01-01T00:00:00.000000001Z a\n",
+            b"2026-01-01T00:00:00.000000002Z b\n",
+            b"2026-01-01T00:00:00.000000002Z c\n",
+        ];
         assert_eq!(cursor.take(entries[0], &mut again), Some(b"a\n".as_slice()));
         assert_eq!(cursor.take(entries[1], &mut again), Some(b"b\n".as_slice()));
         // A later agent process: the engine tells all of that second again.

@@ -135,8 +135,7 @@ impl DockerRuntime {
         let version = docker.version().await.map_err(|error| failed(error.to_string()))?;
         let podman = version.components.iter().flatten().any(|component| component.name.contains("Podman"));
         let network = docker.inspect_network(&settings.network, None).await;
-        let network =
-            network.map_err(|error| failed(format!("docker-network {:?}: {error}", settings.network)))?;
+        let network = network.map_err(|error| failed(format!("docker-network {:?}: {error}", settings.network)))?;
         let host = gateway(&network).ok_or_else(|| {
             failed(format!("docker-network {:?} has no gateway by which containers reach this node", settings.network))
         })?;
@@ -144,16 +143,22 @@ impl DockerRuntime {
         let scope = xxhash_rust::xxh3::xxh3_64(format!("{node}\0{}", real.display()).as_bytes());
         let scope = format!("{scope:016x}");
         let memory = Path::new(volumes::SHM);
-        let secrets = if memory.is_dir() {
-            memory.join(format!("pilotlight-{scope}"))
-        } else {
-            data_dir.join("secrets")
-        };
-        let places =
-            Places { host_roots: settings.host_path_roots.clone(), claims: settings.claims.clone(), secrets };
+        let secrets =
+            if memory.is_dir() { memory.join(format!("pilotlight-{scope}")) } else { data_dir.join("secrets") };
+        let places = Places { host_roots: settings.host_path_roots.clone(), claims: settings.claims.clone(), secrets };
         info!(socket, version = version.version.unwrap_or_default(), podman, %host, "container engine answers");
         let directories = Directories::new(data_dir);
-        Ok(Self { docker, settings, directories, places, scope, host, podman, ulimits: AtomicBool::new(true), followers: Mutex::default() })
+        Ok(Self {
+            docker,
+            settings,
+            directories,
+            places,
+            scope,
+            host,
+            podman,
+            ulimits: AtomicBool::new(true),
+            followers: Mutex::default(),
+        })
     }
 
     /// True where records below `data_dir` speak of containers.
@@ -235,10 +240,11 @@ impl DockerRuntime {
         labels.extend(replica.map(|replica| format!("{REPLICA}={replica}")));
         let filters = HashMap::from([("label".to_owned(), labels)]);
         let options = ListContainersOptionsBuilder::default().all(true).filters(&filters).build();
-        let found = self.docker.list_containers(Some(options)).await.map_err(|error| RuntimeError::Engine {
-            socket: self.settings.socket.clone(),
-            error: error.to_string(),
-        })?;
+        let found = self
+            .docker
+            .list_containers(Some(options))
+            .await
+            .map_err(|error| RuntimeError::Engine { socket: self.settings.socket.clone(), error: error.to_string() })?;
         let named = found.into_iter().filter_map(|container| {
             let replica = container.labels?.remove(REPLICA)?;
             Some((container.id?, replica))
@@ -492,11 +498,9 @@ impl Runtime for DockerRuntime {
         }
         match self.docker.inspect_exec(&exec).await.map_err(failed)?.exit_code {
             Some(0) => Ok(()),
-            code => Err(format!(
-                "{program}: exit code {}: {}",
-                code.unwrap_or(-1),
-                String::from_utf8_lossy(&said).trim()
-            )),
+            code => {
+                Err(format!("{program}: exit code {}: {}", code.unwrap_or(-1), String::from_utf8_lossy(&said).trim()))
+            }
         }
     }
 

@@ -8,7 +8,9 @@ use std::{
 };
 
 use bollard::models::{Mount, MountTmpfsOptions, MountType};
-use pilotlight_proto::fleet::v1::{ContainerSpec, EmptyDir, Files, HostPath, ReplicaAssignment, Volume, volume::Source};
+use pilotlight_proto::fleet::v1::{
+    ContainerSpec, EmptyDir, Files, HostPath, ReplicaAssignment, Volume, volume::Source,
+};
 
 use super::RuntimeError;
 
@@ -295,7 +297,10 @@ mod tests {
         assert!(error.contains("known are: models, team/models"), "{error}");
         assert!(mounted(&root, claim("models"), "/m", "link").unwrap_err().contains("leads out"));
         assert!(mounted(&root, claim("models"), "/m", "../x").unwrap_err().contains("without .."));
-        assert!(places(&root).claim("team", "models").unwrap_err().contains("theirs"), "the namespace's own comes first");
+        assert!(
+            places(&root).claim("team", "models").unwrap_err().contains("theirs"),
+            "the namespace's own comes first"
+        );
     }
 
     #[test]
