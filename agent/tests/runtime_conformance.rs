@@ -3,6 +3,8 @@
 //! Without a Docker Engine the container part is left out, with a message, unless
 //! `PILOTLIGHT_REQUIRE_DOCKER` is set.
 
+#![allow(clippy::print_stderr)]
+
 use std::{
     path::{Path, PathBuf},
     process::Command,

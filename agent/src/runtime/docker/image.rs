@@ -168,7 +168,8 @@ fn check_name(image: &str) -> Result<(), String> {
         return Err("the name must be of lower-case letters, digits, '.', '_' and '-' between slashes".to_owned());
     }
     let host = &name[..name.len() - path.len()];
-    if !host.chars().all(|sign| sign.is_ascii_alphanumeric() || ".-:[]/".contains(sign)) {
+    let starts = host.is_empty() || host.starts_with(|sign: char| sign.is_ascii_alphanumeric() || sign == '[');
+    if !starts || !host.chars().all(|sign| sign.is_ascii_alphanumeric() || ".-:[]/".contains(sign)) {
         return Err("the registry must be a host name, with a port where needed".to_owned());
     }
     let word = |sign: char| sign.is_ascii_alphanumeric() || "._-".contains(sign);
