@@ -299,7 +299,7 @@ mod tests {
         let layer = |id: &str, status: &str, current, total| CreateImageInfo {
             id: Some(id.into()),
             status: Some(status.into()),
-            progress_detail: Some(ProgressDetail { current: Some(current), total: Some(total), ..Default::default() }),
+            progress_detail: Some(ProgressDetail { current: Some(current), total: Some(total) }),
             ..Default::default()
         };
         let mut progress = Progress::default();
