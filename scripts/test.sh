@@ -6,6 +6,9 @@
 #     its service is not started, each test starts an etcd of its own on loopback and ends it
 #   - Python 3.11 or later with venv (Debian's python3, python3-venv), where `python3 -m venv` does not work:
 #     one story installs other people's clients from PyPI, into target/clients-venv
+#   - a Docker Engine (Debian's docker.io), for the conformance suite of the container runtime; a running one
+#     is used. Where none can be started, that part says so and is left out, unless
+#     PILOTLIGHT_REQUIRE_DOCKER is set
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -15,6 +18,7 @@ root() { if [ "$(id -u)" -eq 0 ]; then "$@"; else sudo "$@"; fi; }
 packages=()
 command -v cc >/dev/null || packages+=(build-essential)
 command -v etcd >/dev/null || packages+=(etcd-server)
+command -v dockerd >/dev/null || command -v docker >/dev/null || packages+=(docker.io)
 # Debian's python3 has venv without what it needs, ensurepip, unless python3-venv is there.
 python3 -c 'import sys, venv, ensurepip; assert sys.version_info >= (3, 11)' 2>/dev/null || packages+=(python3 python3-venv)
 command -v cargo >/dev/null || [ -x "$HOME/.cargo/bin/cargo" ] || packages+=(curl ca-certificates)
@@ -38,6 +42,13 @@ if ! command -v cargo >/dev/null; then
     fi
     export PATH="$HOME/.cargo/bin:$PATH"
 fi
+
+if ! docker version >/dev/null 2>&1 && command -v dockerd >/dev/null; then
+    say "Starting dockerd"
+    root sh -c 'nohup dockerd >/tmp/pilotlight-dockerd.log 2>&1 &'
+    for _ in $(seq 60); do docker version >/dev/null 2>&1 && break; sleep 0.5; done
+fi
+docker version >/dev/null 2>&1 || say "No Docker Engine answers: tests of containers are left out"
 
 say "Building"
 cargo build --workspace --all-targets

@@ -2,6 +2,8 @@
 
 use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf};
 
+use crate::runtime::DockerSettings;
+
 /// Settings of one agent process.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -29,6 +31,22 @@ pub struct Config {
     pub max_request_body: u64,
     /// True: replicas end with the agent (as `dev` wants it). False: they outlive it and are adopted.
     pub stop_replicas_on_exit: bool,
+    /// What replicas run as.
+    pub runtime: RuntimeChoice,
+    /// The container engine; `gpus` are filled in from the inventory.
+    pub docker: DockerSettings,
+}
+
+/// What replicas run as.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum RuntimeChoice {
+    /// Processes of this machine.
+    #[default]
+    Process,
+    /// Containers; the agent does not start without an engine.
+    Docker,
+    /// Images as containers where an engine answers when the agent starts, else processes.
+    Auto,
 }
 
 /// How an agent proves who it is.
@@ -80,6 +98,8 @@ impl Default for Config {
             labels: BTreeMap::new(),
             max_request_body: 256 << 20,
             stop_replicas_on_exit: false,
+            runtime: RuntimeChoice::default(),
+            docker: DockerSettings::default(),
         }
     }
 }

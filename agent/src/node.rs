@@ -26,11 +26,11 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
 use crate::{
-    config::{Config, Security},
+    config::{Config, RuntimeChoice, Security},
     gateway::{self, Connect, DataPath, GatewayMetrics, PeerStream, Setup},
     inventory::{self, InventoryError},
     reconcile::Reconciler,
-    runtime::{ProcessRuntime, RuntimeError, logs},
+    runtime::{AnyRuntime, DockerRuntime, ProcessRuntime, Runtime, RuntimeError, logs},
     session::{Outbound, Session, Told},
 };
 
@@ -91,7 +91,7 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), Agen
     if matches!(config.security, Security::Plaintext) && !config.listen_peer.ip().is_loopback() {
         return Err(AgentError::PlaintextOffLoopback { what: "listen-peer", address: config.listen_peer });
     }
-    let inventory = inventory::discover(&config)?;
+    let mut inventory = inventory::discover(&config)?;
     let ingress = listen("listen-ingress", config.listen_ingress).await?;
     let peers = listen("listen-peer", config.listen_peer).await?;
     let http = listen("listen-http", config.listen_http).await?;
@@ -115,7 +115,7 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), Agen
         metrics: gateway_metrics,
     });
     let own_binary = std::env::current_exe().map_err(AgentError::OwnBinary)?;
-    let runtime = Arc::new(ProcessRuntime::new(&config.data_dir, own_binary));
+    let runtime = runtime(&config, own_binary, &mut inventory).await?;
     let endpoints: Arc<dyn crate::endpoint::Endpoints> = Arc::clone(data_path.sidecar()) as _;
     let egress = Arc::new(gateway::Gateway(Arc::clone(&data_path)));
     let reconciler = Reconciler::adopt(runtime, endpoints, egress).await?;
@@ -150,6 +150,46 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), Agen
     // It ends at once.
     let _ = talking.await;
     Ok(())
+}
+
+/// The runtime that the configuration asks for; the inventory gets to know what it can run.
+async fn runtime(
+    config: &Config,
+    own_binary: PathBuf,
+    inventory: &mut fleet::Inventory,
+) -> Result<Arc<dyn Runtime>, AgentError> {
+    let process = ProcessRuntime::new(&config.data_dir, own_binary);
+    let (runtime, names): (Arc<dyn Runtime>, _) = match (config.runtime, engine(config, inventory).await) {
+        (RuntimeChoice::Process, _) | (RuntimeChoice::Auto, Ok(None)) => (Arc::new(process), vec!["process"]),
+        (_, Err(error)) => return Err(error.into()),
+        (RuntimeChoice::Docker, Ok(None)) => return Ok(Arc::new(process)),
+        (RuntimeChoice::Docker, Ok(Some(docker))) => (Arc::new(docker), vec!["docker"]),
+        (RuntimeChoice::Auto, Ok(Some(docker))) => {
+            (Arc::new(AnyRuntime::new(process, docker)), vec!["docker", "process"])
+        }
+    };
+    inventory.runtimes = names.into_iter().map(str::to_owned).collect();
+    Ok(runtime)
+}
+
+/// The container engine, where one is asked for. Without one an agent that may do without goes on, unless
+/// containers of its own may be running there.
+async fn engine(config: &Config, inventory: &fleet::Inventory) -> Result<Option<DockerRuntime>, RuntimeError> {
+    if config.runtime == RuntimeChoice::Process {
+        return Ok(None);
+    }
+    let mut settings = config.docker.clone();
+    if !inventory.simulated {
+        settings.gpus = inventory.gpus.iter().map(|gpu| (gpu.index, gpu.uuid.clone())).collect();
+    }
+    match DockerRuntime::connect(&config.node_name, &config.data_dir, settings).await {
+        Ok(docker) => Ok(Some(docker)),
+        Err(error) if config.runtime == RuntimeChoice::Auto && !DockerRuntime::was_used(&config.data_dir) => {
+            info!(%error, "no container engine: replicas run as processes");
+            Ok(None)
+        }
+        Err(error) => Err(error),
+    }
 }
 
 fn hello(config: &Config, ingress: SocketAddr, peers: SocketAddr) -> fleet::Hello {

@@ -3,7 +3,10 @@
 use std::{net::SocketAddr, path::PathBuf};
 
 use bytesize::ByteSize;
-use pilotlight_agent::config::{Config, InventorySource, Security};
+use pilotlight_agent::{
+    config::{Config, InventorySource, RuntimeChoice, Security},
+    runtime::{DockerSettings, GpuMode},
+};
 use tokio_util::sync::CancellationToken;
 
 /// Settings of an agent.
@@ -58,6 +61,29 @@ pub struct NodeArgs {
     /// Label of this node, key=value; may be given again.
     #[arg(long, env = "PILOTLIGHT_LABELS", value_delimiter = ',', value_parser = label, value_name = "KEY=VALUE")]
     label: Vec<(String, String)>,
+    /// What replicas run as: process, docker, or auto, which runs images as containers where an engine
+    /// answers. Default: auto for an agent, process for dev.
+    #[arg(long, env = "PILOTLIGHT_RUNTIME", value_parser = runtime, value_name = "RUNTIME")]
+    runtime: Option<RuntimeChoice>,
+    /// Unix socket of the Docker Engine, or of Podman.
+    #[arg(long, env = "PILOTLIGHT_DOCKER_SOCKET", default_value = "/var/run/docker.sock", value_name = "PATH")]
+    docker_socket: String,
+    /// Network of the engine that containers are in; Podman's is "podman".
+    #[arg(long, env = "PILOTLIGHT_DOCKER_NETWORK", default_value = "bridge", value_name = "NAME")]
+    docker_network: String,
+    /// How containers get their GPUs: device-request, or cdi.
+    #[arg(long, env = "PILOTLIGHT_GPU_MODE", default_value = "device-request", value_parser = gpu_mode, value_name = "MODE")]
+    gpu_mode: GpuMode,
+    /// Directory below which containers may mount hostPath volumes; may be given again. Default: none.
+    #[arg(long, env = "PILOTLIGHT_HOST_PATH_ROOTS", value_delimiter = ',', value_name = "DIR")]
+    host_path_root: Vec<PathBuf>,
+    /// Directory of this node that a PersistentVolumeClaim stands for, name=dir or namespace/name=dir; may
+    /// be given again.
+    #[arg(long, env = "PILOTLIGHT_CLAIMS", value_delimiter = ',', value_parser = label, value_name = "NAME=DIR")]
+    claim: Vec<(String, String)>,
+    /// File with this node's credentials for registries, as `docker login` writes it.
+    #[arg(long, env = "PILOTLIGHT_REGISTRY_CONFIG", value_name = "FILE")]
+    registry_config: Option<PathBuf>,
     /// Largest request body.
     #[arg(long, env = "PILOTLIGHT_MAX_REQUEST_BODY", default_value = "256MiB")]
     max_request_body: ByteSize,
@@ -69,6 +95,23 @@ fn label(text: &str) -> Result<(String, String), String> {
         return Err("the key must not be empty".to_owned());
     }
     Ok((key.to_owned(), value.to_owned()))
+}
+
+fn runtime(text: &str) -> Result<RuntimeChoice, String> {
+    match text {
+        "process" => Ok(RuntimeChoice::Process),
+        "docker" => Ok(RuntimeChoice::Docker),
+        "auto" => Ok(RuntimeChoice::Auto),
+        _ => Err("expected process, docker or auto".to_owned()),
+    }
+}
+
+fn gpu_mode(text: &str) -> Result<GpuMode, String> {
+    match text {
+        "device-request" => Ok(GpuMode::DeviceRequest),
+        "cdi" => Ok(GpuMode::Cdi),
+        _ => Err("expected device-request or cdi".to_owned()),
+    }
 }
 
 impl NodeArgs {
@@ -88,6 +131,16 @@ impl NodeArgs {
             inventory,
             labels: self.label.into_iter().collect(),
             max_request_body: self.max_request_body.as_u64(),
+            runtime: self.runtime.unwrap_or(config.runtime),
+            docker: DockerSettings {
+                socket: self.docker_socket,
+                network: self.docker_network,
+                gpu_mode: self.gpu_mode,
+                host_path_roots: self.host_path_root,
+                claims: self.claim.into_iter().map(|(name, path)| (name, path.into())).collect(),
+                registry_config: self.registry_config,
+                ..DockerSettings::default()
+            },
             ..config
         }
     }
@@ -104,6 +157,7 @@ pub async fn run(args: Args, stopping: CancellationToken) -> anyhow::Result<()> 
         listen_peer: args.listen_peer,
         listen_http: args.listen_http,
         advertise_peer: args.advertise_peer,
+        runtime: RuntimeChoice::Auto,
         ..Config::default()
     };
     Ok(pilotlight_agent::run(args.node.fill(config, InventorySource::Nvml), stopping).await?)

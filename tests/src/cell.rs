@@ -299,6 +299,8 @@ impl Cell {
         std::fs::create_dir_all(&directory).expect("a directory for the agent");
         let args = vec![
             "agent".to_owned(),
+            // Stories are about processes, wherever they run; containers have a suite of their own.
+            "--runtime=process".to_owned(),
             format!("--node-name={name}"),
             format!("--coordinator=https://127.0.0.1:{}", self.grpc),
             format!("--token={}", self.token()),

@@ -1,11 +1,11 @@
 //! Startup and liveness: whether a running container is to be restarted, as Kubernetes' kubelet decides it.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use pilotlight_proto::fleet::v1::ContainerSpec;
 use tokio::sync::watch;
 
-use crate::runtime::probe::Prober;
+use crate::runtime::{Running, Runtime, probe::Prober};
 
 /// Why a container is to be restarted.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -23,8 +23,8 @@ pub(super) struct Health {
 }
 
 impl Health {
-    pub(super) fn new(container: &ContainerSpec, address: SocketAddr) -> Self {
-        let prober = |probe: &Option<_>| Some(Prober::new(Option::clone(probe)?, address));
+    pub(super) fn new(container: &ContainerSpec, running: &Running, runtime: &Arc<dyn Runtime>) -> Self {
+        let prober = |probe: &Option<_>| Some(Prober::new(Option::clone(probe)?, running, Arc::clone(runtime)));
         Self { startup: prober(&container.startup_probe), liveness: prober(&container.liveness_probe) }
     }
 

@@ -38,6 +38,8 @@ pub struct Reconciler {
 struct Inner {
     /// Version of the last assignment of this session.
     version: Option<u64>,
+    /// True once the first assignment has told what may be left of former replicas.
+    swept: bool,
     tasks: HashMap<String, Task>,
 }
 
@@ -132,6 +134,10 @@ impl Reconciler {
         inner.version = Some(assignment.version);
         let wanted: BTreeMap<String, ReplicaAssignment> =
             assignment.replicas.into_iter().map(|replica| (replica.replica.clone(), replica)).collect();
+        if !std::mem::replace(&mut inner.swept, true) {
+            // What ended while no agent looked, and nobody asks for any more.
+            self.runtime.remove_others(&|name| wanted.contains_key(name) || inner.tasks.contains_key(name));
+        }
         inner.tasks.retain(|name, task| {
             if wanted.contains_key(name) {
                 return true;

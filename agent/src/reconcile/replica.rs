@@ -64,12 +64,17 @@ impl Life {
         let mut present = self.take_over(adopted).await;
         while !self.leaving() {
             let span = self.start_span();
-            let begun = Instant::now();
-            let running = match present.take() {
+            let started = match present.take() {
                 Some(running) => Ok(running),
-                None => self.start().instrument(span.clone()).await,
+                None => match self.start().instrument(span.clone()).await {
+                    Some(started) => started,
+                    None => break,
+                },
             };
-            let failure = match running {
+            // An adopted one has run for longer than this process has known it.
+            let before = started.as_ref().map_or(Duration::ZERO, ran_before);
+            let begun = Instant::now();
+            let failure = match started {
                 Ok(running) => match self.tend(&running, span).await {
                     Turn::Leave => return self.leave(&running).await,
                     Turn::Unhealthy(why) => self.restart(&running, why).await,
@@ -80,14 +85,33 @@ impl Life {
                 },
                 Err(error) => Failure::of_error(&error),
             };
-            self.failed(failure, backoff.after(begun.elapsed())).await;
+            self.failed(failure, backoff.after(before + begun.elapsed())).await;
         }
         self.stopped().await;
     }
 
-    async fn start(&mut self) -> Result<Running, RuntimeError> {
-        let assignment = self.way_back.prepare(self.assignment(), self.runtime.host_address()).await?;
-        self.runtime.start(&assignment).await
+    /// Gets what it needs and starts it; `None` where it is to leave before that.
+    async fn start(&mut self) -> Option<Result<Running, RuntimeError>> {
+        let (runtime, assignment, statuses) = (Arc::clone(&self.runtime), self.assignment(), self.statuses.clone());
+        let say = |message: String| {
+            statuses.update(&assignment.replica, |status| {
+                status.set_phase(ReplicaPhase::Pending);
+                status.reason = "Pulling".to_owned();
+                status.message = message;
+            });
+        };
+        let prepared = tokio::select! {
+            prepared = runtime.prepare(&assignment, &say) => prepared,
+            () = left(&mut self.desired) => return None,
+        };
+        if let Err(error) = prepared {
+            return Some(Err(error));
+        }
+        let ip = runtime.host_address(&assignment);
+        match self.way_back.prepare(self.assignment(), ip).await {
+            Ok(assignment) => Some(runtime.start(&assignment).await),
+            Err(error) => Some(Err(error)),
+        }
     }
 
     /// An adopted replica goes on, unless what it calls cannot be given back to it: then it starts anew.
@@ -135,9 +159,9 @@ impl Life {
         let mut starting = Some(span);
         let container = running.assignment.container.clone().unwrap_or_default();
         let (started, mut has_started) = watch::channel(false);
-        let unhealthy = Health::new(&container, running.address).fails(started);
+        let unhealthy = Health::new(&container, running, &self.runtime).fails(started);
         tokio::pin!(unhealthy);
-        let prober = Prober::new(container.readiness_probe.unwrap_or_default(), running.address);
+        let prober = Prober::new(container.readiness_probe.unwrap_or_default(), running, Arc::clone(&self.runtime));
         let runtime = Arc::clone(&self.runtime);
         let exited = runtime.exited(running);
         tokio::pin!(exited);
@@ -235,7 +259,7 @@ impl Life {
             status.pid = 0;
             status.exit_code = failure.exit_code;
             status.restarts += 1;
-            status.reason = if looping { "CrashLoopBackOff" } else { failure.reason }.to_owned();
+            status.reason = if looping { in_backoff(failure.reason) } else { failure.reason }.to_owned();
             status.message =
                 if looping { format!("{}; started again in {pause:?}", failure.message) } else { failure.message };
         });
@@ -304,8 +328,14 @@ struct Failure {
 impl Failure {
     fn of_exit(exit: Exit) -> Self {
         let (reason, message) = match (exit.code, exit.signal) {
+            _ if exit.oom_killed => {
+                ("OOMKilled", "the container was killed: it used more memory than its limit".to_owned())
+            }
             (Some(0), _) => ("Completed", "the process ended with exit code 0".to_owned()),
-            (Some(code), _) => ("Error", format!("the process ended with exit code {code}")),
+            (Some(code), Some(signal)) => {
+                ("Error", format!("the process ended with exit code {code}, that is by signal {signal}"))
+            }
+            (Some(code), None) => ("Error", format!("the process ended with exit code {code}")),
             (None, Some(signal)) => ("Error", format!("the process was ended by signal {signal}")),
             (None, None) => ("Error", "the process ended".to_owned()),
         };
@@ -313,6 +343,28 @@ impl Failure {
     }
 
     fn of_error(error: &RuntimeError) -> Self {
-        Self { reason: "StartError", message: error.to_string(), exit_code: None }
+        Self { reason: error.reason(), message: error.to_string(), exit_code: None }
     }
+}
+
+/// What Kubernetes calls the pause after this reason: images have a name of their own for it, and what
+/// cannot be created stays what it is.
+fn in_backoff(reason: &'static str) -> &'static str {
+    match reason {
+        "ErrImagePull" => "ImagePullBackOff",
+        "InvalidImageName"
+        | "ErrImageNeverPull"
+        | "ImageInspectError"
+        | "CreateContainerConfigError"
+        | "CreateContainerError" => reason,
+        _ => "CrashLoopBackOff",
+    }
+}
+
+/// How long it ran before this process knew it, to the second.
+fn ran_before(running: &Running) -> Duration {
+    let now = std::time::SystemTime::now().duration_since(std::time::SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let started = u64::try_from(running.started_at).unwrap_or_default();
+    // The clock's start is no start.
+    if started == 0 { Duration::ZERO } else { Duration::from_secs(now.as_secs().saturating_sub(started)) }
 }

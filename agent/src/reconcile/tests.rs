@@ -44,7 +44,15 @@ impl Runtime for Fake {
     async fn start(&self, assignment: &ReplicaAssignment) -> Result<Running, RuntimeError> {
         let assignment = assignment.clone();
         self.ends.lock().unwrap().insert(assignment.replica.clone(), CancellationToken::new());
-        Ok(Running { replica: assignment.replica.clone(), pid: 1, address: self.address, started_at: 0, assignment })
+        Ok(Running {
+            replica: assignment.replica.clone(),
+            pid: 1,
+            address: self.address,
+            started_at: 0,
+            assignment,
+            container: None,
+            ports: BTreeMap::new(),
+        })
     }
 
     async fn adopt(&self) -> Result<Vec<Running>, RuntimeError> {
@@ -53,7 +61,7 @@ impl Runtime for Fake {
 
     async fn exited(&self, running: &Running) -> Exit {
         self.end(&running.replica).cancelled_owned().await;
-        Exit { code: Some(0), signal: None }
+        Exit { code: Some(0), ..Exit::default() }
     }
 
     async fn stop(&self, running: &Running, grace: Duration) {

@@ -1,12 +1,16 @@
 //! Starting, probing, adopting and stopping replicas.
 
+pub mod auto;
+pub mod docker;
 mod expand;
 pub mod logs;
 pub mod probe;
 pub mod process;
 mod state;
+mod variables;
 
 use std::{
+    collections::BTreeMap,
     net::{IpAddr, Ipv4Addr, SocketAddr},
     path::PathBuf,
     time::Duration,
@@ -14,7 +18,10 @@ use std::{
 
 use async_trait::async_trait;
 use pilotlight_proto::fleet::v1::ReplicaAssignment;
+use tokio::process::Command;
 
+pub use auto::AnyRuntime;
+pub use docker::{DockerRuntime, DockerSettings, GpuMode};
 pub use process::ProcessRuntime;
 
 /// A replica that runs.
@@ -30,15 +37,21 @@ pub struct Running {
     pub started_at: i64,
     /// What it was started from.
     pub assignment: ReplicaAssignment,
+    /// The container's id; `None` for a process of this machine.
+    pub container: Option<String>,
+    /// Port of this machine by port of the container, where they differ.
+    pub ports: BTreeMap<u16, u16>,
 }
 
 /// How a replica ended.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Exit {
     /// Exit code, where known: not for replicas of a former agent process.
     pub code: Option<i32>,
     /// Signal that ended it, where known.
     pub signal: Option<i32>,
+    /// True where it was killed for using more memory than its limit.
+    pub oom_killed: bool,
 }
 
 /// Why a runtime did not do as asked.
@@ -68,11 +81,45 @@ pub enum RuntimeError {
         /// Why.
         error: std::io::Error,
     },
+    /// A container engine does not answer as it should.
+    #[error("container engine at {socket}: {error}")]
+    Engine {
+        /// Where it is asked.
+        socket: String,
+        /// Why.
+        error: String,
+    },
+    /// An image or container cannot be had.
+    #[error("{message}")]
+    Container {
+        /// As Kubernetes names it, such as `ErrImagePull`.
+        reason: &'static str,
+        /// For people.
+        message: String,
+    },
 }
+
+impl RuntimeError {
+    /// CamelCase, as the reasons of Kubernetes' container states.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::Specification { .. } => "CreateContainerConfigError",
+            Self::Start { .. } | Self::File { .. } | Self::Engine { .. } => "StartError",
+            Self::Container { reason, .. } => reason,
+        }
+    }
+}
+
+/// Told how far a replica's image is.
+pub type Say<'a> = &'a (dyn Fn(String) + Send + Sync);
 
 /// Runs replicas. What it starts outlives this process and is found again by [`Runtime::adopt`].
 #[async_trait]
 pub trait Runtime: Send + Sync + 'static {
+    /// Gets what the replica needs before it can be started, such as its image; may take long.
+    async fn prepare(&self, _assignment: &ReplicaAssignment, _say: Say<'_>) -> Result<(), RuntimeError> {
+        Ok(())
+    }
     /// Starts a replica.
     async fn start(&self, assignment: &ReplicaAssignment) -> Result<Running, RuntimeError>;
     /// What runs already, started by this or a former process.
@@ -83,10 +130,24 @@ pub trait Runtime: Send + Sync + 'static {
     async fn stop(&self, running: &Running, grace: Duration);
     /// Forgets a replica that has ended, with its files.
     async fn remove(&self, replica: &str);
-    /// Where replicas reach this agent.
-    fn host_address(&self) -> IpAddr {
-        Ipv4Addr::LOCALHOST.into()
-    }
     /// Where its output is.
     fn log_file(&self, replica: &str) -> PathBuf;
+    /// Removes what replicas have left behind that are not running and not to be kept.
+    fn remove_others(&self, _keep: &dyn Fn(&str) -> bool) {}
+    /// Runs a command where the replica runs, and waits for its end.
+    ///
+    /// # Errors
+    /// It did not end with 0; why.
+    async fn exec(&self, _running: &Running, command: &[String]) -> Result<(), String> {
+        let [program, args @ ..] = command else { return Err("no command".to_owned()) };
+        match Command::new(program).args(args).kill_on_drop(true).output().await {
+            Ok(output) if output.status.success() => Ok(()),
+            Ok(output) => Err(format!("{program}: {}", output.status)),
+            Err(error) => Err(format!("{program}: {error}")),
+        }
+    }
+    /// The address by which this replica reaches its agent.
+    fn host_address(&self, _assignment: &ReplicaAssignment) -> IpAddr {
+        Ipv4Addr::LOCALHOST.into()
+    }
 }

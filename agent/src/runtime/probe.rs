@@ -1,6 +1,6 @@
 //! Asks a replica whether it is ready, or alive.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http::Request;
@@ -10,8 +10,10 @@ use hyper_util::{
     rt::TokioExecutor,
 };
 use pilotlight_proto::fleet::v1::{Probe, probe::Handler};
-use tokio::{net::TcpStream, process::Command};
+use tokio::net::TcpStream;
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
+
+use super::{Running, Runtime};
 
 /// Between probes until ready, where the manifest does not say; Knative's pace.
 const EAGER: Duration = Duration::from_millis(50);
@@ -19,17 +21,18 @@ const EAGER: Duration = Duration::from_millis(50);
 const RELAXED: Duration = Duration::from_secs(10);
 
 /// One replica's probe.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Prober {
     probe: Probe,
-    address: SocketAddr,
+    running: Running,
+    runtime: Arc<dyn Runtime>,
     client: Client<HttpConnector, Empty<Bytes>>,
 }
 
 impl Prober {
-    /// Probes the replica at `address`; without a handler a connection is enough.
-    pub fn new(probe: Probe, address: SocketAddr) -> Self {
-        Self { probe, address, client: Client::builder(TokioExecutor::new()).build_http() }
+    /// Probes the replica, commands by its runtime; without a handler a connection is enough.
+    pub fn new(probe: Probe, running: &Running, runtime: Arc<dyn Runtime>) -> Self {
+        Self { probe, running: running.clone(), runtime, client: Client::builder(TokioExecutor::new()).build_http() }
     }
 
     /// From start to the first probe.
@@ -72,13 +75,15 @@ impl Prober {
     }
 
     fn at(&self, port: u32) -> SocketAddr {
-        let port = u16::try_from(port).ok().filter(|port| *port != 0).unwrap_or(self.address.port());
-        SocketAddr::new(self.address.ip(), port)
+        let address = self.running.address;
+        let port = u16::try_from(port).ok().filter(|port| *port != 0);
+        let port = port.map_or(address.port(), |port| self.running.ports.get(&port).copied().unwrap_or(port));
+        SocketAddr::new(address.ip(), port)
     }
 
     async fn ask_handler(&self) -> Result<(), String> {
         match &self.probe.handler {
-            None => self.connect(self.address).await,
+            None => self.connect(self.running.address).await,
             Some(Handler::TcpSocket(tcp)) => self.connect(self.at(tcp.port)).await,
             Some(Handler::HttpGet(get)) => {
                 let mut request = Request::get(format!("http://{}{}", self.at(get.port), get.path));
@@ -90,15 +95,7 @@ impl Prober {
                 let status = response.status();
                 if (200..400).contains(&status.as_u16()) { Ok(()) } else { Err(format!("HTTP status {status}")) }
             }
-            Some(Handler::Exec(exec)) => {
-                let [program, args @ ..] = exec.command.as_slice() else { return Err("no command".to_owned()) };
-                let status = Command::new(program).args(args).kill_on_drop(true).output().await;
-                match status {
-                    Ok(output) if output.status.success() => Ok(()),
-                    Ok(output) => Err(format!("{program}: {}", output.status)),
-                    Err(error) => Err(format!("{program}: {error}")),
-                }
-            }
+            Some(Handler::Exec(exec)) => self.runtime.exec(&self.running, &exec.command).await,
             Some(Handler::Grpc(grpc)) => {
                 let channel = tonic::transport::Endpoint::from_shared(format!("http://{}", self.at(grpc.port)));
                 let channel = channel.map_err(|error| error.to_string())?.connect().await.map_err(|e| e.to_string())?;

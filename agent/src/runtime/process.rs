@@ -17,7 +17,7 @@ use nix::{
     sys::signal::{Signal, killpg},
     unistd::Pid,
 };
-use pilotlight_proto::fleet::v1::{ContainerSpec, ReplicaAssignment};
+use pilotlight_proto::fleet::v1::ReplicaAssignment;
 use tokio::{
     process::{Child, Command},
     sync::watch,
@@ -28,6 +28,7 @@ use super::{
     Exit, Running, Runtime, RuntimeError,
     expand::expand,
     state::{Directories, LOG, ReplicaState},
+    variables::{variables, visible_devices},
 };
 
 /// Marks a replica's process, so that one whose record was not written is found all the same.
@@ -60,7 +61,12 @@ impl ProcessRuntime {
                 reason: container.unresolved,
             });
         }
-        let variables = variables(assignment, &container, port);
+        let decided = [
+            ("PORT", port.to_string()),
+            ("CUDA_VISIBLE_DEVICES", visible_devices(assignment)),
+            (MARK, assignment.replica.clone()),
+        ];
+        let variables = variables(assignment, &container, &decided);
         let mut words = container.command.iter().chain(&container.args).map(|word| expand(word, &variables));
         let program = words.next().filter(|_| !container.command.is_empty()).ok_or_else(|| {
             let image = &container.image;
@@ -98,43 +104,12 @@ impl ProcessRuntime {
         self.exits.lock().unwrap_or_else(PoisonError::into_inner).insert(pid, receiver);
         tokio::spawn(async move {
             let exit = match child.wait().await {
-                Ok(status) => Exit { code: status.code(), signal: status.signal() },
-                Err(_) => Exit { code: None, signal: None },
+                Ok(status) => Exit { code: status.code(), signal: status.signal(), oom_killed: false },
+                Err(_) => Exit::default(),
             };
             sender.send_replace(Some(exit));
         });
     }
-}
-
-/// A replica's environment: the manifest's, and what Knative and CUDA give.
-fn variables(assignment: &ReplicaAssignment, container: &ContainerSpec, port: u16) -> BTreeMap<String, String> {
-    // CUDA takes the index of a GPU or the UUID of a MIG device.
-    let gpus: Vec<_> = match assignment.mig_devices.as_slice() {
-        [] => assignment.gpu_indices.iter().map(ToString::to_string).collect(),
-        devices => devices.to_vec(),
-    };
-    let revision = assignment.revision.split_once('/').map_or(assignment.revision.as_str(), |(_, name)| name);
-    let mut variables = BTreeMap::from(
-        [
-            ("PORT", port.to_string()),
-            ("K_SERVICE", assignment.service.clone()),
-            ("K_CONFIGURATION", assignment.service.clone()),
-            ("K_REVISION", revision.to_owned()),
-            // Without GPUs of its own a replica must see none; CUDA takes -1 for that.
-            ("CUDA_DEVICE_ORDER", "PCI_BUS_ID".to_owned()),
-            ("CUDA_VISIBLE_DEVICES", if gpus.is_empty() { "-1".to_owned() } else { gpus.join(",") }),
-            (MARK, assignment.replica.clone()),
-        ]
-        .map(|(name, value)| (name.to_owned(), value)),
-    );
-    for var in &container.env {
-        let value = expand(&var.value, &variables);
-        // What the agent decides is not the manifest's to change.
-        if !matches!(var.name.as_str(), MARK | "PORT" | "CUDA_VISIBLE_DEVICES") {
-            variables.insert(var.name.clone(), value);
-        }
-    }
-    variables
 }
 
 fn passed_on() -> impl Iterator<Item = (&'static str, OsString)> {
@@ -180,7 +155,8 @@ impl Runtime for ProcessRuntime {
         let started_at = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |now| now.as_secs() as i64);
         let encoded = ReplicaState::encode(assignment);
         // First the intent: should this process die now, the next one finds the replica by its mark.
-        let mut state = ReplicaState { pid: 0, start_ticks: 0, port, started_at, assignment: encoded };
+        let mut state =
+            ReplicaState { pid: 0, start_ticks: 0, port, started_at, assignment: encoded, contained: false };
         self.directories.write(&assignment.replica, &state)?;
         let child = self.spawn(assignment, port)?;
         let pid = child.id().unwrap_or(0);
@@ -193,13 +169,24 @@ impl Runtime for ProcessRuntime {
         }
         info!(replica = %assignment.replica, pid, port, "process started");
         let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
-        Ok(Running { replica: assignment.replica.clone(), pid, address, started_at, assignment: assignment.clone() })
+        Ok(Running {
+            replica: assignment.replica.clone(),
+            pid,
+            address,
+            started_at,
+            assignment: assignment.clone(),
+            container: None,
+            ports: BTreeMap::new(),
+        })
     }
 
     async fn adopt(&self) -> Result<Vec<Running>, RuntimeError> {
         let marked: HashMap<String, u32> = marked().into_iter().map(|(pid, replica)| (replica, pid)).collect();
         let mut adopted = Vec::new();
         for (replica, mut state) in self.directories.read_all() {
+            if state.contained {
+                continue;
+            }
             let Some(assignment) = state.assignment() else { continue };
             if state.pid == 0
                 && let Some(pid) = marked.get(&replica)
@@ -214,7 +201,15 @@ impl Runtime for ProcessRuntime {
             }
             let address = SocketAddr::from((Ipv4Addr::LOCALHOST, state.port));
             info!(%replica, pid = state.pid, "replica adopted");
-            adopted.push(Running { replica, pid: state.pid, address, started_at: state.started_at, assignment });
+            adopted.push(Running {
+                replica,
+                pid: state.pid,
+                address,
+                started_at: state.started_at,
+                assignment,
+                container: None,
+                ports: BTreeMap::new(),
+            });
         }
         Ok(adopted)
     }
@@ -223,14 +218,14 @@ impl Runtime for ProcessRuntime {
         let child = self.exits.lock().unwrap_or_else(PoisonError::into_inner).get(&running.pid).cloned();
         if let Some(mut child) = child {
             let exit = child.wait_for(Option::is_some).await.ok().and_then(|exit| exit.clone());
-            return exit.unwrap_or(Exit { code: None, signal: None });
+            return exit.unwrap_or_default();
         }
         // Another process's child: the kernel tells only its parent, so it is looked for.
         let born = start_ticks(running.pid);
         while born.is_some() && start_ticks(running.pid) == born {
             tokio::time::sleep(LOOK).await;
         }
-        Exit { code: None, signal: None }
+        Exit::default()
     }
 
     async fn stop(&self, running: &Running, grace: Duration) {
@@ -249,6 +244,10 @@ impl Runtime for ProcessRuntime {
 
     fn log_file(&self, replica: &str) -> PathBuf {
         self.directories.of(replica).join(LOG)
+    }
+
+    fn remove_others(&self, keep: &dyn Fn(&str) -> bool) {
+        self.directories.remove_others(keep);
     }
 }
 

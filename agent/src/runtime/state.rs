@@ -28,6 +28,9 @@ pub(super) struct ReplicaState {
     pub started_at: i64,
     /// The assignment, protobuf, hexadecimal.
     pub assignment: String,
+    /// True: it runs in a container, and the engine knows the rest.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub contained: bool,
 }
 
 impl ReplicaState {
@@ -95,6 +98,15 @@ impl Directories {
             }
         };
         entries.flatten().filter_map(read).collect()
+    }
+
+    /// Removes what is left of replicas that are not to be kept.
+    pub(super) fn remove_others(&self, keep: &dyn Fn(&str) -> bool) {
+        let Ok(entries) = fs::read_dir(&self.root) else { return };
+        let names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
+        for name in names.filter(|name| !keep(name)) {
+            self.remove(&name);
+        }
     }
 
     pub(super) fn remove(&self, replica: &str) {

@@ -14,6 +14,7 @@ pub mod commands;
 pub mod conditions;
 pub(crate) mod load;
 pub mod meter;
+mod mounted;
 mod nodes;
 pub mod observe;
 pub mod plan;

@@ -4,7 +4,10 @@ use std::time::Duration;
 
 use pilotlight_proto::fleet::v1 as fleet;
 
-use super::world::{NodeState, RevisionState, ServiceState, World};
+use super::{
+    mounted,
+    world::{NodeState, RevisionState, ServiceState, World},
+};
 use crate::{
     spec::{ComponentKind, InferenceService, Probe, ProbeHandler, RevisionTemplate},
     values::Values,
@@ -111,6 +114,12 @@ pub fn assignment(world: &World, node: &NodeState) -> fleet::Assignment {
                 draining: replica.record.draining,
                 traceparent: replica.trace.traceparent.clone(),
                 tracestate: replica.trace.tracestate.clone(),
+                volumes: mounted::volumes(&world.settings.values, &revision.namespace, &revision.template.volumes),
+                registry_configs: mounted::registry_configs(
+                    &world.settings.values,
+                    &revision.namespace,
+                    &revision.template.image_pull_secrets,
+                ),
             })
         })
         .collect();
@@ -139,6 +148,13 @@ fn container(values: &Values, namespace: &str, template: &RevisionTemplate) -> f
         liveness_probe: container.liveness.as_ref().map(probe),
         startup_probe: container.startup.as_ref().map(probe),
         termination_grace_period: Some(duration(template.termination_grace_period)),
+        image_pull_policy: mounted::pull_policy(container),
+        limits: Some(fleet::Limits {
+            cpu_millis: template.resources.cpu_limit_millis,
+            memory_bytes: template.resources.memory_limit_bytes,
+        }),
+        security: Some(mounted::security(&container.security)),
+        mounts: container.volume_mounts.iter().map(mounted::mount).collect(),
     }
 }
 

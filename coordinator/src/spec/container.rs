@@ -9,10 +9,10 @@ use super::{
     documents::join,
     env,
     expand::expand,
-    model::{Container, Probe, Storage},
+    model::{Container, Probe, Security, Storage},
     probe::{self, Purpose},
     report::Report,
-    storage, volumes,
+    security, storage, volumes,
 };
 
 /// The main container's name; a single container of any name is renamed to it.
@@ -21,13 +21,11 @@ pub(super) const MAIN: &str = "kserve-container";
 pub(super) const TRANSFORMER: &str = "transformer-container";
 
 /// Container fields that have no effect here, and what happens instead.
-const UNSUPPORTED: [(&str, &str); 12] = [
-    ("imagePullPolicy", "the runtime decides when to pull"),
+const UNSUPPORTED: [(&str, &str); 10] = [
     ("lifecycle", "no hook is called"),
     ("resizePolicy", "a change of resources makes a new revision"),
     ("restartPolicy", "a replica that ends is always started again"),
     ("restartPolicyRules", "a replica that ends is always started again"),
-    ("securityContext", "the node's runtime settings apply"),
     ("stdin", "standard input is closed"),
     ("stdinOnce", "standard input is closed"),
     ("terminationMessagePath", "the log is kept instead"),
@@ -58,6 +56,8 @@ pub(super) struct Place<'a> {
     pub(super) volumes: &'a [k8s::Volume],
     /// Whether a model's mount is read-only.
     pub(super) read_only: bool,
+    /// The pod's, below the container's own.
+    pub(super) security: Option<&'a k8s::PodSecurityContext>,
 }
 
 /// What stands for a container that could not be found.
@@ -74,6 +74,8 @@ pub(super) fn absent() -> Container {
         liveness: None,
         startup: None,
         volume_mounts: Vec::new(),
+        security: Security::default(),
+        image_pull_policy: None,
     }
 }
 
@@ -120,6 +122,12 @@ pub(super) fn read(
         liveness,
         startup,
         volume_mounts: read_mounts(given, place, report),
+        security: security::read(given.security_context.as_ref(), place.security, &join(at, "securityContext"), report),
+        image_pull_policy: security::pull_policy(
+            given.image_pull_policy.as_deref(),
+            &join(at, "imagePullPolicy"),
+            report,
+        ),
     };
     (container, storage)
 }

@@ -30,7 +30,7 @@ pub(super) const EXTENSION_REFUSED: [(&str, &str); 1] =
     [("workerSpec", "a replica on several nodes is not supported by this version")];
 
 /// Pod fields that have no effect here, and what happens instead.
-pub(super) const POD_UNSUPPORTED: [(&str, &str); 35] = [
+pub(super) const POD_UNSUPPORTED: [(&str, &str); 33] = [
     ("activeDeadlineSeconds", "a replica may live for any time"),
     ("automountServiceAccountToken", "there are no service accounts"),
     ("dnsConfig", "the node's resolver is used"),
@@ -44,7 +44,6 @@ pub(super) const POD_UNSUPPORTED: [(&str, &str); 35] = [
     ("hostUsers", "the runtime decides"),
     ("hostname", "the runtime decides"),
     ("hostnameOverride", "the runtime decides"),
-    ("imagePullSecrets", "images are pulled with the node's own credentials"),
     ("nodeName", "use nodeSelector or nodeAffinity by metadata.name"),
     ("os", "every node runs Linux"),
     ("overhead", "only the container's own requests count"),
@@ -58,7 +57,6 @@ pub(super) const POD_UNSUPPORTED: [(&str, &str); 35] = [
     ("runtimeClassName", "the node's runtime is used"),
     ("schedulerName", "there is one scheduler"),
     ("schedulingGates", "a replica is placed at once"),
-    ("securityContext", "the node's runtime settings apply"),
     ("serviceAccount", "there are no service accounts"),
     ("serviceAccountName", "there are no service accounts"),
     ("setHostnameAsFQDN", "the runtime decides"),

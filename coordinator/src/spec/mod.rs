@@ -48,6 +48,7 @@ mod report;
 mod resolve;
 mod resources;
 mod runtimes;
+mod security;
 mod serving_runtime;
 mod storage;
 #[cfg(test)]
@@ -65,8 +66,8 @@ pub use self::{
     chain::PREDICTOR_HOST,
     model::{
         Auxiliary, AuxiliaryKind, Component, ComponentKind, Container, EnvSource, EnvVar, InferenceService, MigRequest,
-        Probe, ProbeHandler, Protocol, Resource, Resources, RevisionTemplate, RuntimeUse, Scaling, ServingRuntime,
-        Sidecar, Storage, StorageSource, SupportedFormat, TrafficShare,
+        Probe, ProbeHandler, Protocol, Resource, Resources, RevisionTemplate, RuntimeUse, Scaling, Security,
+        ServingRuntime, Sidecar, Storage, StorageSource, SupportedFormat, TrafficShare, default_pull_policy,
     },
     object::{
         ComponentView, Condition, ConditionStatus, FailureInfo, ModelState, ModelStatus, StatusView, TrafficTarget,

@@ -12,6 +12,7 @@ use serde_json::Value;
 
 pub use super::{
     auxiliary::{Auxiliary, AuxiliaryKind},
+    security::{Security, default_pull_policy},
     serving_runtime::{Protocol, ServingRuntime, SupportedFormat},
 };
 
@@ -184,6 +185,9 @@ pub struct RevisionTemplate {
     /// Volumes by name, checked: claims, `hostPath`, `emptyDir`, secrets and config maps.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub volumes: Vec<Volume>,
+    /// Secrets with credentials for registries.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub image_pull_secrets: Vec<String>,
     /// Models to have in place before the container starts.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub storage: Vec<Storage>,
@@ -305,6 +309,12 @@ pub struct Container {
     /// Where the template's volumes are seen, checked.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub volume_mounts: Vec<VolumeMount>,
+    /// What it may do.
+    #[serde(default, skip_serializing_if = "Security::is_default")]
+    pub security: Security,
+    /// `Always`, `IfNotPresent` or `Never`; `None`: see [`default_pull_policy`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image_pull_policy: Option<String>,
 }
 
 /// One environment variable.

@@ -5,7 +5,9 @@ use std::{
     time::Duration,
 };
 
-use k8s_openapi::api::core::v1::{Container as K8sContainer, NodeSelector, PodSpec, PreferredSchedulingTerm, Volume};
+use k8s_openapi::api::core::v1::{
+    Container as K8sContainer, NodeSelector, PodSecurityContext, PodSpec, PreferredSchedulingTerm, Volume,
+};
 use serde_json::Value;
 
 use super::{
@@ -48,6 +50,7 @@ pub(super) struct ReadPod {
     pub(super) main: Option<ReadMain>,
     pub(super) sidecars: Vec<Sidecar>,
     pub(super) volumes: Vec<Volume>,
+    pub(super) image_pull_secrets: Vec<String>,
     pub(super) node_selector: BTreeMap<String, String>,
     pub(super) node_affinity: Option<NodeSelector>,
     pub(super) preferred_node_affinity: Vec<PreferredSchedulingTerm>,
@@ -101,22 +104,27 @@ pub(super) fn read_within(mut raw: Value, at: &str, main: Main, around: Around, 
             report,
         ),
         volumes,
+        image_pull_secrets: pod.image_pull_secrets.iter().flatten().map(|secret| secret.name.clone()).collect(),
         node_selector,
         node_affinity,
         preferred_node_affinity,
         ..ReadPod::default()
     };
-    read_containers(&pod.containers, &raw["containers"], &join(at, "containers"), main, around, &mut read, report);
+    let at = join(at, "containers");
+    let security = pod.security_context.as_ref();
+    read_containers(&pod.containers, &raw["containers"], &at, main, around, security, &mut read, report);
     read.pod = pod;
     read
 }
 
+#[allow(clippy::too_many_arguments)]
 fn read_containers(
     containers: &[K8sContainer],
     raw: &Value,
     at: &str,
     main: Main,
     around: Around,
+    security: Option<&PodSecurityContext>,
     read: &mut ReadPod,
     report: &mut Report,
 ) {
@@ -133,7 +141,7 @@ fn read_containers(
             _ if is_main && (sole || given.name == MAIN) => Part::Main,
             _ => Part::Beside,
         };
-        let place = Place { part, at: &at, volumes: &read.volumes, read_only: !around.writable };
+        let place = Place { part, at: &at, volumes: &read.volumes, read_only: !around.writable, security };
         let (container, storage) = container::read(given, &raw[index], place, report);
         if is_main {
             let resources =

@@ -38,8 +38,7 @@ impl Report {
         self.lenient(field, &format!("not honoured by this version: {consequence}"));
     }
 
-    /// A field that is kept for the docker runtime, which this version does not have; `consequence` says
-    /// what the process runtime does without it.
+    /// A field that only the docker runtime knows; `consequence` says what the process runtime does without.
     pub(super) fn deferred(&mut self, field: impl Into<String>, consequence: &str) {
         self.lenient(field, &format!("takes effect only with the docker runtime, not with processes: {consequence}"));
     }

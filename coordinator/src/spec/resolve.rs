@@ -135,7 +135,7 @@ fn check_fragment(model: &Model, at: &str, around: Around, report: &mut Report) 
     let mut raw = Value::Object(model.container.clone());
     typed::quantities_to_text(&mut raw);
     let given: k8s::Container = typed::read(&mut raw, at, report);
-    let place = Place { part: Part::Fragment, at, volumes: &[], read_only: !around.writable };
+    let place = Place { part: Part::Fragment, at, volumes: &[], read_only: !around.writable, security: None };
     container::read(&given, &raw, place, report);
     resources::read(given.resources.as_ref(), around.gpu_memory_bytes, Defaults::KServe, at, report);
 }

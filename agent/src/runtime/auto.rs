@@ -1,0 +1,101 @@
+//! Which runtime a replica gets.
+
+use std::{net::IpAddr, path::PathBuf, time::Duration};
+
+use async_trait::async_trait;
+use pilotlight_proto::fleet::v1::ReplicaAssignment;
+
+use super::{DockerRuntime, Exit, ProcessRuntime, Running, Runtime, RuntimeError, Say};
+
+/// Processes and containers side by side: an image is run as a container. A command without an image,
+/// and the command `pilotlight`, which is this very program, are run as processes.
+pub struct AnyRuntime {
+    process: ProcessRuntime,
+    docker: DockerRuntime,
+}
+
+impl AnyRuntime {
+    /// Of both, which share their directory.
+    pub fn new(process: ProcessRuntime, docker: DockerRuntime) -> Self {
+        Self { process, docker }
+    }
+
+    fn of(&self, assignment: &ReplicaAssignment) -> &dyn Runtime {
+        if contained(assignment) { &self.docker } else { &self.process }
+    }
+
+    fn tending(&self, running: &Running) -> &dyn Runtime {
+        if running.container.is_some() { &self.docker } else { &self.process }
+    }
+}
+
+fn contained(assignment: &ReplicaAssignment) -> bool {
+    assignment.container.as_ref().is_some_and(|container| {
+        !container.image.is_empty() && container.command.first().is_none_or(|program| program != "pilotlight")
+    })
+}
+
+#[async_trait]
+impl Runtime for AnyRuntime {
+    async fn prepare(&self, assignment: &ReplicaAssignment, say: Say<'_>) -> Result<(), RuntimeError> {
+        self.of(assignment).prepare(assignment, say).await
+    }
+
+    async fn start(&self, assignment: &ReplicaAssignment) -> Result<Running, RuntimeError> {
+        self.of(assignment).start(assignment).await
+    }
+
+    async fn adopt(&self) -> Result<Vec<Running>, RuntimeError> {
+        let mut running = self.process.adopt().await?;
+        running.extend(self.docker.adopt().await?);
+        Ok(running)
+    }
+
+    async fn exited(&self, running: &Running) -> Exit {
+        self.tending(running).exited(running).await
+    }
+
+    async fn stop(&self, running: &Running, grace: Duration) {
+        self.tending(running).stop(running, grace).await;
+    }
+
+    async fn remove(&self, replica: &str) {
+        self.docker.remove(replica).await;
+        self.process.remove(replica).await;
+    }
+
+    fn log_file(&self, replica: &str) -> PathBuf {
+        self.process.log_file(replica)
+    }
+
+    fn remove_others(&self, keep: &dyn Fn(&str) -> bool) {
+        self.docker.remove_others(keep);
+    }
+
+    async fn exec(&self, running: &Running, command: &[String]) -> Result<(), String> {
+        self.tending(running).exec(running, command).await
+    }
+
+    // This machine's own processes reach it by that address, too.
+    fn host_address(&self, assignment: &ReplicaAssignment) -> IpAddr {
+        self.of(assignment).host_address(assignment)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use pilotlight_proto::fleet::v1::ContainerSpec;
+
+    use super::*;
+
+    #[test]
+    fn images_are_containers_and_bare_commands_are_processes() {
+        let of = |image: &str, command: &[&str]| {
+            let command = command.iter().map(|word| (*word).to_owned()).collect();
+            let container = ContainerSpec { image: image.into(), command, ..Default::default() };
+            contained(&ReplicaAssignment { container: Some(container), ..Default::default() })
+        };
+        assert!(of("a/b:1", &[]) && of("a/b:1", &["/server"]));
+        assert!(!of("", &["/server"]) && !of("pilotlight:dev", &["pilotlight", "example-server"]));
+    }
+}

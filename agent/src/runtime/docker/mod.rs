@@ -1,0 +1,510 @@
+//! Replicas as containers of a Docker Engine, or of Podman by its Docker API.
+
+mod create;
+mod image;
+mod logs;
+mod volumes;
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    path::{Path, PathBuf},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, SystemTime},
+};
+
+use async_trait::async_trait;
+use bollard::{
+    API_DEFAULT_VERSION, Docker,
+    container::LogOutput,
+    errors::Error,
+    exec::{CreateExecOptions, StartExecResults},
+    models::{ContainerInspectResponse, ContainerState, NetworkInspect},
+    query_parameters::{
+        CreateContainerOptionsBuilder, KillContainerOptionsBuilder, ListContainersOptionsBuilder,
+        RemoveContainerOptionsBuilder, WaitContainerOptionsBuilder,
+    },
+};
+use futures::StreamExt as _;
+use pilotlight_proto::fleet::v1::{ContainerSpec, ReplicaAssignment};
+use tokio::task::JoinHandle;
+use tracing::{info, warn};
+
+use super::{
+    Exit, Running, Runtime, RuntimeError, Say,
+    state::{Directories, LOG, ReplicaState},
+};
+use create::{Parts, Place};
+use volumes::Places;
+
+/// Whose containers they are: an agent touches its own only.
+const SCOPE: &str = "pilotlight.dev/scope";
+const REPLICA: &str = "pilotlight.dev/replica";
+/// Longest wait for an engine's answer, seconds.
+const ANSWER_SECONDS: u64 = 120;
+/// How often the end of a container is looked for where the engine did not tell it.
+const LOOK: Duration = Duration::from_millis(200);
+/// Longest wait for the last output of a container that has ended.
+const LAST_OUTPUT: Duration = Duration::from_secs(5);
+
+/// How GPUs are asked for.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum GpuMode {
+    /// A device request for the driver `nvidia`, as `docker run --gpus` makes it.
+    #[default]
+    DeviceRequest,
+    /// Names of the Container Device Interface, `nvidia.com/gpu=<uuid>`.
+    Cdi,
+}
+
+/// Settings of the Docker runtime.
+#[derive(Debug, Clone)]
+pub struct DockerSettings {
+    /// Unix socket of the engine, `unix://` before it or not.
+    pub socket: String,
+    /// Network of the engine that containers are in.
+    pub network: String,
+    /// How GPUs are asked for.
+    pub gpu_mode: GpuMode,
+    /// `hostPath` volumes must be below one of these.
+    pub host_path_roots: Vec<PathBuf>,
+    /// Directory by name of a claim, or by `<namespace>/<name>`.
+    pub claims: BTreeMap<String, PathBuf>,
+    /// File with the node's own credentials for registries, as `docker login` writes it.
+    pub registry_config: Option<PathBuf>,
+    /// UUIDs of the node's GPUs by index; empty where they are made up, and then none is asked for.
+    pub gpus: BTreeMap<u32, String>,
+}
+
+impl Default for DockerSettings {
+    fn default() -> Self {
+        Self {
+            socket: "/var/run/docker.sock".into(),
+            network: "bridge".into(),
+            gpu_mode: GpuMode::default(),
+            host_path_roots: Vec::new(),
+            claims: BTreeMap::new(),
+            registry_config: None,
+            gpus: BTreeMap::new(),
+        }
+    }
+}
+
+/// Runs replicas as containers.
+pub struct DockerRuntime {
+    docker: Docker,
+    settings: DockerSettings,
+    directories: Directories,
+    places: Places,
+    scope: String,
+    host: IpAddr,
+    podman: bool,
+    /// False once the engine has said that it may not raise limits of processes.
+    ulimits: AtomicBool,
+    /// Tasks that copy output, by replica.
+    followers: Mutex<HashMap<String, JoinHandle<()>>>,
+}
+
+impl Drop for DockerRuntime {
+    fn drop(&mut self) {
+        let followers = self.followers.get_mut().unwrap_or_else(PoisonError::into_inner);
+        followers.values().for_each(JoinHandle::abort);
+    }
+}
+
+/// True where the engine says that there is no such thing.
+fn is_missing(error: &Error) -> bool {
+    matches!(error, Error::DockerResponseServerError { status_code: 404, .. })
+}
+
+impl DockerRuntime {
+    /// Connects to the engine. Records and output are kept below `data_dir`; containers are this node's
+    /// and this directory's.
+    ///
+    /// # Errors
+    /// The engine does not answer, or has no such network.
+    pub async fn connect(node: &str, data_dir: &Path, settings: DockerSettings) -> Result<Self, RuntimeError> {
+        let socket = settings.socket.clone();
+        let failed = |error: String| RuntimeError::Engine { socket: socket.clone(), error };
+        let docker = Docker::connect_with_unix(&settings.socket, ANSWER_SECONDS, API_DEFAULT_VERSION);
+        let docker = docker.map_err(|error| failed(error.to_string()))?;
+        let docker = docker.negotiate_version().await.map_err(|error| failed(error.to_string()))?;
+        let version = docker.version().await.map_err(|error| failed(error.to_string()))?;
+        let podman = version.components.iter().flatten().any(|component| component.name.contains("Podman"));
+        let network = docker.inspect_network(&settings.network, None).await;
+        let network = network.map_err(|error| failed(format!("docker-network {:?}: {error}", settings.network)))?;
+        let host = gateway(&network).ok_or_else(|| {
+            failed(format!("docker-network {:?} has no gateway by which containers reach this node", settings.network))
+        })?;
+        let real = data_dir.canonicalize().unwrap_or_else(|_| data_dir.to_owned());
+        let scope = xxhash_rust::xxh3::xxh3_64(format!("{node}\0{}", real.display()).as_bytes());
+        let scope = format!("{scope:016x}");
+        let memory = Path::new(volumes::SHM);
+        let secrets =
+            if memory.is_dir() { memory.join(format!("pilotlight-{scope}")) } else { data_dir.join("secrets") };
+        let places = Places { host_roots: settings.host_path_roots.clone(), claims: settings.claims.clone(), secrets };
+        info!(socket, version = version.version.unwrap_or_default(), podman, %host, "container engine answers");
+        let directories = Directories::new(data_dir);
+        Ok(Self {
+            docker,
+            settings,
+            directories,
+            places,
+            scope,
+            host,
+            podman,
+            ulimits: AtomicBool::new(true),
+            followers: Mutex::default(),
+        })
+    }
+
+    /// True where records below `data_dir` speak of containers.
+    pub fn was_used(data_dir: &Path) -> bool {
+        Directories::new(data_dir).read_all().iter().any(|(_, state)| state.contained)
+    }
+
+    fn name_of(&self, replica: &str) -> String {
+        format!("pilotlight-{}-{replica}", self.scope)
+    }
+
+    /// Creates the replica's container, and gives its id.
+    async fn create(&self, assignment: &ReplicaAssignment, container: &ContainerSpec) -> Result<String, RuntimeError> {
+        let failed = |error: Error| RuntimeError::Container {
+            reason: "CreateContainerError",
+            message: format!("cannot create the container: {error}"),
+        };
+        let image = self.docker.inspect_image(&container.image).await.map_err(failed)?;
+        let image_user = image::user_of(&image);
+        let own = self.directories.make(&assignment.replica)?;
+        // What else a replica sees at paths, such as models, is bound here.
+        let user = create::user_number(container.security.as_ref(), &image_user);
+        let volumes = self.places.mounts(assignment, container, &own, user)?;
+        let labels = [
+            (SCOPE, self.scope.clone()),
+            (REPLICA, assignment.replica.clone()),
+            ("pilotlight.dev/revision", assignment.revision.clone()),
+            ("pilotlight.dev/namespace", assignment.namespace.clone()),
+            ("pilotlight.dev/service", assignment.service.clone()),
+            ("pilotlight.dev/image", container.image.clone()),
+        ];
+        let parts = Parts {
+            image: image.id.unwrap_or_else(|| container.image.clone()),
+            image_user,
+            mounts: volumes.mounts,
+            shm_size: volumes.shm_size,
+            labels: labels.map(|(name, value)| (name.to_owned(), value)).into(),
+        };
+        let place = Place {
+            network: &self.settings.network,
+            gpu_mode: self.settings.gpu_mode,
+            gpus: &self.settings.gpus,
+            podman: self.podman,
+            ulimits: self.ulimits.load(Ordering::Relaxed),
+        };
+        let body = create::body(assignment, container, parts, &place)?;
+        let options = CreateContainerOptionsBuilder::default().name(&self.name_of(&assignment.replica)).build();
+        Ok(self.docker.create_container(Some(options), body).await.map_err(failed)?.id)
+    }
+
+    async fn launch(&self, id: &str) -> Result<(), RuntimeError> {
+        let Err(error) = self.docker.start_container(id, None).await else { return Ok(()) };
+        let state = self.inspect(id).await.and_then(|found| found.state).unwrap_or_default();
+        // 126 and 127: the command cannot be run, or is not there.
+        let reason = match state.exit_code {
+            Some(126 | 127) => "ContainerCannotRun",
+            _ => "RunContainerError",
+        };
+        let why = state.error.filter(|why| !why.is_empty()).unwrap_or_else(|| error.to_string());
+        self.discard(id).await;
+        Err(RuntimeError::Container { reason, message: format!("cannot start the container: {why}") })
+    }
+
+    async fn inspect(&self, id: &str) -> Option<ContainerInspectResponse> {
+        self.docker.inspect_container(id, None).await.ok()
+    }
+
+    async fn discard(&self, id: &str) {
+        let options = RemoveContainerOptionsBuilder::default().force(true).v(true).build();
+        match self.docker.remove_container(id, Some(options)).await {
+            Err(error) if !is_missing(&error) => warn!(container = id, %error, "cannot remove a container"),
+            _ => {}
+        }
+    }
+
+    /// Own containers, running or not: id and replica.
+    async fn containers(&self, replica: Option<&str>) -> Result<Vec<(String, String)>, RuntimeError> {
+        let mut labels = vec![format!("{SCOPE}={}", self.scope)];
+        labels.extend(replica.map(|replica| format!("{REPLICA}={replica}")));
+        let filters = HashMap::from([("label".to_owned(), labels)]);
+        let options = ListContainersOptionsBuilder::default().all(true).filters(&filters).build();
+        let found = self
+            .docker
+            .list_containers(Some(options))
+            .await
+            .map_err(|error| RuntimeError::Engine { socket: self.settings.socket.clone(), error: error.to_string() })?;
+        let named = found.into_iter().filter_map(|container| {
+            let replica = container.labels?.remove(REPLICA)?;
+            Some((container.id?, replica))
+        });
+        Ok(named.collect())
+    }
+
+    /// Waits for what is left of a former container's output, and removes it.
+    async fn clear(&self, replica: &str) -> Result<(), RuntimeError> {
+        self.last_output(replica).await;
+        for (id, _) in self.containers(Some(replica)).await? {
+            self.discard(&id).await;
+        }
+        Ok(())
+    }
+
+    async fn last_output(&self, replica: &str) {
+        let follower = self.followers.lock().unwrap_or_else(PoisonError::into_inner).remove(replica);
+        if let Some(mut follower) = follower
+            && tokio::time::timeout(LAST_OUTPUT, &mut follower).await.is_err()
+        {
+            follower.abort();
+        }
+    }
+
+    fn follow(&self, replica: &str, id: &str) {
+        let task = logs::follow(self.docker.clone(), id.to_owned(), self.directories.of(replica));
+        let handle = tokio::spawn(task);
+        let former = self.followers.lock().unwrap_or_else(PoisonError::into_inner).insert(replica.to_owned(), handle);
+        if let Some(former) = former {
+            former.abort();
+        }
+    }
+
+    fn running(
+        &self,
+        id: String,
+        found: &ContainerInspectResponse,
+        started_at: i64,
+        assignment: ReplicaAssignment,
+    ) -> Running {
+        let ports = published(found);
+        let container = assignment.container.clone().unwrap_or_default();
+        let port = ports.get(&create::serving_port(&container)).copied().unwrap_or(0);
+        let pid = found.state.as_ref().and_then(|state| u32::try_from(state.pid?).ok()).unwrap_or(0);
+        Running {
+            replica: assignment.replica.clone(),
+            pid,
+            address: SocketAddr::from((Ipv4Addr::LOCALHOST, port)),
+            started_at,
+            assignment,
+            container: Some(id),
+            ports,
+        }
+    }
+}
+
+/// Ports of this machine by ports of the container.
+fn published(found: &ContainerInspectResponse) -> BTreeMap<u16, u16> {
+    let ports = found.network_settings.as_ref().and_then(|network| network.ports.clone()).unwrap_or_default();
+    let pair = |(inside, bindings): (String, Option<Vec<bollard::models::PortBinding>>)| {
+        let outside = bindings?.into_iter().find_map(|binding| binding.host_port?.parse().ok())?;
+        Some((inside.split('/').next()?.parse().ok()?, outside))
+    };
+    ports.into_iter().filter_map(pair).collect()
+}
+
+/// The address of this machine in the engine's network: the gateway, or the first of the subnet, which
+/// is what engines take where none is named.
+fn gateway(network: &NetworkInspect) -> Option<IpAddr> {
+    let configs = network.ipam.as_ref().and_then(|ipam| ipam.config.as_ref())?;
+    configs.iter().find_map(|config| {
+        let named = config.gateway.as_ref().and_then(|gateway| gateway.split('/').next()?.parse::<Ipv4Addr>().ok());
+        let first = || {
+            let (subnet, bits) = config.subnet.as_ref()?.split_once('/')?;
+            let mask = u32::MAX.checked_shl(32 - bits.parse::<u32>().ok().filter(|bits| *bits <= 30)?).unwrap_or(0);
+            Some(Ipv4Addr::from((u32::from(subnet.parse::<Ipv4Addr>().ok()?) & mask) + 1))
+        };
+        named.or_else(first).map(IpAddr::V4)
+    })
+}
+
+fn exit_of(state: &ContainerState) -> Exit {
+    let code = state.exit_code.and_then(|code| i32::try_from(code).ok());
+    // What shells do, engines do as well: 128 and the signal's number.
+    let signal = code.filter(|code| (129..=192).contains(code)).map(|code| code - 128);
+    Exit { code, signal, oom_killed: state.oom_killed == Some(true) }
+}
+
+fn now() -> i64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |now| now.as_secs() as i64)
+}
+
+#[async_trait]
+impl Runtime for DockerRuntime {
+    async fn prepare(&self, assignment: &ReplicaAssignment, say: Say<'_>) -> Result<(), RuntimeError> {
+        let container = assignment.container.clone().unwrap_or_default();
+        if container.image.is_empty() {
+            return Err(RuntimeError::Specification {
+                field: "spec.predictor.containers[0].image",
+                reason: "must be given: this node runs containers only".to_owned(),
+            });
+        }
+        let own = self.settings.registry_config.as_deref();
+        let credentials = image::credentials(&container.image, &assignment.registry_configs, own);
+        image::ensure(&self.docker, &container.image, &container.image_pull_policy, credentials, say).await
+    }
+
+    async fn start(&self, assignment: &ReplicaAssignment) -> Result<Running, RuntimeError> {
+        let container = assignment.container.clone().unwrap_or_default();
+        if !container.unresolved.is_empty() {
+            return Err(RuntimeError::Specification {
+                field: "spec.predictor.containers[0].env",
+                reason: container.unresolved,
+            });
+        }
+        self.clear(&assignment.replica).await?;
+        let started_at = now();
+        // First the intent: should this process die now, the next one knows what the container is for.
+        let state = ReplicaState {
+            pid: 0,
+            start_ticks: 0,
+            port: 0,
+            started_at,
+            assignment: ReplicaState::encode(assignment),
+            contained: true,
+        };
+        self.directories.write(&assignment.replica, &state)?;
+        let mut id = self.create(assignment, &container).await?;
+        match self.launch(&id).await {
+            // An engine without CAP_SYS_RESOURCE, rootless or in a container itself, has its own limits.
+            Err(error) if error.to_string().contains("rlimit") => {
+                self.ulimits.store(false, Ordering::Relaxed);
+                warn!(%error, "the engine cannot raise limits of processes; containers get its own");
+                id = self.create(assignment, &container).await?;
+                self.launch(&id).await?;
+            }
+            launched => launched?,
+        }
+        self.follow(&assignment.replica, &id);
+        let found = self.docker.inspect_container(&id, None).await.map_err(|error| RuntimeError::Container {
+            reason: "RunContainerError",
+            message: format!("the container cannot be inspected: {error}"),
+        })?;
+        info!(replica = %assignment.replica, container = %id, "container started");
+        Ok(self.running(id, &found, started_at, assignment.clone()))
+    }
+
+    async fn adopt(&self) -> Result<Vec<Running>, RuntimeError> {
+        let mut states: HashMap<_, _> = self.directories.read_all().into_iter().collect();
+        let mut adopted = Vec::new();
+        for (id, replica) in self.containers(None).await? {
+            let found = self.inspect(&id).await;
+            let running = found.as_ref().and_then(|found| found.state.as_ref()).and_then(|state| state.running);
+            let state = states.remove(&replica).filter(|state| state.contained);
+            let known = state.and_then(|state| Some((state.started_at, state.assignment()?)));
+            match (found, known) {
+                (Some(found), Some((started_at, assignment))) if running == Some(true) => {
+                    info!(%replica, container = %id, "replica adopted");
+                    self.follow(&replica, &id);
+                    adopted.push(self.running(id, &found, started_at, assignment));
+                }
+                (_, known) => {
+                    // It never started, ended while no agent looked, or nobody knows what it is for. Its
+                    // output stays until the coordinator decides.
+                    if known.is_some() {
+                        self.follow(&replica, &id);
+                        self.last_output(&replica).await;
+                    }
+                    info!(%replica, container = %id, "container removed: it does not run, or is not known");
+                    self.discard(&id).await;
+                }
+            }
+        }
+        Ok(adopted)
+    }
+
+    async fn exited(&self, running: &Running) -> Exit {
+        let Some(id) = &running.container else { return Exit::default() };
+        loop {
+            let options = WaitContainerOptionsBuilder::default().condition("not-running").build();
+            // What it says is not needed: inspection tells all, and the truth where the engine was restarted.
+            let _ = std::pin::pin!(self.docker.wait_container(id, Some(options))).next().await;
+            match self.docker.inspect_container(id, None).await {
+                Ok(found) => match found.state {
+                    Some(state) if state.running == Some(true) => {}
+                    state => return exit_of(&state.unwrap_or_default()),
+                },
+                Err(error) if is_missing(&error) => return Exit::default(),
+                Err(error) => warn!(replica = %running.replica, %error, "container cannot be inspected"),
+            }
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+
+    async fn stop(&self, running: &Running, grace: Duration) {
+        let Some(id) = &running.container else { return };
+        let signal = self.inspect(id).await.and_then(|found| found.config?.stop_signal);
+        let signal = signal.filter(|signal| !signal.is_empty()).unwrap_or_else(|| "SIGTERM".to_owned());
+        let kill = async |signal: &str| {
+            let options = KillContainerOptionsBuilder::default().signal(signal).build();
+            // It may have ended by itself.
+            let _ = self.docker.kill_container(id, Some(options)).await;
+        };
+        kill(&signal).await;
+        if tokio::time::timeout(grace, self.exited(running)).await.is_err() {
+            warn!(replica = %running.replica, ?grace, "did not end in time; killed");
+            kill("SIGKILL").await;
+            self.exited(running).await;
+        }
+        self.last_output(&running.replica).await;
+    }
+
+    async fn remove(&self, replica: &str) {
+        if let Err(error) = self.clear(replica).await {
+            warn!(replica, %error, "containers cannot be listed");
+        }
+        self.places.remove(replica);
+        self.directories.remove(replica);
+    }
+
+    fn log_file(&self, replica: &str) -> PathBuf {
+        self.directories.of(replica).join(LOG)
+    }
+
+    fn remove_others(&self, keep: &dyn Fn(&str) -> bool) {
+        self.places.remove_others(keep);
+        self.directories.remove_others(keep);
+    }
+
+    async fn exec(&self, running: &Running, command: &[String]) -> Result<(), String> {
+        let program = command.first().ok_or("no command")?;
+        let id = running.container.as_deref().ok_or("no container")?;
+        let failed = |error: Error| format!("{program}: {error}");
+        let options = CreateExecOptions {
+            cmd: Some(command.to_vec()),
+            attach_stdout: Some(true),
+            attach_stderr: Some(true),
+            ..CreateExecOptions::default()
+        };
+        let exec = self.docker.create_exec(id, options).await.map_err(failed)?.id;
+        let mut said = Vec::new();
+        if let StartExecResults::Attached { mut output, .. } =
+            self.docker.start_exec(&exec, None).await.map_err(failed)?
+        {
+            while let Some(chunk) = output.next().await {
+                let chunk = chunk.map(LogOutput::into_bytes).map_err(failed)?;
+                // The beginning says what is wrong.
+                said.extend_from_slice(&chunk[..chunk.len().min(256_usize.saturating_sub(said.len()))]);
+            }
+        }
+        match self.docker.inspect_exec(&exec).await.map_err(failed)?.exit_code {
+            Some(0) => Ok(()),
+            code => {
+                Err(format!("{program}: exit code {}: {}", code.unwrap_or(-1), String::from_utf8_lossy(&said).trim()))
+            }
+        }
+    }
+
+    fn host_address(&self, _: &ReplicaAssignment) -> IpAddr {
+        self.host
+    }
+}

@@ -1,0 +1,411 @@
+//! What every runtime does, asked of processes and of containers alike; then what containers alone do.
+//!
+//! Without a Docker Engine the container part is left out, with a message, unless
+//! `PILOTLIGHT_REQUIRE_DOCKER` is set.
+
+#![allow(clippy::print_stderr)]
+
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
+
+use pilotlight_agent::runtime::{
+    DockerRuntime, DockerSettings, ProcessRuntime, Running, Runtime, RuntimeError, probe::Prober,
+};
+use pilotlight_proto::fleet::v1::{
+    ContainerSpec, EmptyDir, EnvVar, Files, Limits, Probe, ReplicaAssignment, SecurityContext, Volume, VolumeMount,
+    probe::Handler, volume::Source,
+};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+const IMAGE: &str = "pilotlight-conformance:test";
+/// Nothing here takes that long; a test that waits for it has failed.
+const DEADLINE: Duration = Duration::from_secs(120);
+const NO_GRACE: Duration = Duration::from_millis(300);
+
+/// The test's server, static, so that it runs in an empty image.
+fn server() -> &'static Path {
+    static SERVER: OnceLock<PathBuf> = OnceLock::new();
+    SERVER.get_or_init(|| {
+        let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join("server");
+        let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/conformance/server.rs");
+        let rustc = std::env::var("RUSTC").unwrap_or_else(|_| "rustc".into());
+        let mut command = Command::new(rustc);
+        command.args(["--edition", "2024", "-O", "-C", "target-feature=+crt-static", source, "-o"]).arg(&path);
+        assert!(command.status().expect("rustc").success());
+        path
+    })
+}
+
+/// Builds the image, or says why there is none.
+fn image() -> Option<()> {
+    static BUILT: OnceLock<bool> = OnceLock::new();
+    let built = *BUILT.get_or_init(|| {
+        let engine = Command::new("docker").arg("version").output().is_ok_and(|output| output.status.success());
+        if !engine {
+            let required = std::env::var_os("PILOTLIGHT_REQUIRE_DOCKER").is_some();
+            assert!(!required, "PILOTLIGHT_REQUIRE_DOCKER is set, and no Docker Engine answers");
+            eprintln!("LEFT OUT: no Docker Engine answers, so that nothing is known of containers");
+            return false;
+        }
+        let directory = tempfile::tempdir().unwrap();
+        std::fs::copy(server(), directory.path().join("server")).unwrap();
+        let archive = directory.path().join("image.tar");
+        let tar = Command::new("tar").arg("-cf").arg(&archive).arg("-C").arg(directory.path()).arg("server").status();
+        assert!(tar.unwrap().success());
+        let import =
+            Command::new("docker").args(["import", "-c", "ENTRYPOINT [\"/server\"]"]).arg(&archive).arg(IMAGE).output();
+        let import = import.unwrap();
+        assert!(import.status.success(), "{}", String::from_utf8_lossy(&import.stderr));
+        true
+    });
+    built.then_some(())
+}
+
+/// A runtime, and how to make it anew.
+struct Bench {
+    docker: bool,
+    data: tempfile::TempDir,
+    runtime: Arc<dyn Runtime>,
+}
+
+impl Bench {
+    async fn all() -> Vec<Self> {
+        let mut all = vec![Self::of(false).await];
+        if image().is_some() {
+            all.push(Self::of(true).await);
+        }
+        all
+    }
+
+    async fn docker() -> Option<Self> {
+        image()?;
+        Some(Self::of(true).await)
+    }
+
+    async fn of(docker: bool) -> Self {
+        let data = tempfile::tempdir().unwrap();
+        let runtime = Self::make(docker, data.path()).await;
+        Self { docker, data, runtime }
+    }
+
+    async fn make(docker: bool, data: &Path) -> Arc<dyn Runtime> {
+        if docker {
+            Arc::new(DockerRuntime::connect("node", data, DockerSettings::default()).await.unwrap())
+        } else {
+            Arc::new(ProcessRuntime::new(data, "/none".into()))
+        }
+    }
+
+    /// As a later agent process would.
+    async fn anew(&mut self) -> Vec<Running> {
+        self.runtime = Self::make(self.docker, self.data.path()).await;
+        self.runtime.adopt().await.unwrap()
+    }
+
+    fn assignment(&self, replica: &str, args: &[&str]) -> ReplicaAssignment {
+        let container = ContainerSpec {
+            image: if self.docker { IMAGE.into() } else { String::new() },
+            command: vec![if self.docker { "/server".into() } else { server().to_string_lossy().into_owned() }],
+            args: args.iter().map(|arg| (*arg).to_owned()).collect(),
+            ..Default::default()
+        };
+        // Two tests never have a replica of the same name.
+        let replica = format!("{replica}-{}", uuid::Uuid::new_v4().simple());
+        ReplicaAssignment {
+            replica,
+            revision: "default/iris-00001".into(),
+            namespace: "default".into(),
+            service: "iris".into(),
+            container: Some(container),
+            ..Default::default()
+        }
+    }
+
+    async fn start(&self, assignment: &ReplicaAssignment) -> Result<Running, RuntimeError> {
+        self.runtime.prepare(assignment, &|_| {}).await?;
+        self.runtime.start(assignment).await
+    }
+
+    /// Starts it and waits until it answers.
+    async fn serve(&self, assignment: &ReplicaAssignment) -> (Running, String) {
+        let running = self.start(assignment).await.unwrap();
+        let answer = answer(&running).await;
+        (running, answer)
+    }
+
+    async fn end(&self, running: &Running) {
+        self.runtime.stop(running, NO_GRACE).await;
+        self.runtime.remove(&running.replica).await;
+    }
+
+    fn containers(&self, replica: &str) -> String {
+        let filter = format!("label=pilotlight.dev/replica={replica}");
+        let output = Command::new("docker").args(["ps", "-aq", "--filter", &filter]).output().unwrap();
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    async fn log(&self, replica: &str, expected: &str) -> String {
+        let path = self.runtime.log_file(replica);
+        eventually(expected, async || {
+            let text = std::fs::read_to_string(&path).unwrap_or_default();
+            text.contains(expected).then_some(text)
+        })
+        .await
+    }
+}
+
+async fn eventually<T>(what: &str, attempt: impl AsyncFn() -> Option<T>) -> T {
+    let looking = async {
+        loop {
+            if let Some(found) = attempt().await {
+                return found;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    tokio::time::timeout(DEADLINE, looking).await.unwrap_or_else(|_| panic!("never: {what}"))
+}
+
+async fn ask(running: &Running) -> std::io::Result<String> {
+    let mut stream = tokio::net::TcpStream::connect(running.address).await?;
+    stream.write_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n").await?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await?;
+    Ok(answer)
+}
+
+async fn answer(running: &Running) -> String {
+    eventually("an answer", async || ask(running).await.ok().filter(|answer| answer.contains("args="))).await
+}
+
+fn has(answer: &str, line: &str) {
+    assert!(answer.lines().any(|found| found.trim_end() == line), "{line:?} is not in\n{answer}");
+}
+
+#[tokio::test]
+async fn a_replica_gets_what_its_assignment_says_and_serves() {
+    for bench in Bench::all().await {
+        let mut assignment = bench.assignment("serve", &["on", "$(PORT)", "$(GREETING)", "$$(X)"]);
+        let container = assignment.container.as_mut().unwrap();
+        container.env = vec![
+            EnvVar { name: "NAME".into(), value: "you".into() },
+            EnvVar { name: "GREETING".into(), value: "hello-$(NAME)".into() },
+            EnvVar { name: "PORT".into(), value: "1".into() },
+        ];
+        container.working_dir = "/proc".into();
+        let (running, answer) = bench.serve(&assignment).await;
+        let port = if bench.docker { "8080".to_owned() } else { running.address.port().to_string() };
+        has(&answer, &format!("args=on {port} hello-you $(X)"));
+        for line in ["cwd=/proc", "K_SERVICE=iris", "K_REVISION=iris-00001", "CUDA_VISIBLE_DEVICES=-1"] {
+            has(&answer, line);
+        }
+        has(&answer, &format!("PORT={port}"));
+        assert_ne!(running.pid, 0);
+        Prober::new(Probe::default(), &running, Arc::clone(&bench.runtime)).ask().await.unwrap();
+        bench.log(&running.replica, "listening\n").await;
+        bench.end(&running).await;
+    }
+}
+
+#[tokio::test]
+async fn ends_are_reported_as_they_were() {
+    for bench in Bench::all().await {
+        let (killed, _) = bench.serve(&bench.assignment("killed", &[])).await;
+        assert!(Command::new("kill").args(["-9", &killed.pid.to_string()]).status().unwrap().success());
+        let exit = tokio::time::timeout(DEADLINE, bench.runtime.exited(&killed)).await.expect("it ends");
+        // Engines tell a signal as a code of 128 and its number, besides.
+        assert_eq!((exit.signal, exit.code), (Some(9), bench.docker.then_some(137)));
+        bench.end(&killed).await;
+        for code in [0, 7] {
+            let args = ["exit", &code.to_string()];
+            let running = bench.start(&bench.assignment("ends", &args)).await.unwrap();
+            let exit = tokio::time::timeout(DEADLINE, bench.runtime.exited(&running)).await.expect("it ends");
+            assert_eq!((exit.code, exit.signal, exit.oom_killed), (Some(code), None, false));
+            bench.log(&running.replica, &format!("args {}", args.join(" "))).await;
+            // The same replica, again: its output goes on.
+            let again = bench.start(&running.assignment).await.unwrap();
+            tokio::time::timeout(DEADLINE, bench.runtime.exited(&again)).await.expect("it ends again");
+            let path = bench.runtime.log_file(&running.replica);
+            eventually("two lines", async || {
+                (std::fs::read_to_string(&path).unwrap_or_default().matches("args ").count() == 2).then_some(())
+            })
+            .await;
+            bench.end(&again).await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_stop_is_polite_first_and_then_a_kill() {
+    for bench in Bench::all().await {
+        let (polite, _) = bench.serve(&bench.assignment("polite", &[])).await;
+        let exited = bench.runtime.exited(&polite);
+        let (exit, ()) = tokio::join!(exited, bench.runtime.stop(&polite, DEADLINE));
+        assert_eq!(exit.code, Some(3), "it ended by itself");
+        bench.runtime.remove(&polite.replica).await;
+
+        let (stubborn, _) = bench.serve(&bench.assignment("stubborn", &["stubborn"])).await;
+        let exited = bench.runtime.exited(&stubborn);
+        let (exit, ()) = tokio::join!(exited, bench.runtime.stop(&stubborn, NO_GRACE));
+        assert_eq!(exit.signal, Some(9));
+        bench.runtime.remove(&stubborn.replica).await;
+    }
+}
+
+#[tokio::test]
+async fn a_later_agent_finds_what_runs_and_removal_leaves_nothing() {
+    for mut bench in Bench::all().await {
+        let (running, _) = bench.serve(&bench.assignment("adopt", &[])).await;
+        bench.log(&running.replica, "listening\n").await;
+        let adopted = bench.anew().await;
+        assert_eq!(adopted, std::slice::from_ref(&running));
+        answer(&adopted[0]).await;
+        let log = bench.log(&running.replica, "listening\n").await;
+        bench.runtime.stop(&adopted[0], DEADLINE).await;
+        let after = std::fs::read_to_string(bench.runtime.log_file(&running.replica)).unwrap();
+        assert_eq!(after, log, "nothing is told twice");
+        bench.runtime.remove(&running.replica).await;
+        assert!(!bench.runtime.log_file(&running.replica).parent().unwrap().exists());
+        assert_eq!(bench.anew().await, []);
+        if bench.docker {
+            assert_eq!(bench.containers(&running.replica), "");
+        }
+    }
+}
+
+#[tokio::test]
+async fn what_lacks_a_secret_is_refused_and_leaves_nothing() {
+    for bench in Bench::all().await {
+        let mut assignment = bench.assignment("unresolved", &[]);
+        assignment.container.as_mut().unwrap().unresolved = "Secret default/s is not there".into();
+        let error = bench.start(&assignment).await.unwrap_err();
+        assert_eq!(error.reason(), "CreateContainerConfigError");
+        assert!(error.to_string().contains("Secret default/s"), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn commands_are_run_where_the_replica_runs() {
+    for bench in Bench::all().await {
+        let (running, _) = bench.serve(&bench.assignment("exec", &[])).await;
+        let program = running.assignment.container.as_ref().unwrap().command[0].clone();
+        let probe = |word: &str| Probe {
+            handler: Some(Handler::Exec(pilotlight_proto::fleet::v1::Exec {
+                command: vec![program.clone(), "check".into(), word.into()],
+            })),
+            timeout: prost_types::Duration::try_from(DEADLINE).ok(),
+            ..Default::default()
+        };
+        Prober::new(probe("good"), &running, Arc::clone(&bench.runtime)).ask().await.unwrap();
+        let error = Prober::new(probe("bad"), &running, Arc::clone(&bench.runtime)).ask().await.unwrap_err();
+        assert!(error.contains('9'), "{error}");
+        bench.end(&running).await;
+    }
+}
+
+#[tokio::test]
+async fn too_much_memory_is_told_as_such() {
+    let Some(bench) = Bench::docker().await else { return };
+    let mut assignment = bench.assignment("oom", &["eat"]);
+    assignment.container.as_mut().unwrap().limits = Some(Limits { cpu_millis: 500, memory_bytes: 64 << 20 });
+    let running = bench.start(&assignment).await.unwrap();
+    let exit = tokio::time::timeout(DEADLINE, bench.runtime.exited(&running)).await.expect("it ends");
+    assert!(exit.oom_killed && exit.signal == Some(9), "{exit:?}");
+    bench.end(&running).await;
+}
+
+#[tokio::test]
+async fn a_container_is_given_no_more_than_asked_for() {
+    let Some(bench) = Bench::docker().await else { return };
+    let (plain, open) = bench.serve(&bench.assignment("open", &[])).await;
+    has(&open, "CapEff:\t0000000000000000");
+    has(&open, "NoNewPrivs:\t1");
+    has(&open, "written=true");
+    bench.end(&plain).await;
+
+    let mut assignment = bench.assignment("closed", &[]);
+    let files = Files { files: [("token".to_owned(), b"hunter2".to_vec())].into() };
+    let volume = |name: &str, source| Volume { name: name.into(), source: Some(source), ..Default::default() };
+    assignment.volumes = vec![
+        volume("shm", Source::EmptyDir(EmptyDir { memory: true, size_limit: 123 << 20 })),
+        volume("secret", Source::Files(files)),
+    ];
+    let container = assignment.container.as_mut().unwrap();
+    let mount =
+        |volume: &str, path: &str| VolumeMount { volume: volume.into(), path: path.into(), ..Default::default() };
+    container.mounts = vec![mount("shm", "/dev/shm"), mount("secret", "/secret")];
+    container.security = Some(SecurityContext {
+        run_as_user: Some(4321),
+        run_as_group: Some(1234),
+        run_as_non_root: true,
+        read_only_root_filesystem: true,
+        ..Default::default()
+    });
+    let (running, answer) = bench.serve(&assignment).await;
+    for line in ["written=false", "Uid:\t4321\t4321\t4321\t4321", "Gid:\t1234\t1234\t1234\t1234", "secret=hunter2"] {
+        has(&answer, line);
+    }
+    let shm = answer.lines().find(|line| line.contains(" /dev/shm ")).expect("shared memory");
+    assert!(shm.contains("size=125952k"), "{shm}");
+    bench.end(&running).await;
+}
+
+#[tokio::test]
+async fn what_cannot_run_is_told_by_kubernetes_reasons() {
+    let Some(bench) = Bench::docker().await else { return };
+    let reason = async |change: &dyn Fn(&mut ContainerSpec)| {
+        let mut assignment = bench.assignment("refused", &[]);
+        change(assignment.container.as_mut().unwrap());
+        let error = bench.start(&assignment).await.unwrap_err();
+        assert_eq!(bench.containers(&assignment.replica), "", "nothing is left of it");
+        error.reason()
+    };
+    assert_eq!(reason(&|c| c.image = "Not A Name".into()).await, "InvalidImageName");
+    let never = |c: &mut ContainerSpec| (c.image, c.image_pull_policy) = ("none:1".into(), "Never".into());
+    assert_eq!(reason(&never).await, "ErrImageNeverPull");
+    // A registry that refuses connections.
+    assert_eq!(reason(&|c| c.image = "127.0.0.1:1/none:1".into()).await, "ErrImagePull");
+    assert_eq!(reason(&|c| c.command = vec!["/none".into()]).await, "ContainerCannotRun");
+    let non_root = SecurityContext { run_as_non_root: true, ..Default::default() };
+    assert_eq!(reason(&|c| c.security = Some(non_root.clone())).await, "CreateContainerConfigError");
+}
+
+#[tokio::test]
+async fn a_kill_between_create_and_start_leaks_nothing_and_others_are_left_alone() {
+    let Some(mut bench) = Bench::docker().await else { return };
+    let other = Bench::docker().await.unwrap();
+    let (theirs, _) = other.serve(&other.assignment("theirs", &[])).await;
+    let (ours, _) = bench.serve(&bench.assignment("ours", &[])).await;
+    let scope = Command::new("docker")
+        .args([
+            "inspect",
+            ours.container.as_deref().unwrap(),
+            "--format",
+            "{{index .Config.Labels \"pilotlight.dev/scope\"}}",
+        ])
+        .output()
+        .unwrap();
+    let scope = format!("pilotlight.dev/scope={}", String::from_utf8(scope.stdout).unwrap().trim());
+    // Created and never started; and started by an agent whose record is lost.
+    for (replica, verb) in [("created", "create"), ("lost", "run")] {
+        let detach: &[&str] = if verb == "run" { &["-d"] } else { &[] };
+        let label = format!("pilotlight.dev/replica={replica}");
+        let made = Command::new("docker")
+            .arg(verb)
+            .args(detach)
+            .args(["--label", &scope, "--label", &label, "--env", "PORT=8080", IMAGE])
+            .output();
+        let made = made.unwrap();
+        assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    }
+    let adopted = bench.anew().await;
+    assert_eq!(adopted.iter().map(|running| &running.replica).collect::<Vec<_>>(), [&ours.replica]);
+    assert_eq!((bench.containers("created"), bench.containers("lost")), (String::new(), String::new()));
+    assert!(!other.containers(&theirs.replica).is_empty());
+    bench.end(&adopted[0]).await;
+    other.end(&theirs).await;
+}
