@@ -27,6 +27,10 @@ pub struct Config {
     pub labels: BTreeMap<String, String>,
     /// Largest request body the gateway takes, bytes.
     pub max_request_body: u64,
+    /// What `pvc://` names mean on this node: folders, served in place.
+    pub volumes: BTreeMap<String, PathBuf>,
+    /// A part of a model of which no byte comes for this long is asked for again.
+    pub fetch_stall: std::time::Duration,
     /// True: replicas end with the agent (as `dev` wants it). False: they outlive it and are adopted.
     pub stop_replicas_on_exit: bool,
 }
@@ -79,6 +83,8 @@ impl Default for Config {
             inventory: InventorySource::Nvml,
             labels: BTreeMap::new(),
             max_request_body: 256 << 20,
+            volumes: BTreeMap::new(),
+            fetch_stall: crate::models::STALL,
             stop_replicas_on_exit: false,
         }
     }

@@ -58,6 +58,12 @@ pub struct NodeArgs {
     /// Label of this node, key=value; may be given again.
     #[arg(long, env = "PILOTLIGHT_LABELS", value_delimiter = ',', value_parser = label, value_name = "KEY=VALUE")]
     label: Vec<(String, String)>,
+    /// Folder that pvc://NAME means on this node, NAME=PATH; may be given again.
+    #[arg(long, env = "PILOTLIGHT_VOLUMES", value_delimiter = ',', value_parser = volume, value_name = "NAME=PATH")]
+    volume: Vec<(String, PathBuf)>,
+    /// Ask again for a part of a model of which no byte comes for this long, 1s to 1h.
+    #[arg(long, env = "PILOTLIGHT_FETCH_STALL", default_value = "30s", value_parser = stall, value_name = "DURATION")]
+    fetch_stall: std::time::Duration,
     /// Largest request body.
     #[arg(long, env = "PILOTLIGHT_MAX_REQUEST_BODY", default_value = "256MiB")]
     max_request_body: ByteSize,
@@ -69,6 +75,20 @@ fn label(text: &str) -> Result<(String, String), String> {
         return Err("the key must not be empty".to_owned());
     }
     Ok((key.to_owned(), value.to_owned()))
+}
+
+fn volume(text: &str) -> Result<(String, PathBuf), String> {
+    let (name, path) = text.split_once('=').ok_or("expected NAME=PATH")?;
+    if name.is_empty() || !path.starts_with('/') {
+        return Err("expected NAME=PATH with an absolute path".to_owned());
+    }
+    Ok((name.to_owned(), path.into()))
+}
+
+fn stall(text: &str) -> Result<std::time::Duration, String> {
+    let given = humantime::parse_duration(text).map_err(|error| error.to_string())?;
+    let allowed = std::time::Duration::from_secs(1)..=std::time::Duration::from_secs(3600);
+    if allowed.contains(&given) { Ok(given) } else { Err("expected 1s to 1h".to_owned()) }
 }
 
 impl NodeArgs {
@@ -88,6 +108,8 @@ impl NodeArgs {
             inventory,
             labels: self.label.into_iter().collect(),
             max_request_body: self.max_request_body.as_u64(),
+            volumes: self.volume.into_iter().collect(),
+            fetch_stall: self.fetch_stall,
             ..config
         }
     }

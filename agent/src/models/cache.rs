@@ -139,6 +139,15 @@ impl Cache {
         Ok(sha256)
     }
 
+    /// Removes a blob that no model links to.
+    ///
+    /// # Errors
+    /// The disk refuses.
+    pub fn drop_unused(&self, sha256: &str) -> io::Result<()> {
+        let blob = self.blob(sha256);
+        if fs::metadata(&blob)?.nlink() == 1 { fs::remove_file(blob) } else { Ok(()) }
+    }
+
     /// Makes a model visible, whole: a folder of links is staged, synced, and renamed into place.
     ///
     /// # Errors

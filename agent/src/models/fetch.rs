@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use futures::{StreamExt as _, TryStreamExt as _};
+use futures::{FutureExt as _, StreamExt as _, TryStreamExt as _};
 use tokio::sync::watch;
 use tracing::{info, warn};
 
@@ -71,12 +71,14 @@ impl Fetch {
             }
             blobs.push(known.cloned());
         }
-        let ranges = files.iter().flat_map(|(object, part)| {
-            plan::missing(object.size, &part.done).into_iter().map(move |range| (*object, Arc::clone(part), range))
-        });
+        let mut ranges = Vec::new();
+        for (object, part) in &files {
+            for range in plan::missing(object.size, &part.done) {
+                ranges.push(self.range(object, Arc::clone(part), range).boxed());
+            }
+        }
         let begun = tokio::time::Instant::now();
         futures::stream::iter(ranges)
-            .map(|(object, part, range)| self.range(object, part, range))
             .buffer_unordered(PARALLEL)
             .try_collect::<()>()
             .await?;
@@ -172,6 +174,7 @@ fn finish(
         let Some(path) = paths.next() else { break };
         let found = cache.adopt(&path).map_err(disk)?;
         if let Some(expected) = object.sha256.as_ref().filter(|expected| **expected != found) {
+            cache.drop_unused(&found).map_err(disk)?;
             cache.discard(key);
             return Err(ModelError::Checksum {
                 uri: uri.to_owned(),

@@ -18,6 +18,7 @@ use std::{
     time::Duration,
 };
 
+use futures::FutureExt as _;
 use tokio::sync::watch;
 
 use cache::Cache;
@@ -166,12 +167,12 @@ impl Models {
         };
         let source = source::open(uri, credentials)?;
         let fetch = Fetch { uri: uri.to_owned(), source, cache: self.cache.clone(), stall: self.stall, progress: sender };
-        let fetching = async {
+        let mut fetching = async {
             // Whoever comes second finds the model there, after one look at the listing.
             let _turn = turn.lock().await;
             fetch.run().await
-        };
-        tokio::pin!(fetching);
+        }
+        .boxed();
         let mut beat = tokio::time::interval(Duration::from_millis(500));
         loop {
             tokio::select! {

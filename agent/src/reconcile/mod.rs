@@ -4,6 +4,7 @@
 //! assignment nothing is stopped: replicas of a former agent process are adopted and go on serving.
 
 mod backoff;
+mod models;
 mod replica;
 #[cfg(test)]
 mod tests;
@@ -18,6 +19,7 @@ use tokio::{sync::watch, task::JoinHandle};
 
 use crate::{
     endpoint::Endpoints,
+    models::Models,
     runtime::{Runtime, RuntimeError},
 };
 use replica::{Desired, Life};
@@ -26,6 +28,7 @@ use replica::{Desired, Life};
 pub struct Reconciler {
     runtime: Arc<dyn Runtime>,
     endpoints: Arc<dyn Endpoints>,
+    models: Models,
     statuses: Statuses,
     inner: Mutex<Inner>,
 }
@@ -81,8 +84,13 @@ impl Reconciler {
     ///
     /// # Errors
     /// The runtime cannot say what runs.
-    pub async fn adopt(runtime: Arc<dyn Runtime>, endpoints: Arc<dyn Endpoints>) -> Result<Arc<Self>, RuntimeError> {
-        let reconciler = Arc::new(Self { runtime, endpoints, statuses: Statuses::new(), inner: Mutex::default() });
+    pub async fn adopt(
+        runtime: Arc<dyn Runtime>,
+        endpoints: Arc<dyn Endpoints>,
+        models: Models,
+    ) -> Result<Arc<Self>, RuntimeError> {
+        let (statuses, inner) = (Statuses::new(), Mutex::default());
+        let reconciler = Arc::new(Self { runtime, endpoints, models, statuses, inner });
         for running in reconciler.runtime.adopt().await? {
             let desired = Desired { assignment: running.assignment.clone(), leave: false };
             reconciler.spawn(&mut reconciler.lock(), desired, Some(running));
@@ -158,6 +166,7 @@ impl Reconciler {
         let life = Life {
             runtime: Arc::clone(&self.runtime),
             endpoints: Arc::clone(&self.endpoints),
+            models: self.models.clone(),
             statuses: self.statuses.clone(),
             desired: receiver,
         };

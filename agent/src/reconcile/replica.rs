@@ -8,9 +8,10 @@ use prost_types::Timestamp;
 use tokio::{sync::watch, time::Instant};
 use tracing::{Instrument as _, Span, info, info_span, warn};
 
-use super::{Statuses, backoff::CrashBackoff};
+use super::{Statuses, backoff::CrashBackoff, models};
 use crate::{
     endpoint::{Endpoints, LocalReplica},
+    models::{ModelError, Models},
     runtime::{Exit, Running, Runtime, RuntimeError, probe::Prober},
 };
 
@@ -31,6 +32,7 @@ pub(super) struct Desired {
 pub(super) struct Life {
     pub(super) runtime: Arc<dyn Runtime>,
     pub(super) endpoints: Arc<dyn Endpoints>,
+    pub(super) models: Models,
     pub(super) statuses: Statuses,
     pub(super) desired: watch::Receiver<Desired>,
 }
@@ -58,7 +60,10 @@ impl Life {
             let begun = Instant::now();
             let running = match present.take() {
                 Some(running) => Ok(running),
-                None => self.runtime.start(&self.assignment()).instrument(span.clone()).await,
+                None => match self.start(&span).await {
+                    Some(started) => started,
+                    None => break,
+                },
             };
             let failure = match running {
                 Ok(running) => match self.tend(&running, span).await {
@@ -68,11 +73,30 @@ impl Life {
                         Failure::of_exit(exit)
                     }
                 },
-                Err(error) => Failure::of_error(&error),
+                Err(failure) => failure,
             };
             self.failed(failure, backoff.after(begun.elapsed())).await;
         }
         self.stopped().await;
+    }
+
+    /// Has its models in place, and starts it. `None`: it is to leave instead.
+    async fn start(&mut self, span: &Span) -> Option<Result<Running, Failure>> {
+        let mut assignment = self.assignment();
+        let (models, statuses) = (self.models.clone(), self.statuses.clone());
+        let mounts = tokio::select! {
+            mounts = models::fetch(&models, &assignment, &statuses).instrument(span.clone()) => mounts,
+            () = left(&mut self.desired) => return None,
+        };
+        // The runtime keeps the assignment on disk, where credentials have no business.
+        assignment.models.iter_mut().for_each(|model| model.credentials.clear());
+        Some(match mounts {
+            Ok(mounts) => {
+                let started = self.runtime.start(&assignment, &mounts).instrument(span.clone()).await;
+                started.map_err(|error| Failure::of_error(&error))
+            }
+            Err(error) => Err(Failure::of_model(&error)),
+        })
     }
 
     fn assignment(&self) -> ReplicaAssignment {
@@ -262,6 +286,10 @@ impl Failure {
             (None, None) => ("Error", "the process ended".to_owned()),
         };
         Self { reason, message, exit_code: exit.code }
+    }
+
+    fn of_model(error: &ModelError) -> Self {
+        Self { reason: error.reason(), message: error.to_string(), exit_code: None }
     }
 
     fn of_error(error: &RuntimeError) -> Self {

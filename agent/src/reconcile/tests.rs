@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::*;
 use crate::{
-    runtime::{Exit, Running},
+    runtime::{Exit, Mount, Running},
     sidecar::{Grant, Limits, RevisionQueue, Sidecar},
 };
 
@@ -39,7 +39,7 @@ impl Fake {
 
 #[async_trait]
 impl Runtime for Fake {
-    async fn start(&self, assignment: &ReplicaAssignment) -> Result<Running, RuntimeError> {
+    async fn start(&self, assignment: &ReplicaAssignment, _: &[Mount]) -> Result<Running, RuntimeError> {
         let assignment = assignment.clone();
         Ok(Running { replica: assignment.replica.clone(), pid: 1, address: self.address, started_at: 0, assignment })
     }
@@ -84,9 +84,11 @@ impl Node {
         let sidecar = Sidecar::new();
         let queue = sidecar.revision(KEY);
         queue.route(Limits { queue: 10, timeout: TIMEOUT, concurrency: 1 }, BTreeMap::new());
+        let cache = tempfile::tempdir().unwrap();
+        let models = Models::open(cache.path().to_owned(), BTreeMap::new(), Duration::from_secs(1)).unwrap();
         let runtime: Arc<dyn Runtime> = Arc::clone(&fake) as _;
         let endpoints: Arc<dyn Endpoints> = Arc::clone(&sidecar) as _;
-        let reconciler = Reconciler::adopt(runtime, endpoints).await.unwrap();
+        let reconciler = Reconciler::adopt(runtime, endpoints, models).await.unwrap();
         let node = Self { fake, sidecar, queue, reconciler, _listener: listener };
         node.assign(1, &[("a", false), ("b", false)]);
         node.phases(&[ReplicaPhase::Ready, ReplicaPhase::Ready]).await;

@@ -2,6 +2,7 @@
 
 mod expand;
 pub mod logs;
+mod mounts;
 pub mod probe;
 pub mod process;
 mod state;
@@ -26,6 +27,17 @@ pub struct Running {
     pub started_at: i64,
     /// What it was started from.
     pub assignment: ReplicaAssignment,
+}
+
+/// A folder of the host that a replica sees.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Mount {
+    /// On the host, absolute.
+    pub source: PathBuf,
+    /// In the container, absolute, without a `/` at the end.
+    pub target: String,
+    /// The replica must not write there.
+    pub read_only: bool,
 }
 
 /// How a replica ended.
@@ -69,8 +81,8 @@ pub enum RuntimeError {
 /// Runs replicas. What it starts outlives this process and is found again by [`Runtime::adopt`].
 #[async_trait]
 pub trait Runtime: Send + Sync + 'static {
-    /// Starts a replica.
-    async fn start(&self, assignment: &ReplicaAssignment) -> Result<Running, RuntimeError>;
+    /// Starts a replica that sees `mounts`.
+    async fn start(&self, assignment: &ReplicaAssignment, mounts: &[Mount]) -> Result<Running, RuntimeError>;
     /// What runs already, started by this or a former process.
     async fn adopt(&self) -> Result<Vec<Running>, RuntimeError>;
     /// Resolves when the replica has ended.

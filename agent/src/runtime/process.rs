@@ -25,8 +25,9 @@ use tokio::{
 use tracing::{info, warn};
 
 use super::{
-    Exit, Running, Runtime, RuntimeError,
+    Exit, Mount, Running, Runtime, RuntimeError,
     expand::expand,
+    mounts::rewrite,
     state::{Directories, LOG, ReplicaState},
 };
 
@@ -52,7 +53,7 @@ impl ProcessRuntime {
         Self { directories: Directories::new(data_dir), own_binary, exits: Mutex::default() }
     }
 
-    fn command(&self, assignment: &ReplicaAssignment, port: u16) -> Result<Command, RuntimeError> {
+    fn command(&self, assignment: &ReplicaAssignment, mounts: &[Mount], port: u16) -> Result<Command, RuntimeError> {
         let container = assignment.container.clone().unwrap_or_default();
         if !container.unresolved.is_empty() {
             return Err(RuntimeError::Specification {
@@ -60,8 +61,9 @@ impl ProcessRuntime {
                 reason: container.unresolved,
             });
         }
-        let variables = variables(assignment, &container, port);
-        let mut words = container.command.iter().chain(&container.args).map(|word| expand(word, &variables));
+        let variables = variables(assignment, &container, mounts, port);
+        let words = container.command.iter().chain(&container.args).map(|word| expand(word, &variables));
+        let mut words = words.map(|word| rewrite(&word, mounts));
         let program = words.next().filter(|_| !container.command.is_empty()).ok_or_else(|| {
             let image = &container.image;
             RuntimeError::Specification {
@@ -80,8 +82,8 @@ impl ProcessRuntime {
         Ok(command)
     }
 
-    fn spawn(&self, assignment: &ReplicaAssignment, port: u16) -> Result<Child, RuntimeError> {
-        let mut command = self.command(assignment, port)?;
+    fn spawn(&self, assignment: &ReplicaAssignment, mounts: &[Mount], port: u16) -> Result<Child, RuntimeError> {
+        let mut command = self.command(assignment, mounts, port)?;
         let directory = self.directories.make(&assignment.replica)?;
         let path = directory.join(LOG);
         // Straight to a file: a pipe would end, and the replica with it, when the agent does.
@@ -107,7 +109,12 @@ impl ProcessRuntime {
 }
 
 /// A replica's environment: the manifest's, and what Knative and CUDA give.
-fn variables(assignment: &ReplicaAssignment, container: &ContainerSpec, port: u16) -> BTreeMap<String, String> {
+fn variables(
+    assignment: &ReplicaAssignment,
+    container: &ContainerSpec,
+    mounts: &[Mount],
+    port: u16,
+) -> BTreeMap<String, String> {
     // CUDA takes the index of a GPU or the UUID of a MIG device.
     let gpus: Vec<_> = match assignment.mig_devices.as_slice() {
         [] => assignment.gpu_indices.iter().map(ToString::to_string).collect(),
@@ -127,8 +134,11 @@ fn variables(assignment: &ReplicaAssignment, container: &ContainerSpec, port: u1
         ]
         .map(|(name, value)| (name.to_owned(), value)),
     );
+    if let Some(model) = mounts.first() {
+        variables.insert("PILOTLIGHT_MODEL_DIR".to_owned(), model.source.display().to_string());
+    }
     for var in &container.env {
-        let value = expand(&var.value, &variables);
+        let value = rewrite(&expand(&var.value, &variables), mounts);
         // What the agent decides is not the manifest's to change.
         if !matches!(var.name.as_str(), MARK | "PORT" | "CUDA_VISIBLE_DEVICES") {
             variables.insert(var.name.clone(), value);
@@ -175,14 +185,14 @@ fn signal(pid: u32, signal: Signal) {
 
 #[async_trait]
 impl Runtime for ProcessRuntime {
-    async fn start(&self, assignment: &ReplicaAssignment) -> Result<Running, RuntimeError> {
+    async fn start(&self, assignment: &ReplicaAssignment, mounts: &[Mount]) -> Result<Running, RuntimeError> {
         let port = free_port()?;
         let started_at = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |now| now.as_secs() as i64);
         let encoded = ReplicaState::encode(assignment);
         // First the intent: should this process die now, the next one finds the replica by its mark.
         let mut state = ReplicaState { pid: 0, start_ticks: 0, port, started_at, assignment: encoded };
         self.directories.write(&assignment.replica, &state)?;
-        let child = self.spawn(assignment, port)?;
+        let child = self.spawn(assignment, mounts, port)?;
         let pid = child.id().unwrap_or(0);
         state.pid = pid;
         state.start_ticks = start_ticks(pid).unwrap_or(0);

@@ -204,6 +204,7 @@ fn took(world: &mut World, status: fleet::ReplicaStatus, now: Timestamp, dirty: 
         revision.load_time = took;
     }
     let (warning, reason, message) = match phase {
+        ReplicaPhase::Fetching => (false, "Fetching", "its models are fetched to the node".to_owned()),
         ReplicaPhase::Starting => (false, "Started", "process started, waiting for readiness".to_owned()),
         ReplicaPhase::Ready => (false, "Ready", "takes requests".to_owned()),
         ReplicaPhase::Failed => (true, "Failed", message),
