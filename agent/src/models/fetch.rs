@@ -1,12 +1,6 @@
 //! Fetches one model: ranges in parallel, each tried again where it stalls or breaks.
 
-use std::{
-    io,
-    ops::Range,
-    os::unix::fs::FileExt as _,
-    sync::Arc,
-    time::Duration,
-};
+use std::{io, ops::Range, os::unix::fs::FileExt as _, sync::Arc, time::Duration};
 
 use futures::{FutureExt as _, StreamExt as _, TryStreamExt as _};
 use tokio::sync::watch;
@@ -65,7 +59,8 @@ impl Fetch {
                 self.add(object.size);
             } else {
                 let part = self.cache.part(&key, number, object.size).map_err(|error| self.disk(error))?;
-                let left: u64 = plan::missing(object.size, &part.done).iter().map(|range| range.end - range.start).sum();
+                let left: u64 =
+                    plan::missing(object.size, &part.done).iter().map(|range| range.end - range.start).sum();
                 self.add(object.size - left);
                 files.push((object, Arc::new(part)));
             }
@@ -78,10 +73,7 @@ impl Fetch {
             }
         }
         let begun = tokio::time::Instant::now();
-        futures::stream::iter(ranges)
-            .buffer_unordered(PARALLEL)
-            .try_collect::<()>()
-            .await?;
+        futures::stream::iter(ranges).buffer_unordered(PARALLEL).try_collect::<()>().await?;
         info!(uri = %self.uri, bytes = total, took = ?begun.elapsed(), "model fetched; checking it");
         let (cache, uri, name) = (self.cache.clone(), self.uri.clone(), key.clone());
         let paths: Vec<_> = files.into_iter().map(|(_, part)| part.path.clone()).collect();
@@ -128,8 +120,7 @@ impl Fetch {
         let trouble = |reason: String, at: u64| Trouble::Source { reason, took: at - range.start };
         let stalled = || format!("no byte came for {:?}", self.stall);
         let opening = tokio::time::timeout(self.stall, self.source.read(object, range.clone())).await;
-        let mut content =
-            opening.map_err(|_| trouble(stalled(), at))?.map_err(|reason| trouble(reason, at))?;
+        let mut content = opening.map_err(|_| trouble(stalled(), at))?.map_err(|reason| trouble(reason, at))?;
         loop {
             let chunk = tokio::time::timeout(self.stall, content.next()).await.map_err(|_| trouble(stalled(), at))?;
             let Some(chunk) = chunk else { break };

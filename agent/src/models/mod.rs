@@ -127,8 +127,7 @@ impl Models {
         let rest = uri.strip_prefix("pvc://").unwrap_or(uri);
         let (name, path) = rest.split_once('/').unwrap_or((rest, ""));
         let known: Vec<_> = self.volumes.keys().map(String::as_str).collect();
-        let known =
-            if known.is_empty() { "it has none".to_owned() } else { format!("it has {}", known.join(", ")) };
+        let known = if known.is_empty() { "it has none".to_owned() } else { format!("it has {}", known.join(", ")) };
         let missing = || ModelError::Volume { uri: uri.to_owned(), name: name.to_owned(), known };
         let root = self.volumes.get(name).ok_or_else(missing)?.clone();
         if path.split('/').any(|part| part == "..") {
@@ -166,7 +165,8 @@ impl Models {
             Arc::clone(turns.entry(uri.to_owned()).or_default())
         };
         let source = source::open(uri, credentials)?;
-        let fetch = Fetch { uri: uri.to_owned(), source, cache: self.cache.clone(), stall: self.stall, progress: sender };
+        let fetch =
+            Fetch { uri: uri.to_owned(), source, cache: self.cache.clone(), stall: self.stall, progress: sender };
         let mut fetching = async {
             // Whoever comes second finds the model there, after one look at the listing.
             let _turn = turn.lock().await;

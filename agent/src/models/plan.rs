@@ -66,7 +66,10 @@ pub fn check(uri: &str, objects: &[Object]) -> Result<(), ModelError> {
     for object in objects {
         let fits = |part: &str| !part.is_empty() && part != "." && part != ".." && !part.contains('\0');
         if !object.path.split('/').all(fits) {
-            return Err(bad(format!("file name {:?} cannot be stored: it must be relative and without ..", object.path)));
+            return Err(bad(format!(
+                "file name {:?} cannot be stored: it must be relative and without ..",
+                object.path
+            )));
         }
         if !seen.insert(object.path.as_str()) {
             return Err(bad(format!("file {:?} is listed twice", object.path)));

@@ -59,7 +59,14 @@ pub fn open(uri: &str, credentials: &Credentials) -> Result<Arc<dyn Source>, Mod
             let endpoint = endpoint.unwrap_or_else(|| HUB.to_owned()).trim_end_matches('/').to_owned();
             let id = format!("{first}/{model}");
             let token = credentials.get("HF_TOKEN").cloned();
-            Ok(Arc::new(Hub { client: client()?, uri: uri.to_owned(), endpoint, id, revision: revision.to_owned(), token }))
+            Ok(Arc::new(Hub {
+                client: client()?,
+                uri: uri.to_owned(),
+                endpoint,
+                id,
+                revision: revision.to_owned(),
+                token,
+            }))
         }
         _ => Err(bad(format!("{scheme}:// cannot be read here; known are s3, gs, https, http, hf and pvc"))),
     }
@@ -94,7 +101,8 @@ fn s3(bucket: &str, credentials: &Credentials) -> object_store::Result<Arc<dyn O
     }
     // KServe's own names, and a host without scheme, as its secrets have them.
     let given = ["AWS_ENDPOINT_URL", "AWS_ENDPOINT", "S3_ENDPOINT"].iter().find_map(|name| credentials.get(*name));
-    let plain = credentials.get("S3_USE_HTTPS").is_some_and(|value| value == "0" || value.eq_ignore_ascii_case("false"));
+    let plain =
+        credentials.get("S3_USE_HTTPS").is_some_and(|value| value == "0" || value.eq_ignore_ascii_case("false"));
     if let Some(endpoint) = given {
         let scheme = if plain { "http" } else { "https" };
         let endpoint = if endpoint.contains("://") { endpoint.clone() } else { format!("{scheme}://{endpoint}") };
@@ -111,7 +119,8 @@ fn gcs(bucket: &str, credentials: &Credentials) -> object_store::Result<Arc<dyn 
     // The names that KServe's secrets have.
     let names = ["gcloud-application-credentials.json", "GOOGLE_SERVICE_ACCOUNT_KEY"];
     let key = names.iter().find_map(|name| credentials.get(*name));
-    let own = ["GOOGLE_SERVICE_ACCOUNT", "GOOGLE_APPLICATION_CREDENTIALS"].iter().any(|n| std::env::var_os(n).is_some());
+    let own =
+        ["GOOGLE_SERVICE_ACCOUNT", "GOOGLE_APPLICATION_CREDENTIALS"].iter().any(|n| std::env::var_os(n).is_some());
     builder = match key {
         Some(key) => builder.with_service_account_key(key),
         None => builder.with_skip_signature(!own),
@@ -165,7 +174,8 @@ impl Source for Bucket {
         let found: Vec<ObjectMeta> =
             self.store.list(Some(&self.prefix)).try_collect().await.map_err(|error| self.error(error))?;
         let below = |meta: ObjectMeta| {
-            let parts: Vec<_> = meta.location.prefix_match(&self.prefix)?.map(|part| part.as_ref().to_owned()).collect();
+            let parts: Vec<_> =
+                meta.location.prefix_match(&self.prefix)?.map(|part| part.as_ref().to_owned()).collect();
             // Tools mark folders by empty objects of their name.
             (!parts.is_empty()).then(|| object_of(meta, parts.join("/")))
         };
@@ -321,7 +331,9 @@ impl Source for Hub {
                 return Err(ModelError::NotFound { uri, reason });
             }
             status @ (StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) => {
-                return Err(failed(format!("the hub answers {status}: is HF_TOKEN missing, or not allowed to read it?")));
+                return Err(failed(format!(
+                    "the hub answers {status}: is HF_TOKEN missing, or not allowed to read it?"
+                )));
             }
             status => return Err(failed(format!("the hub answers {status}"))),
         }

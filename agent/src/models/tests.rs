@@ -30,11 +30,17 @@ struct Store {
     down: AtomicBool,
 }
 
-async fn answer(State(store): State<Arc<Store>>, Path(path): Path<String>, method: Method, headers: HeaderMap) -> Response {
+async fn answer(
+    State(store): State<Arc<Store>>,
+    Path(path): Path<String>,
+    method: Method,
+    headers: HeaderMap,
+) -> Response {
     let found = store.files.lock().unwrap().get(&path).cloned();
     let Some((content, etag)) = found else { return StatusCode::NOT_FOUND.into_response() };
     if method == Method::HEAD {
-        return ([(header::CONTENT_LENGTH, content.len().to_string()), (header::ETAG, etag)], Body::empty()).into_response();
+        return ([(header::CONTENT_LENGTH, content.len().to_string()), (header::ETAG, etag)], Body::empty())
+            .into_response();
     }
     if store.down.load(Ordering::SeqCst) {
         return StatusCode::SERVICE_UNAVAILABLE.into_response();
@@ -52,9 +58,9 @@ async fn answer(State(store): State<Arc<Store>>, Path(path): Path<String>, metho
             let broken = Err(std::io::Error::other("cut"));
             Body::from_stream(futures::stream::iter([Ok(half), broken]))
         }
-        () if take(&store.stalls) => Body::from_stream(
-            futures::stream::iter([Ok::<_, std::io::Error>(half)]).chain(futures::stream::pending()),
-        ),
+        () if take(&store.stalls) => {
+            Body::from_stream(futures::stream::iter([Ok::<_, std::io::Error>(half)]).chain(futures::stream::pending()))
+        }
         () => {
             store.sent.fetch_add(part.len() as u64, Ordering::SeqCst);
             Body::from(part)
