@@ -94,13 +94,16 @@ impl ModelError {
     }
 }
 
+/// Fetches that go on, by address and credentials.
+type Running = HashMap<(String, Credentials), watch::Sender<Progress>>;
+
 /// A node's models. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Models {
     cache: Cache,
     volumes: Arc<BTreeMap<String, PathBuf>>,
     stall: Duration,
-    running: Arc<Mutex<HashMap<(String, Credentials), watch::Sender<Progress>>>>,
+    running: Arc<Mutex<Running>>,
     turns: Arc<Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>>,
 }
 

@@ -98,7 +98,8 @@ mod tests {
         let size = 2 * RANGE_BYTES + 5;
         let all = missing(size, &BTreeSet::new());
         assert_eq!(all, [0..RANGE_BYTES, RANGE_BYTES..2 * RANGE_BYTES, 2 * RANGE_BYTES..size]);
-        assert_eq!(missing(size, &BTreeSet::from([0, 2 * RANGE_BYTES])), [RANGE_BYTES..2 * RANGE_BYTES]);
+        let left = missing(size, &BTreeSet::from([0, 2 * RANGE_BYTES]));
+        assert_eq!((left.len(), left[0].clone()), (1, RANGE_BYTES..2 * RANGE_BYTES));
         assert!(missing(0, &BTreeSet::new()).is_empty());
     }
 

@@ -248,7 +248,10 @@ async fn web_range(request: reqwest::RequestBuilder, object: &Object, range: Ran
     let want = range.end - range.start;
     let state = (answer.bytes_stream().boxed(), skip, want);
     let cut = futures::stream::try_unfold(state, |(mut bytes, mut skip, left)| async move {
-        while left > 0 {
+        loop {
+            if left == 0 {
+                return Ok(None);
+            }
             let Some(chunk) = bytes.next().await else { return Ok(None) };
             let mut chunk = chunk.map_err(|error| chain(&error))?;
             let gone = skip.min(chunk.len() as u64);
@@ -260,7 +263,6 @@ async fn web_range(request: reqwest::RequestBuilder, object: &Object, range: Ran
                 return Ok(Some((chunk, (bytes, skip, rest))));
             }
         }
-        Ok(None)
     });
     Ok(cut.boxed())
 }
