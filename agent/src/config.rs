@@ -29,6 +29,8 @@ pub struct Config {
     pub labels: BTreeMap<String, String>,
     /// Largest request body the gateway takes, bytes.
     pub max_request_body: u64,
+    /// A part of a model of which no byte comes for this long is asked for again.
+    pub fetch_stall: std::time::Duration,
     /// True: replicas end with the agent (as `dev` wants it). False: they outlive it and are adopted.
     pub stop_replicas_on_exit: bool,
     /// What replicas run as.
@@ -97,9 +99,27 @@ impl Default for Config {
             inventory: InventorySource::Nvml,
             labels: BTreeMap::new(),
             max_request_body: 256 << 20,
+            fetch_stall: crate::models::STALL,
             stop_replicas_on_exit: false,
             runtime: RuntimeChoice::default(),
             docker: DockerSettings::default(),
         }
     }
+}
+
+/// The directory of this node that a PersistentVolumeClaim stands for, by `<namespace>/<name>` or else by name.
+///
+/// # Errors
+/// There is none; those that there are, for people.
+pub fn claim<'a>(
+    claims: &'a BTreeMap<String, PathBuf>,
+    namespace: &str,
+    name: &str,
+) -> Result<&'a std::path::Path, String> {
+    let found = claims.get(&format!("{namespace}/{name}")).or_else(|| claims.get(name));
+    found.map(PathBuf::as_path).ok_or_else(|| {
+        let known: Vec<_> = claims.keys().map(String::as_str).collect();
+        let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
+        format!("persistentVolumeClaim {name:?} is not known on this node; known are: {known}; see --claim")
+    })
 }

@@ -29,6 +29,7 @@ use crate::{
     config::{Config, RuntimeChoice, Security},
     gateway::{self, Connect, DataPath, GatewayMetrics, PeerStream, Setup},
     inventory::{self, InventoryError},
+    models::Models,
     reconcile::Reconciler,
     runtime::{AnyRuntime, DockerRuntime, ProcessRuntime, Runtime, RuntimeError, logs},
     session::{Outbound, Session, Told},
@@ -74,6 +75,14 @@ pub enum AgentError {
     /// Certificates cannot be read or used.
     #[error(transparent)]
     Identity(#[from] IdentityError),
+    /// The model cache cannot be used.
+    #[error("model cache in {path}: {error}")]
+    Models {
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        error: io::Error,
+    },
     /// The inventory cannot be made.
     #[error(transparent)]
     Inventory(#[from] InventoryError),
@@ -118,7 +127,10 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), Agen
     let runtime = runtime(&config, own_binary, &mut inventory).await?;
     let endpoints: Arc<dyn crate::endpoint::Endpoints> = Arc::clone(data_path.sidecar()) as _;
     let egress = Arc::new(gateway::Gateway(Arc::clone(&data_path)));
-    let reconciler = Reconciler::adopt(runtime, endpoints, egress).await?;
+    let path = config.data_dir.join("models");
+    let models = Models::open(path.clone(), config.docker.claims.clone(), config.fetch_stall)
+        .map_err(|error| AgentError::Models { path, error })?;
+    let reconciler = Reconciler::adopt(runtime, endpoints, egress, models).await?;
 
     let (connected, is_connected) = watch::channel(false);
     let status = pilotlight_telemetry::http_router(&metrics, move || *is_connected.borrow());

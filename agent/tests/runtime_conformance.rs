@@ -127,7 +127,7 @@ impl Bench {
 
     async fn start(&self, assignment: &ReplicaAssignment) -> Result<Running, RuntimeError> {
         self.runtime.prepare(assignment, &|_| {}).await?;
-        self.runtime.start(assignment).await
+        self.runtime.start(assignment, &[]).await
     }
 
     /// Starts it and waits until it answers.

@@ -84,6 +84,9 @@ pub struct NodeArgs {
     /// File with this node's credentials for registries, as `docker login` writes it.
     #[arg(long, env = "PILOTLIGHT_REGISTRY_CONFIG", value_name = "FILE")]
     registry_config: Option<PathBuf>,
+    /// Ask again for a part of a model of which no byte comes for this long, 1s to 1h.
+    #[arg(long, env = "PILOTLIGHT_FETCH_STALL", default_value = "30s", value_parser = stall, value_name = "DURATION")]
+    fetch_stall: std::time::Duration,
     /// Largest request body.
     #[arg(long, env = "PILOTLIGHT_MAX_REQUEST_BODY", default_value = "256MiB")]
     max_request_body: ByteSize,
@@ -114,6 +117,12 @@ fn gpu_mode(text: &str) -> Result<GpuMode, String> {
     }
 }
 
+fn stall(text: &str) -> Result<std::time::Duration, String> {
+    let given = humantime::parse_duration(text).map_err(|error| error.to_string())?;
+    let allowed = std::time::Duration::from_secs(1)..=std::time::Duration::from_secs(3600);
+    if allowed.contains(&given) { Ok(given) } else { Err("expected 1s to 1h".to_owned()) }
+}
+
 impl NodeArgs {
     /// Fills in what these flags say; `otherwise` is the inventory where none is pretended.
     pub fn fill(self, config: Config, otherwise: InventorySource) -> Config {
@@ -141,6 +150,7 @@ impl NodeArgs {
                 registry_config: self.registry_config,
                 ..DockerSettings::default()
             },
+            fetch_stall: self.fetch_stall,
             ..config
         }
     }

@@ -5,6 +5,7 @@
 
 mod backoff;
 mod health;
+mod models;
 mod replica;
 #[cfg(test)]
 mod tests;
@@ -20,6 +21,7 @@ use tokio::{sync::watch, task::JoinHandle};
 
 use crate::{
     endpoint::{Egress, Endpoints},
+    models::Models,
     runtime::{Runtime, RuntimeError},
 };
 use replica::{Desired, Life};
@@ -30,6 +32,7 @@ pub struct Reconciler {
     runtime: Arc<dyn Runtime>,
     endpoints: Arc<dyn Endpoints>,
     egress: Arc<dyn Egress>,
+    models: Models,
     statuses: Statuses,
     inner: Mutex<Inner>,
 }
@@ -91,9 +94,10 @@ impl Reconciler {
         runtime: Arc<dyn Runtime>,
         endpoints: Arc<dyn Endpoints>,
         egress: Arc<dyn Egress>,
+        models: Models,
     ) -> Result<Arc<Self>, RuntimeError> {
-        let statuses = Statuses::new();
-        let reconciler = Arc::new(Self { runtime, endpoints, egress, statuses, inner: Mutex::default() });
+        let (statuses, inner) = (Statuses::new(), Mutex::default());
+        let reconciler = Arc::new(Self { runtime, endpoints, egress, models, statuses, inner });
         for running in reconciler.runtime.adopt().await? {
             let desired = Desired { assignment: running.assignment.clone(), leave: false };
             reconciler.spawn(&mut reconciler.lock(), desired, Some(running));
@@ -174,6 +178,7 @@ impl Reconciler {
             runtime: Arc::clone(&self.runtime),
             endpoints: Arc::clone(&self.endpoints),
             way_back: WayBack::new(Arc::clone(&self.egress)),
+            models: self.models.clone(),
             statuses: self.statuses.clone(),
             desired: receiver,
         };

@@ -12,10 +12,12 @@ use super::{
     Statuses,
     backoff::CrashBackoff,
     health::{Health, Unhealthy},
+    models,
     way_back::WayBack,
 };
 use crate::{
     endpoint::{Endpoints, LocalReplica},
+    models::{ModelError, Models},
     runtime::{Exit, Running, Runtime, RuntimeError, probe::Prober},
 };
 
@@ -39,6 +41,7 @@ pub(super) struct Life {
     pub(super) runtime: Arc<dyn Runtime>,
     pub(super) endpoints: Arc<dyn Endpoints>,
     pub(super) way_back: WayBack,
+    pub(super) models: Models,
     pub(super) statuses: Statuses,
     pub(super) desired: watch::Receiver<Desired>,
 }
@@ -66,7 +69,7 @@ impl Life {
             let span = self.start_span();
             let started = match present.take() {
                 Some(running) => Ok(running),
-                None => match self.start().instrument(span.clone()).await {
+                None => match self.start(&span).await {
                     Some(started) => started,
                     None => break,
                 },
@@ -83,16 +86,17 @@ impl Life {
                         Failure::of_exit(exit)
                     }
                 },
-                Err(error) => Failure::of_error(&error),
+                Err(failure) => failure,
             };
             self.failed(failure, backoff.after(before + begun.elapsed())).await;
         }
         self.stopped().await;
     }
 
-    /// Gets what it needs and starts it; `None` where it is to leave before that.
-    async fn start(&mut self) -> Option<Result<Running, RuntimeError>> {
-        let (runtime, assignment, statuses) = (Arc::clone(&self.runtime), self.assignment(), self.statuses.clone());
+    /// Gets what it needs, image and models, and starts it. `None`: it is to leave instead.
+    async fn start(&mut self, span: &Span) -> Option<Result<Running, Failure>> {
+        let mut assignment = self.assignment();
+        let (runtime, models, statuses) = (Arc::clone(&self.runtime), self.models.clone(), self.statuses.clone());
         let say = |message: String| {
             statuses.update(&assignment.replica, |status| {
                 status.set_phase(ReplicaPhase::Pending);
@@ -100,18 +104,26 @@ impl Life {
                 status.message = message;
             });
         };
-        let prepared = tokio::select! {
-            prepared = runtime.prepare(&assignment, &say) => prepared,
+        let getting = async {
+            runtime.prepare(&assignment, &say).await.map_err(|error| Failure::of_error(&error))?;
+            models::fetch(&models, &assignment, &statuses).await.map_err(|error| Failure::of_model(&error))
+        };
+        let mounts = tokio::select! {
+            mounts = getting.instrument(span.clone()) => mounts,
             () = left(&mut self.desired) => return None,
         };
-        if let Err(error) = prepared {
-            return Some(Err(error));
-        }
+        let mounts = match mounts {
+            Ok(mounts) => mounts,
+            Err(failure) => return Some(Err(failure)),
+        };
+        // The runtime keeps the assignment on disk, where credentials have no business.
+        assignment.models.iter_mut().for_each(|model| model.credentials.clear());
         let ip = runtime.host_address(&assignment);
-        match self.way_back.prepare(self.assignment(), ip).await {
-            Ok(assignment) => Some(runtime.start(&assignment).await),
-            Err(error) => Some(Err(error)),
-        }
+        let started = match self.way_back.prepare(assignment, ip).await {
+            Ok(assignment) => runtime.start(&assignment, &mounts).instrument(span.clone()).await,
+            Err(error) => Err(error),
+        };
+        Some(started.map_err(|error| Failure::of_error(&error)))
     }
 
     /// An adopted replica goes on, unless what it calls cannot be given back to it: then it starts anew.
@@ -340,6 +352,10 @@ impl Failure {
             (None, None) => ("Error", "the process ended".to_owned()),
         };
         Self { reason, message, exit_code: exit.code }
+    }
+
+    fn of_model(error: &ModelError) -> Self {
+        Self { reason: error.reason(), message: error.to_string(), exit_code: None }
     }
 
     fn of_error(error: &RuntimeError) -> Self {

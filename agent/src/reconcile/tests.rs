@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 use super::*;
 use crate::{
     endpoint::EgressListener,
-    runtime::{Exit, Running},
+    runtime::{Exit, Mount, Running},
     sidecar::{Grant, Limits, RevisionQueue, Sidecar},
 };
 
@@ -41,7 +41,7 @@ impl Fake {
 
 #[async_trait]
 impl Runtime for Fake {
-    async fn start(&self, assignment: &ReplicaAssignment) -> Result<Running, RuntimeError> {
+    async fn start(&self, assignment: &ReplicaAssignment, _: &[Mount]) -> Result<Running, RuntimeError> {
         let assignment = assignment.clone();
         self.ends.lock().unwrap().insert(assignment.replica.clone(), CancellationToken::new());
         Ok(Running {
@@ -180,9 +180,11 @@ impl Node {
         let sidecar = Sidecar::new();
         let queue = sidecar.revision(KEY);
         queue.route(Limits { queue: 10, timeout: TIMEOUT, concurrency: 1 }, BTreeMap::new());
+        let cache = tempfile::tempdir().unwrap();
+        let models = Models::open(cache.path().to_owned(), BTreeMap::new(), Duration::from_secs(1)).unwrap();
         let runtime: Arc<dyn Runtime> = Arc::clone(&fake) as _;
         let endpoints: Arc<dyn Endpoints> = Arc::clone(&sidecar) as _;
-        let reconciler = Reconciler::adopt(runtime, endpoints, Arc::new(NoWayBack)).await.unwrap();
+        let reconciler = Reconciler::adopt(runtime, endpoints, Arc::new(NoWayBack), models).await.unwrap();
         Self { fake, sidecar, queue, reconciler, _listener: listener }
     }
 

@@ -5,7 +5,7 @@ use std::{net::IpAddr, path::PathBuf, time::Duration};
 use async_trait::async_trait;
 use pilotlight_proto::fleet::v1::ReplicaAssignment;
 
-use super::{DockerRuntime, Exit, ProcessRuntime, Running, Runtime, RuntimeError, Say};
+use super::{DockerRuntime, Exit, Mount, ProcessRuntime, Running, Runtime, RuntimeError, Say};
 
 /// Processes and containers side by side: an image is run as a container. A command without an image,
 /// and the command `pilotlight`, which is this very program, are run as processes.
@@ -41,8 +41,8 @@ impl Runtime for AnyRuntime {
         self.of(assignment).prepare(assignment, say).await
     }
 
-    async fn start(&self, assignment: &ReplicaAssignment) -> Result<Running, RuntimeError> {
-        self.of(assignment).start(assignment).await
+    async fn start(&self, assignment: &ReplicaAssignment, mounts: &[Mount]) -> Result<Running, RuntimeError> {
+        self.of(assignment).start(assignment, mounts).await
     }
 
     async fn adopt(&self) -> Result<Vec<Running>, RuntimeError> {

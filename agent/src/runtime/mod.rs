@@ -4,6 +4,7 @@ pub mod auto;
 pub mod docker;
 mod expand;
 pub mod logs;
+mod mounts;
 pub mod probe;
 pub mod process;
 mod state;
@@ -41,6 +42,17 @@ pub struct Running {
     pub container: Option<String>,
     /// Port of this machine by port of the container, where they differ.
     pub ports: BTreeMap<u16, u16>,
+}
+
+/// A folder of the host that a replica sees.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Mount {
+    /// On the host, absolute.
+    pub source: PathBuf,
+    /// In the container, absolute, without a `/` at the end.
+    pub target: String,
+    /// The replica must not write there.
+    pub read_only: bool,
 }
 
 /// How a replica ended.
@@ -120,8 +132,8 @@ pub trait Runtime: Send + Sync + 'static {
     async fn prepare(&self, _assignment: &ReplicaAssignment, _say: Say<'_>) -> Result<(), RuntimeError> {
         Ok(())
     }
-    /// Starts a replica.
-    async fn start(&self, assignment: &ReplicaAssignment) -> Result<Running, RuntimeError>;
+    /// Starts a replica that sees `mounts`.
+    async fn start(&self, assignment: &ReplicaAssignment, mounts: &[Mount]) -> Result<Running, RuntimeError>;
     /// What runs already, started by this or a former process.
     async fn adopt(&self) -> Result<Vec<Running>, RuntimeError>;
     /// Resolves when the replica has ended.

@@ -25,8 +25,9 @@ use tokio::{
 use tracing::{info, warn};
 
 use super::{
-    Exit, Running, Runtime, RuntimeError,
+    Exit, Mount, Running, Runtime, RuntimeError,
     expand::expand,
+    mounts::rewrite,
     state::{Directories, LOG, ReplicaState},
     variables::{variables, visible_devices},
 };
@@ -53,7 +54,7 @@ impl ProcessRuntime {
         Self { directories: Directories::new(data_dir), own_binary, exits: Mutex::default() }
     }
 
-    fn command(&self, assignment: &ReplicaAssignment, port: u16) -> Result<Command, RuntimeError> {
+    fn command(&self, assignment: &ReplicaAssignment, mounts: &[Mount], port: u16) -> Result<Command, RuntimeError> {
         let container = assignment.container.clone().unwrap_or_default();
         if !container.unresolved.is_empty() {
             return Err(RuntimeError::Specification {
@@ -66,8 +67,9 @@ impl ProcessRuntime {
             ("CUDA_VISIBLE_DEVICES", visible_devices(assignment)),
             (MARK, assignment.replica.clone()),
         ];
-        let variables = variables(assignment, &container, &decided);
-        let mut words = container.command.iter().chain(&container.args).map(|word| expand(word, &variables));
+        let variables = in_folders(variables(assignment, &container, &decided), mounts);
+        let words = container.command.iter().chain(&container.args).map(|word| expand(word, &variables));
+        let mut words = words.map(|word| rewrite(&word, mounts));
         let program = words.next().filter(|_| !container.command.is_empty()).ok_or_else(|| {
             let image = &container.image;
             RuntimeError::Specification {
@@ -86,8 +88,8 @@ impl ProcessRuntime {
         Ok(command)
     }
 
-    fn spawn(&self, assignment: &ReplicaAssignment, port: u16) -> Result<Child, RuntimeError> {
-        let mut command = self.command(assignment, port)?;
+    fn spawn(&self, assignment: &ReplicaAssignment, mounts: &[Mount], port: u16) -> Result<Child, RuntimeError> {
+        let mut command = self.command(assignment, mounts, port)?;
         let directory = self.directories.make(&assignment.replica)?;
         let path = directory.join(LOG);
         // Straight to a file: a pipe would end, and the replica with it, when the agent does.
@@ -110,6 +112,15 @@ impl ProcessRuntime {
             sender.send_replace(Some(exit));
         });
     }
+}
+
+/// The environment of a process, which has no file system of its own.
+fn in_folders(mut variables: BTreeMap<String, String>, mounts: &[Mount]) -> BTreeMap<String, String> {
+    variables.values_mut().for_each(|value| *value = rewrite(value, mounts));
+    if let Some(model) = mounts.first() {
+        variables.insert("PILOTLIGHT_MODEL_DIR".to_owned(), model.source.display().to_string());
+    }
+    variables
 }
 
 fn passed_on() -> impl Iterator<Item = (&'static str, OsString)> {
@@ -150,7 +161,7 @@ fn signal(pid: u32, signal: Signal) {
 
 #[async_trait]
 impl Runtime for ProcessRuntime {
-    async fn start(&self, assignment: &ReplicaAssignment) -> Result<Running, RuntimeError> {
+    async fn start(&self, assignment: &ReplicaAssignment, mounts: &[Mount]) -> Result<Running, RuntimeError> {
         let port = free_port()?;
         let started_at = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |now| now.as_secs() as i64);
         let encoded = ReplicaState::encode(assignment);
@@ -158,7 +169,7 @@ impl Runtime for ProcessRuntime {
         let mut state =
             ReplicaState { pid: 0, start_ticks: 0, port, started_at, assignment: encoded, contained: false };
         self.directories.write(&assignment.replica, &state)?;
-        let child = self.spawn(assignment, port)?;
+        let child = self.spawn(assignment, mounts, port)?;
         let pid = child.id().unwrap_or(0);
         state.pid = pid;
         state.start_ticks = start_ticks(pid).unwrap_or(0);

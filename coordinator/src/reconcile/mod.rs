@@ -23,6 +23,7 @@ mod rolling;
 pub mod routes;
 pub mod run;
 pub mod scale;
+mod storage;
 pub mod view;
 pub mod world;
 

@@ -234,6 +234,7 @@ fn took(world: &mut World, status: fleet::ReplicaStatus, now: Timestamp, dirty: 
     }
     let (warning, reason, message) = match phase {
         ReplicaPhase::Starting if unhealthy => (true, UNHEALTHY, format!("{message}; is restarted")),
+        ReplicaPhase::Fetching => (false, "Fetching", "its models are fetched to the node".to_owned()),
         ReplicaPhase::Starting => (false, "Started", "process started, waiting for readiness".to_owned()),
         ReplicaPhase::Ready => (false, "Ready", "takes requests".to_owned()),
         ReplicaPhase::Failed => (true, "Failed", message),

@@ -225,6 +225,7 @@ fn phase_name(draining: bool, phase: ReplicaPhase) -> &'static str {
         ReplicaPhase::Stopped => "Stopped",
         _ if draining => "Draining",
         ReplicaPhase::Unspecified | ReplicaPhase::Pending => "Pending",
+        ReplicaPhase::Fetching => "Fetching",
         ReplicaPhase::Starting => "Starting",
         ReplicaPhase::Ready => "Ready",
         ReplicaPhase::Draining => "Draining",

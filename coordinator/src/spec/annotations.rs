@@ -50,6 +50,8 @@ fn check_kserve(name: &str, value: &str, at: &str, report: &mut Report) {
         "stop" if value.eq_ignore_ascii_case("true") || value.eq_ignore_ascii_case("false") => {}
         // The roll-out's own, checked there.
         "enable-tag-routing" => {}
+        // Read when a replica is assigned.
+        "storageSecretName" => {}
         "stop" => report.warning(at, value, "means false; must be true or false"),
         "deploymentMode" => match value {
             "Knative" | "Serverless" => {}

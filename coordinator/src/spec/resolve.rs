@@ -123,7 +123,7 @@ fn read_storage(model: &mut Model, at: &str, around: Around, report: &mut Report
         .as_deref()
         .and_then(|uri| storage::by_uri(uri, &join(at, "storageUri"), !around.writable, report));
     let at = join(at, "storage");
-    let by_entry = model.storage.take().map(|given| storage::by_entry(given, &at, !around.writable, report));
+    let by_entry = model.storage.take().map(|given| storage::by_entry(given, !around.writable));
     if by_uri.is_some() && by_entry.is_some() {
         report.error(at, "", "must not be given together with storageUri");
     }

@@ -19,6 +19,8 @@ const CLAIM_ROOT: &str = "/mnt/pvc";
 const READ_ONLY: &str = "storage.kserve.io/readonly";
 /// What a model that is not there means for the server.
 const NOT_FETCHED: &str = "no model is fetched or mounted, so that the server does not find it";
+/// What agents fetch or mount.
+const FETCHED: [&str; 6] = ["s3", "gs", "hf", "http", "https", "pvc"];
 const SCHEMES: &str = "s3, gs, hf, modelscope, pvc, oci, oci+native, oci+fetch, hdfs, webhdfs, http, https and file";
 
 /// An entry of `storageUris`.
@@ -47,7 +49,9 @@ pub(super) fn read_only(annotations: &BTreeMap<String, String>) -> bool {
 /// A model by URI. `None` where it is in the image, or nowhere.
 pub(super) fn by_uri(uri: &str, at: &str, read_only: bool, report: &mut Report) -> Option<Storage> {
     let claim = check_uri(uri, at, report)?;
-    report.unsupported(at, NOT_FETCHED);
+    if !FETCHED.iter().any(|scheme| uri.split("://").next() == Some(scheme)) {
+        report.unsupported(at, NOT_FETCHED);
+    }
     Some(Storage {
         source: StorageSource::Uri(uri.to_owned()),
         mount_path: MOUNT_PATH.to_owned(),
@@ -57,8 +61,7 @@ pub(super) fn by_uri(uri: &str, at: &str, read_only: bool, report: &mut Report) 
 }
 
 /// A model by an entry of the secret `storage-config`.
-pub(super) fn by_entry(given: StorageSpec, at: &str, read_only: bool, report: &mut Report) -> Storage {
-    report.unsupported(at, NOT_FETCHED);
+pub(super) fn by_entry(given: StorageSpec, read_only: bool) -> Storage {
     Storage {
         source: StorageSource::Entry {
             key: given.key.unwrap_or_default(),

@@ -34,7 +34,7 @@ use tokio::task::JoinHandle;
 use tracing::{info, warn};
 
 use super::{
-    Exit, Running, Runtime, RuntimeError, Say,
+    Exit, Mount, Running, Runtime, RuntimeError, Say,
     state::{Directories, LOG, ReplicaState},
 };
 use create::{Parts, Place};
@@ -171,7 +171,12 @@ impl DockerRuntime {
     }
 
     /// Creates the replica's container, and gives its id.
-    async fn create(&self, assignment: &ReplicaAssignment, container: &ContainerSpec) -> Result<String, RuntimeError> {
+    async fn create(
+        &self,
+        assignment: &ReplicaAssignment,
+        container: &ContainerSpec,
+        models: &[Mount],
+    ) -> Result<String, RuntimeError> {
         let failed = |error: Error| RuntimeError::Container {
             reason: "CreateContainerError",
             message: format!("cannot create the container: {error}"),
@@ -179,9 +184,10 @@ impl DockerRuntime {
         let image = self.docker.inspect_image(&container.image).await.map_err(failed)?;
         let image_user = image::user_of(&image);
         let own = self.directories.make(&assignment.replica)?;
-        // What else a replica sees at paths, such as models, is bound here.
         let user = create::user_number(container.security.as_ref(), &image_user);
-        let volumes = self.places.mounts(assignment, container, &own, user)?;
+        let mut volumes = self.places.mounts(assignment, container, &own, user)?;
+        let models = models.iter().map(|model| volumes::bind(&model.source, &model.target, model.read_only));
+        volumes.mounts.extend(models);
         let labels = [
             (SCOPE, self.scope.clone()),
             (REPLICA, assignment.replica.clone()),
@@ -353,7 +359,7 @@ impl Runtime for DockerRuntime {
         image::ensure(&self.docker, &container.image, &container.image_pull_policy, credentials, say).await
     }
 
-    async fn start(&self, assignment: &ReplicaAssignment) -> Result<Running, RuntimeError> {
+    async fn start(&self, assignment: &ReplicaAssignment, models: &[Mount]) -> Result<Running, RuntimeError> {
         let container = assignment.container.clone().unwrap_or_default();
         if !container.unresolved.is_empty() {
             return Err(RuntimeError::Specification {
@@ -373,13 +379,13 @@ impl Runtime for DockerRuntime {
             contained: true,
         };
         self.directories.write(&assignment.replica, &state)?;
-        let mut id = self.create(assignment, &container).await?;
+        let mut id = self.create(assignment, &container, models).await?;
         match self.launch(&id).await {
             // An engine without CAP_SYS_RESOURCE, rootless or in a container itself, has its own limits.
             Err(error) if error.to_string().contains("rlimit") => {
                 self.ulimits.store(false, Ordering::Relaxed);
                 warn!(%error, "the engine cannot raise limits of processes; containers get its own");
-                id = self.create(assignment, &container).await?;
+                id = self.create(assignment, &container, models).await?;
                 self.launch(&id).await?;
             }
             launched => launched?,

@@ -145,12 +145,7 @@ impl Places {
     }
 
     fn claim(&self, namespace: &str, claim: &str) -> Result<PathBuf, String> {
-        let found = self.claims.get(&format!("{namespace}/{claim}")).or_else(|| self.claims.get(claim));
-        let path = found.ok_or_else(|| {
-            let known: Vec<_> = self.claims.keys().map(String::as_str).collect();
-            let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
-            format!("persistentVolumeClaim {claim:?} is not known on this node; known are: {known}; see --claim")
-        })?;
+        let path = crate::config::claim(&self.claims, namespace, claim)?;
         path.canonicalize().map_err(|error| format!("persistentVolumeClaim {claim:?}: {}: {error}", path.display()))
     }
 

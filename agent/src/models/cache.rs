@@ -1,0 +1,234 @@
+//! Models on this node's disk: blobs by content, a folder of hard links per model, and what a fetch that
+//! was cut off has left.
+//!
+//! ```text
+//! blobs/<sha256>            each content once
+//! trees/<key>/files/…       a whole model; appears by one rename
+//! trees/<key>/tree.json     what it is
+//! partial/<key>/<n>.data    file n of a model that is being fetched
+//! partial/<key>/<n>.done    starts of its ranges that are on disk, one a line
+//! ```
+
+use std::{
+    collections::BTreeSet,
+    fs::{self, File},
+    io::{self, Read as _, Write as _},
+    os::unix::fs::MetadataExt as _,
+    path::{Path, PathBuf},
+};
+
+use serde::{Deserialize, Serialize};
+
+use super::plan::{Object, hex};
+
+/// What lies in a model's folder.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct TreeRecord {
+    /// Where it came from.
+    pub uri: String,
+    /// As listed when it was fetched.
+    pub objects: Vec<Object>,
+    /// SHA-256 of each, in the same order.
+    pub blobs: Vec<String>,
+}
+
+impl TreeRecord {
+    /// Bytes of all files.
+    pub fn bytes(&self) -> u64 {
+        self.objects.iter().map(|object| object.size).sum()
+    }
+}
+
+/// The folders on disk.
+#[derive(Debug, Clone)]
+pub struct Cache {
+    root: PathBuf,
+}
+
+impl Cache {
+    /// Opens the cache below `root`, made where missing, and removes what a crash left between two steps.
+    ///
+    /// # Errors
+    /// The folders cannot be made or read.
+    pub fn open(root: PathBuf) -> io::Result<Self> {
+        for name in ["blobs", "trees", "partial"] {
+            fs::create_dir_all(root.join(name))?;
+        }
+        let cache = Self { root };
+        cache.sweep()?;
+        Ok(cache)
+    }
+
+    /// Blobs that no model links to, and staged folders; data of cut-off fetches stays, to be resumed.
+    fn sweep(&self) -> io::Result<()> {
+        for partial in fs::read_dir(self.root.join("partial"))? {
+            match fs::remove_dir_all(partial?.path().join("tree")) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
+        }
+        for blob in fs::read_dir(self.root.join("blobs"))? {
+            let blob = blob?;
+            if blob.metadata()?.nlink() == 1 {
+                fs::remove_file(blob.path())?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Where a model's files are, once it is whole.
+    pub fn files(&self, key: &str) -> PathBuf {
+        self.root.join("trees").join(key).join("files")
+    }
+
+    /// What is known of a whole model; `None` where it is not here.
+    pub fn record(&self, key: &str) -> Option<TreeRecord> {
+        let text = fs::read(self.root.join("trees").join(key).join("tree.json")).ok()?;
+        serde_json::from_slice(&text).ok()
+    }
+
+    /// All whole models, by key.
+    pub fn trees(&self) -> Vec<(String, TreeRecord)> {
+        let Ok(entries) = fs::read_dir(self.root.join("trees")) else { return Vec::new() };
+        let names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
+        names.filter_map(|key| self.record(&key).map(|record| (key, record))).collect()
+    }
+
+    /// Where a blob is, or would be.
+    pub fn blob(&self, sha256: &str) -> PathBuf {
+        self.root.join("blobs").join(sha256)
+    }
+
+    fn partial(&self, key: &str) -> PathBuf {
+        self.root.join("partial").join(key)
+    }
+
+    /// Opens file `number` of a model that is being fetched, with the ranges that are on disk already.
+    ///
+    /// # Errors
+    /// The disk refuses.
+    pub fn part(&self, key: &str, number: usize, size: u64) -> io::Result<Part> {
+        let directory = self.partial(key);
+        fs::create_dir_all(&directory)?;
+        let path = directory.join(format!("{number}.data"));
+        let journal = directory.join(format!("{number}.done"));
+        let data = File::options().create(true).truncate(false).read(true).write(true).open(&path)?;
+        let done = if data.metadata()?.len() == size { read_journal(&journal)? } else { BTreeSet::new() };
+        if done.is_empty() {
+            // What the journal does not vouch for is not there.
+            File::create(&journal)?;
+            data.set_len(size)?;
+        }
+        let journal = File::options().append(true).open(&journal)?;
+        Ok(Part { path, data, journal, done })
+    }
+
+    /// Takes in a finished file: its SHA-256 names the blob. One that is there already is kept, and the
+    /// new copy goes.
+    ///
+    /// # Errors
+    /// The disk refuses.
+    pub fn adopt(&self, path: &Path) -> io::Result<String> {
+        let sha256 = sha256_of(path)?;
+        let blob = self.blob(&sha256);
+        if blob.exists() {
+            fs::remove_file(path)?;
+        } else {
+            fs::rename(path, blob)?;
+        }
+        Ok(sha256)
+    }
+
+    /// Removes a blob that no model links to.
+    ///
+    /// # Errors
+    /// The disk refuses.
+    pub fn drop_unused(&self, sha256: &str) -> io::Result<()> {
+        let blob = self.blob(sha256);
+        if fs::metadata(&blob)?.nlink() == 1 { fs::remove_file(blob) } else { Ok(()) }
+    }
+
+    /// Makes a model visible, whole: a folder of links is staged, synced, and renamed into place.
+    ///
+    /// # Errors
+    /// The disk refuses, or a blob is not there.
+    pub fn publish(&self, key: &str, record: &TreeRecord) -> io::Result<PathBuf> {
+        let staged = self.partial(key).join("tree");
+        match fs::remove_dir_all(&staged) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let files = staged.join("files");
+        fs::create_dir_all(&files)?;
+        for (object, sha256) in record.objects.iter().zip(&record.blobs) {
+            let link = files.join(&object.path);
+            if let Some(parent) = link.parent() {
+                fs::create_dir_all(parent)?;
+            }
+            fs::hard_link(self.blob(sha256), link)?;
+        }
+        let mut file = File::create(staged.join("tree.json"))?;
+        file.write_all(&serde_json::to_vec(record)?)?;
+        file.sync_all()?;
+        File::open(&staged)?.sync_all()?;
+        let tree = self.root.join("trees").join(key);
+        if !tree.exists() {
+            fs::rename(&staged, &tree)?;
+            File::open(self.root.join("trees"))?.sync_all()?;
+        }
+        fs::remove_dir_all(self.partial(key))?;
+        Ok(self.files(key))
+    }
+
+    /// Forgets what was fetched of a model that turned out wrong.
+    pub fn discard(&self, key: &str) {
+        // What cannot be removed now is checked again before it is used.
+        let _ = fs::remove_dir_all(self.partial(key));
+    }
+}
+
+/// A file that is being fetched.
+#[derive(Debug)]
+pub struct Part {
+    /// Where it is.
+    pub path: PathBuf,
+    /// Of full length from the start, with holes.
+    pub data: File,
+    journal: File,
+    /// Starts of the ranges that are on disk.
+    pub done: BTreeSet<u64>,
+}
+
+impl Part {
+    /// Notes that a range is on disk. Its data is synced first, so that the journal never says too much.
+    ///
+    /// # Errors
+    /// The disk refuses.
+    pub fn note(&self, start: u64) -> io::Result<()> {
+        self.data.sync_data()?;
+        // One write of one short line: it is there or not.
+        (&self.journal).write_all(format!("{start}\n").as_bytes())
+    }
+}
+
+fn read_journal(path: &Path) -> io::Result<BTreeSet<u64>> {
+    match fs::read_to_string(path) {
+        // A line without its end may be cut short.
+        Ok(text) => Ok(text.split_inclusive('\n').filter_map(|line| line.strip_suffix('\n')?.parse().ok()).collect()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(BTreeSet::new()),
+        Err(error) => Err(error),
+    }
+}
+
+fn sha256_of(path: &Path) -> io::Result<String> {
+    let mut file = File::open(path)?;
+    let mut context = ring::digest::Context::new(&ring::digest::SHA256);
+    let mut buffer = vec![0; 1 << 20];
+    loop {
+        let read = file.read(&mut buffer)?;
+        if read == 0 {
+            return Ok(hex(context.finish().as_ref()));
+        }
+        context.update(&buffer[..read]);
+    }
+}

@@ -1,0 +1,188 @@
+//! Models: fetched once per node, kept by content, and shown to replicas whole or not at all.
+//!
+//! [`plan`] is pure, [`source`] reads from stores, [`cache`] is the disk, `fetch` joins them; [`Models`]
+//! lets replicas that want the same model share one fetch.
+
+pub mod cache;
+mod fetch;
+pub mod plan;
+pub mod source;
+#[cfg(test)]
+mod tests;
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    io,
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use futures::FutureExt as _;
+use tokio::sync::watch;
+
+use cache::Cache;
+use fetch::Fetch;
+pub use fetch::Progress;
+use source::Credentials;
+
+/// Silence after which a range is asked for again.
+pub const STALL: Duration = Duration::from_secs(30);
+
+/// Why a model is not here.
+#[derive(Debug, thiserror::Error)]
+pub enum ModelError {
+    /// The source says that there is no such thing.
+    #[error("{uri}: not found: {reason}")]
+    NotFound {
+        /// Which model.
+        uri: String,
+        /// What the source says.
+        reason: String,
+    },
+    /// The source cannot be read.
+    #[error("{uri}: {reason}")]
+    Source {
+        /// Which model.
+        uri: String,
+        /// Why.
+        reason: String,
+    },
+    /// What came is not what the source lists.
+    #[error("{uri}: {file}: SHA-256 is {found}, expected {expected}")]
+    Checksum {
+        /// Which model.
+        uri: String,
+        /// Which of its files.
+        file: String,
+        /// As listed.
+        expected: String,
+        /// As computed.
+        found: String,
+    },
+    /// The node's disk refuses.
+    #[error("{uri}: the node's disk: {error}")]
+    Disk {
+        /// Which model.
+        uri: String,
+        /// Why.
+        error: io::Error,
+    },
+    /// No volume of this name.
+    #[error("{uri}: {reason}")]
+    Volume {
+        /// Which model.
+        uri: String,
+        /// Names those that it has.
+        reason: String,
+    },
+}
+
+impl ModelError {
+    /// CamelCase, for a replica's status.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::NotFound { .. } => "ModelNotFound",
+            Self::Source { .. } => "ModelFetchFailed",
+            Self::Checksum { .. } => "ModelChecksumMismatch",
+            Self::Disk { error, .. } if error.kind() == io::ErrorKind::StorageFull => "DiskFull",
+            Self::Disk { .. } => "ModelCacheFailed",
+            Self::Volume { .. } => "VolumeNotFound",
+        }
+    }
+}
+
+/// Fetches that go on, by address and credentials.
+type Running = HashMap<(String, Credentials), watch::Sender<Progress>>;
+
+/// A node's models. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Models {
+    cache: Cache,
+    claims: Arc<BTreeMap<String, PathBuf>>,
+    stall: Duration,
+    running: Arc<Mutex<Running>>,
+    turns: Arc<Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>>,
+}
+
+impl Models {
+    /// Opens the cache below `root`. `claims` are what `pvc://` names mean here.
+    ///
+    /// # Errors
+    /// The cache cannot be made or read.
+    pub fn open(root: PathBuf, claims: BTreeMap<String, PathBuf>, stall: Duration) -> io::Result<Self> {
+        let cache = Cache::open(root)?;
+        Ok(Self { cache, claims: Arc::new(claims), stall, running: Arc::default(), turns: Arc::default() })
+    }
+
+    /// What is on disk.
+    pub fn cache(&self) -> &Cache {
+        &self.cache
+    }
+
+    /// Where a claim of a namespace is, and the folder in it that `pvc://claim[/path]` names. Nothing is copied.
+    ///
+    /// # Errors
+    /// The node has no such volume, or no such path in it.
+    pub fn volume(&self, namespace: &str, uri: &str) -> Result<(PathBuf, PathBuf), ModelError> {
+        let rest = uri.strip_prefix("pvc://").unwrap_or(uri);
+        let (name, path) = rest.split_once('/').unwrap_or((rest, ""));
+        let root = crate::config::claim(&self.claims, namespace, name);
+        let root = root.map_err(|reason| ModelError::Volume { uri: uri.to_owned(), reason })?.to_owned();
+        if path.split('/').any(|part| part == "..") {
+            return Err(ModelError::Source { uri: uri.to_owned(), reason: "the path must be without ..".to_owned() });
+        }
+        let below = if path.is_empty() { root.clone() } else { root.join(path.trim_start_matches('/')) };
+        if !below.exists() {
+            let reason = format!("{} is not there", below.display());
+            return Err(ModelError::NotFound { uri: uri.to_owned(), reason });
+        }
+        Ok((root, below))
+    }
+
+    /// Has a model in place and gives its folder. Those that want the same model at once fetch it once;
+    /// `progress` is told how far it is.
+    ///
+    /// # Errors
+    /// It cannot be fetched; what came so far is kept for the next try.
+    pub async fn ensure(
+        &self,
+        uri: &str,
+        credentials: &Credentials,
+        progress: impl Fn(Progress) + Send + Sync,
+    ) -> Result<PathBuf, ModelError> {
+        let id = (uri.to_owned(), credentials.clone());
+        let sender = {
+            let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+            running.retain(|known, sender| sender.receiver_count() > 0 || *known == id);
+            running.entry(id).or_default().clone()
+        };
+        let mut seen = sender.subscribe();
+        let turn = {
+            let mut turns = self.turns.lock().unwrap_or_else(PoisonError::into_inner);
+            turns.retain(|known, turn| Arc::strong_count(turn) > 1 || known == uri);
+            Arc::clone(turns.entry(uri.to_owned()).or_default())
+        };
+        let source = source::open(uri, credentials)?;
+        let fetch =
+            Fetch { uri: uri.to_owned(), source, cache: self.cache.clone(), stall: self.stall, progress: sender };
+        let mut fetching = async {
+            // Whoever comes second finds the model there, after one look at the listing.
+            let _turn = turn.lock().await;
+            fetch.run().await
+        }
+        .boxed();
+        let mut beat = tokio::time::interval(Duration::from_millis(500));
+        loop {
+            tokio::select! {
+                done = &mut fetching => {
+                    progress(*seen.borrow());
+                    return done.map(|key| self.cache.files(&key));
+                }
+                _ = beat.tick() => if seen.has_changed().unwrap_or(false) {
+                    progress(*seen.borrow_and_update());
+                }
+            }
+        }
+    }
+}

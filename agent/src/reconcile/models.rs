@@ -1,0 +1,56 @@
+//! A replica's models: fetched before it starts, with progress in its status.
+
+use pilotlight_proto::fleet::v1::{ReplicaAssignment, ReplicaPhase};
+
+use super::Statuses;
+use crate::{
+    models::{ModelError, Models, Progress, source::Credentials},
+    runtime::Mount,
+};
+
+/// Has all models of a replica in place, one after another, and says where it sees them.
+pub(super) async fn fetch(
+    models: &Models,
+    assignment: &ReplicaAssignment,
+    statuses: &Statuses,
+) -> Result<Vec<Mount>, ModelError> {
+    let mut mounts = Vec::new();
+    for model in &assignment.models {
+        if !model.unresolved.is_empty() {
+            return Err(ModelError::Source { uri: model.uri.clone(), reason: model.unresolved.clone() });
+        }
+        let mut add = |source, target: &str| {
+            let target = target.trim_end_matches('/').to_owned();
+            mounts.push(Mount { source, target, read_only: model.read_only });
+        };
+        if model.uri.starts_with("pvc://") {
+            let (root, below) = models.volume(&assignment.namespace, &model.uri)?;
+            add(below, &model.mount_path);
+            if !model.claim_root.is_empty() {
+                add(root, &model.claim_root);
+            }
+            continue;
+        }
+        let credentials: Credentials =
+            model.credentials.iter().map(|given| (given.name.clone(), given.value.clone())).collect();
+        let tell = |progress: Progress| {
+            statuses.update(&assignment.replica, |status| {
+                status.set_phase(ReplicaPhase::Fetching);
+                status.fetched_bytes = progress.done;
+                status.fetch_total_bytes = progress.total;
+                status.message = message(progress);
+                status.reason.clear();
+            });
+        };
+        add(models.ensure(&model.uri, &credentials, tell).await?, &model.mount_path);
+    }
+    Ok(mounts)
+}
+
+/// In whole percent: each new one is a sign of progress, and there are at most a hundred.
+fn message(progress: Progress) -> String {
+    match (progress.done * 100).checked_div(progress.total) {
+        Some(percent) => format!("fetching model: {percent}% of {} MiB", progress.total >> 20),
+        None => "fetching model: looking at what there is".to_owned(),
+    }
+}

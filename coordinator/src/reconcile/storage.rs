@@ -1,0 +1,151 @@
+//! A revision's models as agents get them: addresses, and credentials from the namespace's secrets. Pure.
+
+use std::collections::BTreeMap;
+
+use pilotlight_proto::fleet::v1 as fleet;
+use serde_json::{Map, Value};
+
+use super::world::World;
+use crate::{
+    model::RevisionRecord,
+    spec::{AuxiliaryKind, Storage, StorageSource},
+    values::Values,
+};
+
+/// Names the secret whose keys are credentials, by the names of the tools' environment variables.
+const SECRET_NAME: &str = "serving.kserve.io/storageSecretName";
+/// The secret that `storage.key` picks an entry of.
+const STORAGE_CONFIG: &str = "storage-config";
+/// Entry that is taken where no key is given.
+const DEFAULT_ENTRY: &str = "default";
+/// Fields of an entry and the variables that they become.
+const FIELDS: [(&str, &str); 7] = [
+    ("access_key_id", "AWS_ACCESS_KEY_ID"),
+    ("secret_access_key", "AWS_SECRET_ACCESS_KEY"),
+    ("session_token", "AWS_SESSION_TOKEN"),
+    ("endpoint_url", "AWS_ENDPOINT_URL"),
+    ("default_region", "AWS_REGION"),
+    ("region", "AWS_REGION"),
+    ("anonymous", "AWS_ANONYMOUS_CREDENTIAL"),
+];
+
+type Credentials = BTreeMap<String, String>;
+
+/// The models of one revision. A secret that is missing is said in the model, and keeps it from being
+/// fetched.
+pub(super) fn models(world: &World, revision: &RevisionRecord) -> Vec<fleet::ModelMount> {
+    let service = world.services.get(&revision.service_key()).map(|state| &state.record.service);
+    let named = revision.template.annotations.get(SECRET_NAME);
+    let named = named.or_else(|| service.and_then(|service| service.annotations.get(SECRET_NAME)));
+    let values = &world.settings.values;
+    let model = |storage: &Storage| {
+        let (uri, credentials) = match &storage.source {
+            StorageSource::Uri(uri) => {
+                let none = || Ok(Credentials::new());
+                (uri.clone(), named.map_or_else(none, |name| secret(values, &revision.namespace, name)))
+            }
+            StorageSource::Entry { key, path, parameters, .. } => {
+                let key = if key.is_empty() { DEFAULT_ENTRY } else { key };
+                let found = entry(values, &revision.namespace, key);
+                match found.and_then(|entry| address(&entry, key, path, parameters)) {
+                    Ok((uri, credentials)) => (uri, Ok(credentials)),
+                    Err(missing) => (path.clone(), Err(missing)),
+                }
+            }
+        };
+        let unresolved = credentials.as_ref().err().cloned().unwrap_or_default();
+        let credentials = credentials.unwrap_or_default().into_iter();
+        fleet::ModelMount {
+            uri,
+            mount_path: storage.mount_path.clone(),
+            read_only: storage.read_only,
+            claim_root: storage.claim_root.clone().unwrap_or_default(),
+            credentials: credentials.map(|(name, value)| fleet::EnvVar { name, value }).collect(),
+            unresolved,
+        }
+    };
+    revision.template.storage.iter().map(model).collect()
+}
+
+/// All keys of a secret that hold text.
+fn secret(values: &Values, namespace: &str, name: &str) -> Result<Credentials, String> {
+    let secret = values.get(AuxiliaryKind::Secret, namespace, name);
+    let secret = secret.ok_or_else(|| format!("Secret {namespace}/{name} is not there; {SECRET_NAME} names it"))?;
+    let text = |(key, value): (&String, &Vec<u8>)| Some((key.clone(), String::from_utf8(value.clone()).ok()?));
+    Ok(secret.data.0.iter().filter_map(text).collect())
+}
+
+fn entry(values: &Values, namespace: &str, key: &str) -> Result<Map<String, Value>, String> {
+    let what = format!("Secret {namespace}/{STORAGE_CONFIG}");
+    let secret = values.get(AuxiliaryKind::Secret, namespace, STORAGE_CONFIG);
+    let secret = secret.ok_or_else(|| format!("{what} is not there"))?;
+    let text = secret.data.0.get(key).ok_or_else(|| format!("{what} has no key {key}"))?;
+    // The parser's own words may repeat what it holds.
+    serde_json::from_slice(text).map_err(|_| format!("{what}: the value of {key} must be a JSON object"))
+}
+
+/// An entry's address and credentials; `parameters` go before the entry's own fields.
+fn address(
+    entry: &Map<String, Value>,
+    key: &str,
+    path: &str,
+    parameters: &BTreeMap<String, String>,
+) -> Result<(String, Credentials), String> {
+    let text = |name: &str| match entry.get(name) {
+        Some(Value::String(text)) => Some(text.clone()),
+        Some(Value::Bool(flag)) => Some(flag.to_string()),
+        _ => None,
+    };
+    let field = |name: &str| parameters.get(name).cloned().or_else(|| text(name));
+    let what = format!("Secret {STORAGE_CONFIG}, key {key}");
+    let kind = field("type").unwrap_or_else(|| "s3".to_owned());
+    if kind != "s3" {
+        return Err(format!("{what}: type {kind:?} cannot be read; known is s3"));
+    }
+    // Where to go and as whom belong together: a service must not have the secret's keys sent elsewhere.
+    if parameters.contains_key("endpoint_url") && text("access_key_id").is_some() {
+        return Err(format!("storage.parameters.endpoint_url: must not change where the keys of {what} are sent"));
+    }
+    let bucket = field("bucket").ok_or_else(|| format!("{what}: bucket is missing"))?;
+    let credentials = FIELDS.iter().filter_map(|(from, name)| Some(((*name).to_owned(), field(from)?)));
+    Ok((format!("s3://{bucket}/{}", path.trim_start_matches('/')), credentials.collect()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::spec::{Auxiliary, Data};
+
+    fn values(key: &str, json: &str) -> Values {
+        let values = Values::default();
+        let data = Data(BTreeMap::from([(key.to_owned(), json.as_bytes().to_vec())]));
+        let (kind, namespace, name) = (AuxiliaryKind::Secret, "default".to_owned(), STORAGE_CONFIG.to_owned());
+        values.remember(Auxiliary { kind, namespace, name, data });
+        values
+    }
+
+    #[test]
+    fn an_entry_becomes_an_address_with_credentials() {
+        let json = r#"{"type": "s3", "bucket": "b", "endpoint_url": "http://s3", "access_key_id": "i"}"#;
+        let found = entry(&values("minio", json), "default", "minio").unwrap();
+        let (uri, credentials) = address(&found, "minio", "/models/m", &BTreeMap::new()).unwrap();
+        assert_eq!(uri, "s3://b/models/m");
+        assert_eq!(credentials["AWS_ENDPOINT_URL"], "http://s3");
+        assert_eq!(credentials["AWS_ACCESS_KEY_ID"], "i");
+        let other = BTreeMap::from([("bucket".to_owned(), "c".to_owned())]);
+        assert_eq!(address(&found, "minio", "m", &other).unwrap().0, "s3://c/m");
+        let elsewhere = BTreeMap::from([("endpoint_url".to_owned(), "http://thief".to_owned())]);
+        assert!(address(&found, "minio", "m", &elsewhere).is_err());
+    }
+
+    #[test]
+    fn what_is_missing_is_named_and_nothing_secret_is_shown() {
+        let none = Values::default();
+        assert_eq!(entry(&none, "default", "x").unwrap_err(), "Secret default/storage-config is not there");
+        assert!(entry(&values("a", "{}"), "default", "b").unwrap_err().ends_with("has no key b"));
+        assert!(!entry(&values("a", "hunter2"), "default", "a").unwrap_err().contains("hunter2"));
+        let error = address(&Map::new(), "a", "m", &BTreeMap::new()).unwrap_err();
+        assert_eq!(error, "Secret storage-config, key a: bucket is missing");
+        assert!(secret(&none, "default", "s").unwrap_err().contains("Secret default/s is not there"));
+    }
+}
