@@ -2,7 +2,10 @@
 //! starts by rung, waiting and GPU-minutes, over several loads and seeds; and what one choice costs.
 #![allow(clippy::print_stdout, reason = "a benchmark prints")]
 
-use std::{hint::black_box, time::Duration, time::Instant};
+use std::{
+    hint::black_box,
+    time::{Duration, Instant},
+};
 
 use pilotlight_coordinator::{
     eviction::{Bytes, Costs, Entry, Footprint, Policy, Rung, held, victims},
@@ -10,7 +13,7 @@ use pilotlight_coordinator::{
 };
 
 const GIB: u64 = 1 << 30;
-const SEEDS: u64 = 10;
+const SEEDS: u64 = 5;
 
 /// Loads and fleets that differ in what should matter.
 fn scenarios() -> Vec<(&'static str, Scenario)> {
@@ -25,7 +28,7 @@ fn scenarios() -> Vec<(&'static str, Scenario)> {
         ("few GPUs (16)", Scenario { nodes: 2, host: 512 * GIB, disk: 2048 * GIB, ..base() }),
         ("little memory (160 GiB a node)", Scenario { host: 160 * GIB, ..base() }),
         ("little disk (400 GiB a node)", Scenario { disk: 400 * GIB, ..base() }),
-        ("three times the requests", with(Load { rate: 0.9, ..Load::default() })),
+        ("three times the requests", with(Load { rate: 0.6, ..Load::default() })),
     ]
 }
 
@@ -54,7 +57,7 @@ fn ratio(what: &str, ours: &[Outcome], peer: &[Outcome], value: impl Fn(&Outcome
 }
 
 fn policies() -> Result<(), String> {
-    println!("means of {SEEDS} seeds, 48 h each; starts by the rung they began from");
+    println!("means of {SEEDS} seeds, 24 h each; starts by the rung they began from");
     for (name, scenario) in scenarios() {
         let mut outcomes: [Vec<Outcome>; 3] = Default::default();
         for seed in 1..=SEEDS {

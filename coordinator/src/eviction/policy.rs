@@ -47,12 +47,11 @@ struct Node<'a> {
     entries: Vec<&'a Entry>,
     rungs: Vec<Rung>,
     held: Bytes,
-    /// Score, entry, from, to.
-    taken: Vec<(u64, usize, Rung, Rung)>,
+    /// Score, entry, and where it was before.
+    taken: Vec<(u64, usize, Rung)>,
 }
 
-/// Chooses who steps down until the node holds no more than its budget. An entry goes to the nearest rung
-/// that frees what is short. Deterministic, and independent of the entries' order; entries in use stay,
+/// Chooses who steps down until the node holds no more than its budget. Deterministic, and independent of the entries' order; entries in use stay,
 /// and none goes below its pin. Where the rest does not suffice, all that can go down has gone, and
 /// [`Victims::past`] says what is still too much.
 pub fn victims(entries: &[Entry], budget: Bytes, policy: Policy) -> Victims {
@@ -80,7 +79,7 @@ impl Node<'_> {
             (0..self.entries.len()).filter_map(|at| self.candidate(at, resource, policy)).map(Reverse).collect();
         while resource(self.held) > resource(budget) {
             let Some(Reverse((score, at, to))) = heap.pop() else { return };
-            self.taken.push((score, at, self.rungs[at], to));
+            self.taken.push((score, at, self.rungs[at]));
             self.move_to(at, to);
             heap.extend(self.candidate(at, resource, policy).map(Reverse));
         }
@@ -96,30 +95,40 @@ impl Node<'_> {
     fn candidate(&self, at: usize, resource: Resource, policy: Policy) -> Option<(u64, usize, Rung)> {
         let (entry, from) = (self.entries[at], self.rungs[at]);
         let bytes = |rung| resource(entry.footprint.held(rung));
-        let to = from.colder().find(|to| bytes(*to) < bytes(from)).filter(|to| entry.may_go_to(*to))?;
-        let score = match policy {
+        let mut open = from.colder().filter(|to| entry.may_go_to(*to) && bytes(*to) < bytes(from));
+        match policy {
+            // A small step may free next to nothing for what it costs: the rung that loses least per byte
+            // is taken, as in the upper hull of a multiple-choice knapsack.
             Policy::CostAware => {
-                let lost = entry.costs.lost(from, to) * entry.need.clamp(0.0, 1.0);
-                // The bits of positive numbers are in the numbers' order.
-                (lost / (bytes(from) - bytes(to)) as f64).max(0.0).to_bits()
+                let score = |to: Rung| {
+                    let lost = entry.costs.lost(from, to) * entry.need.clamp(0.0, 1.0);
+                    // The bits of positive numbers are in the numbers' order.
+                    (lost / (bytes(from) - bytes(to)) as f64).max(0.0).to_bits()
+                };
+                open.map(|to| (score(to), Reverse(to))).min().map(|(score, Reverse(to))| (score, at, to))
             }
-            Policy::Lru => u64::try_from(entry.last_used.as_nanos()).unwrap_or(u64::MAX),
-            Policy::Lfu => entry.uses,
-        };
-        Some((score, at, to))
+            Policy::Lru => {
+                let used = u64::try_from(entry.last_used.as_nanos()).unwrap_or(u64::MAX);
+                open.next().map(|to| (used, at, to))
+            }
+            Policy::Lfu => open.next().map(|to| (entry.uses, at, to)),
+        }
     }
 
     /// The last step may free more than is needed: those worth most are not taken where there is room
-    /// without them.
+    /// without them. Each round but the last makes one entry warmer, so there are few.
     fn take_back(&mut self, budget: Bytes) {
         let mut taken = std::mem::take(&mut self.taken);
-        taken.sort_by_key(|(score, at, _, to)| (Reverse(*score), *at, *to));
-        for (_, at, from, to) in taken {
-            let footprint = &self.entries[at].footprint;
-            let back = self.held - footprint.held(to) + footprint.held(from);
-            let no_worse = back.past(budget).within(self.held.past(budget));
-            if self.rungs[at] == to && no_worse {
-                self.move_to(at, from);
+        taken.sort_by_key(|(score, at, from)| (Reverse(*score), *at, Reverse(*from)));
+        let mut changed = true;
+        while std::mem::take(&mut changed) {
+            for (_, at, from) in &taken {
+                let (footprint, rung) = (&self.entries[*at].footprint, self.rungs[*at]);
+                let back = self.held - footprint.held(rung) + footprint.held(*from);
+                if rung < *from && back.past(budget).within(self.held.past(budget)) {
+                    self.move_to(*at, *from);
+                    changed = true;
+                }
             }
         }
     }

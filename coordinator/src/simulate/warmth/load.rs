@@ -45,12 +45,12 @@ impl Default for Load {
         Self {
             models: 120,
             zipf: 0.9,
-            rate: 0.3,
+            rate: 0.2,
             burst_share: 0.7,
             burst_size: 8.0,
             burst_gap: Duration::from_secs(90),
             request_time: Duration::from_secs(8),
-            length: Duration::from_secs(48 * 3600),
+            length: Duration::from_secs(24 * 3600),
             seed: 1,
         }
     }

@@ -54,8 +54,9 @@ impl Default for Scenario {
     }
 }
 
-/// How far ahead the need is looked at, unless said otherwise.
-pub const HORIZON: Duration = Duration::from_secs(1800);
+/// How far ahead the need is looked at, unless said otherwise. Much longer ones make all that is in a burst
+/// look equally needed.
+pub const HORIZON: Duration = Duration::from_secs(120);
 
 /// Bytes that stand for one whole GPU.
 const GPU: u64 = 80 * GIB;
