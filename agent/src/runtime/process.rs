@@ -38,6 +38,8 @@ const PASSED_ON: [&str; 6] = ["PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "TMPDIR
 const LOOK: Duration = Duration::from_millis(100);
 /// How often a process that is being paused is looked at.
 const LOOK_PAUSED: Duration = Duration::from_millis(2);
+/// How many times at most.
+const LOOKS_PAUSED: u32 = 500;
 
 /// Runs replicas as processes.
 pub struct ProcessRuntime {
@@ -262,8 +264,12 @@ impl Runtime for ProcessRuntime {
 
     async fn pause(&self, running: &Running) -> Result<(), RuntimeError> {
         halt(running, "pause", Signal::SIGSTOP)?;
-        // The signal is under way; paused is what it is afterwards.
-        while state(running.pid).is_some_and(|state| !matches!(state, 'T' | 'Z')) {
+        // The signal is under way. A parent whose child was halted between vfork and exec never shows as
+        // stopped, yet does nothing either, so this does not wait for ever.
+        for _ in 0..LOOKS_PAUSED {
+            if state(running.pid).is_none_or(|state| matches!(state, 'T' | 'Z')) {
+                break;
+            }
             tokio::time::sleep(LOOK_PAUSED).await;
         }
         Ok(())
