@@ -92,14 +92,14 @@ fn choice(count: u64) {
         let footprint = Footprint { weights, disk: weights, asleep_host: weights, ..Footprint::default() };
         Entry {
             name: format!("default/m{at:05}"),
-            rung: if at % 3 == 0 { Rung::Asleep } else { Rung::Staged },
+            rung: if at.is_multiple_of(3) { Rung::Asleep } else { Rung::Staged },
             footprint,
             costs: Costs::estimated(&footprint),
             need: (at * 104_729 % 1000) as f64 / 1000.0,
             last_used: Duration::from_secs(at),
             uses: at,
             pinned: None,
-            in_use: at % 50 == 0,
+            in_use: at.is_multiple_of(50),
         }
     };
     let entries: Vec<Entry> = (0..count).map(entry).collect();
