@@ -10,5 +10,6 @@ pub mod reconcile;
 pub mod runtime;
 pub mod session;
 pub mod sidecar;
+pub mod warmth;
 
 pub use node::{AgentError, run};

@@ -13,7 +13,7 @@ use std::{
 };
 
 use pilotlight_agent::runtime::{
-    DockerRuntime, DockerSettings, ProcessRuntime, Running, Runtime, RuntimeError, probe::Prober,
+    DockerRuntime, DockerSettings, Mount, ProcessRuntime, Running, Runtime, RuntimeError, probe::Prober,
 };
 use pilotlight_proto::fleet::v1::{
     ContainerSpec, EmptyDir, EnvVar, Files, Limits, Probe, ReplicaAssignment, SecurityContext, Volume, VolumeMount,
@@ -303,6 +303,39 @@ async fn commands_are_run_where_the_replica_runs() {
         Prober::new(probe("good"), &running, Arc::clone(&bench.runtime)).ask().await.unwrap();
         let error = Prober::new(probe("bad"), &running, Arc::clone(&bench.runtime)).ask().await.unwrap_err();
         assert!(error.contains('9'), "{error}");
+        bench.end(&running).await;
+    }
+}
+
+#[tokio::test]
+async fn one_that_is_paused_answers_nothing_until_it_goes_on() {
+    for bench in Bench::all().await {
+        let (running, _) = bench.serve(&bench.assignment("paused", &[])).await;
+        bench.runtime.pause(&running).await.unwrap();
+        let answer = tokio::time::timeout(Duration::from_millis(500), ask(&running)).await;
+        assert!(answer.is_err(), "{answer:?}");
+        bench.runtime.resume(&running).await.unwrap();
+        ask(&running).await.unwrap();
+        // A paused one hears a polite stop.
+        bench.runtime.pause(&running).await.unwrap();
+        let exited = bench.runtime.exited(&running);
+        let (exit, ()) = tokio::join!(exited, bench.runtime.stop(&running, DEADLINE));
+        assert_eq!(exit.code, Some(3));
+        bench.runtime.remove(&running.replica).await;
+    }
+}
+
+#[tokio::test]
+async fn a_models_folder_is_seen_where_the_manifest_says() {
+    for bench in Bench::all().await {
+        let model = tempfile::tempdir().unwrap();
+        std::fs::write(model.path().join("weights"), "w").unwrap();
+        let mount = Mount { source: model.path().to_owned(), target: "/mnt/models".into(), read_only: true };
+        let assignment = bench.assignment("model", &["look", "/mnt/models/weights"]);
+        bench.runtime.prepare(&assignment, &|_| {}).await.unwrap();
+        let running = bench.runtime.start(&assignment, &[mount]).await.unwrap();
+        let exit = tokio::time::timeout(DEADLINE, bench.runtime.exited(&running)).await.expect("it ends");
+        assert_eq!(exit.code, Some(0), "docker: {}", bench.docker);
         bench.end(&running).await;
     }
 }

@@ -1,12 +1,13 @@
 //! Pilotlight's coordinator: desired state, scaling and placement decisions.
 //!
-//! Pure decisions ([`spec`], [`manifest`], [`autoscaler`], [`placement`], [`rollout`]) are deterministic functions
-//! without clock, I/O or randomness; [`store`], [`fleet`] and [`api`] are the effects; [`reconcile`]
-//! joins the two.
+//! Pure decisions ([`spec`], [`manifest`], [`autoscaler`], [`placement`], [`rollout`], [`eviction`]) are
+//! deterministic functions without clock, I/O or randomness; [`store`], [`fleet`] and [`api`] are the
+//! effects; [`reconcile`] joins the two.
 
 pub mod api;
 pub mod autoscaler;
 pub mod config;
+pub mod eviction;
 pub mod finding;
 pub mod fleet;
 pub mod leader;

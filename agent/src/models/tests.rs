@@ -162,7 +162,10 @@ async fn what_is_missing_is_named() {
     let error = models.ensure("hdfs://a/b", &none, |_| {}).await.unwrap_err();
     assert!(error.to_string().contains("known are s3"), "{error}");
     let error = models.volume("default", "pvc://wights/m").unwrap_err();
-    assert_eq!(error.to_string(), "pvc://wights/m: this node has no volume \"wights\"; it has weights");
+    assert_eq!(
+        error.to_string(),
+        "pvc://wights/m: persistentVolumeClaim \"wights\" is not known on this node; known are: weights; see --claim"
+    );
     assert_eq!(models.volume("default", "pvc://weights/none").unwrap_err().reason(), "ModelNotFound");
     assert!(models.volume("default", "pvc://weights/../etc").is_err());
     let (root, below) = models.volume("default", "pvc://weights/cache").unwrap();

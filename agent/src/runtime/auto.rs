@@ -59,6 +59,14 @@ impl Runtime for AnyRuntime {
         self.tending(running).stop(running, grace).await;
     }
 
+    async fn pause(&self, running: &Running) -> Result<(), RuntimeError> {
+        self.tending(running).pause(running).await
+    }
+
+    async fn resume(&self, running: &Running) -> Result<(), RuntimeError> {
+        self.tending(running).resume(running).await
+    }
+
     async fn remove(&self, replica: &str) {
         self.docker.remove(replica).await;
         self.process.remove(replica).await;

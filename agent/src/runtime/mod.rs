@@ -109,6 +109,16 @@ pub enum RuntimeError {
         /// For people.
         message: String,
     },
+    /// The replica cannot be paused or resumed.
+    #[error("cannot {what} {replica}: {reason}")]
+    Pause {
+        /// "pause" or "resume".
+        what: &'static str,
+        /// Which replica.
+        replica: String,
+        /// Why.
+        reason: String,
+    },
 }
 
 impl RuntimeError {
@@ -117,6 +127,7 @@ impl RuntimeError {
         match self {
             Self::Specification { .. } => "CreateContainerConfigError",
             Self::Start { .. } | Self::File { .. } | Self::Engine { .. } => "StartError",
+            Self::Pause { .. } => "PauseError",
             Self::Container { reason, .. } => reason,
         }
     }
@@ -140,6 +151,16 @@ pub trait Runtime: Send + Sync + 'static {
     async fn exited(&self, running: &Running) -> Exit;
     /// Asks it to end, and makes it after `grace`. Returns when it has.
     async fn stop(&self, running: &Running, grace: Duration);
+    /// Halts it where it is; it keeps all its memory, that of GPUs too. [`Runtime::stop`] works on it as ever.
+    async fn pause(&self, running: &Running) -> Result<(), RuntimeError> {
+        let (replica, reason) = (running.replica.clone(), "this runtime cannot".to_owned());
+        Err(RuntimeError::Pause { what: "pause", replica, reason })
+    }
+    /// Lets it go on where it was.
+    async fn resume(&self, running: &Running) -> Result<(), RuntimeError> {
+        let (replica, reason) = (running.replica.clone(), "this runtime cannot".to_owned());
+        Err(RuntimeError::Pause { what: "resume", replica, reason })
+    }
     /// Forgets a replica that has ended, with its files.
     async fn remove(&self, replica: &str);
     /// Where its output is.

@@ -38,6 +38,10 @@ const MARK: &str = "PILOTLIGHT_REPLICA";
 const PASSED_ON: [&str; 6] = ["PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "TMPDIR", "NVIDIA_DRIVER_CAPABILITIES"];
 /// How often the end of another process's child is looked for.
 const LOOK: Duration = Duration::from_millis(100);
+/// How often a process that is being paused is looked at.
+const LOOK_PAUSED: Duration = Duration::from_millis(2);
+/// How many times at most.
+const LOOKS_PAUSED: u32 = 500;
 
 /// Runs replicas as processes.
 pub struct ProcessRuntime {
@@ -159,6 +163,19 @@ fn signal(pid: u32, signal: Signal) {
     }
 }
 
+/// State of a process as in `/proc`: T is stopped by a signal, Z ended and not yet reaped.
+fn state(pid: u32) -> Option<char> {
+    Some(procfs::process::Process::new(i32::try_from(pid).ok()?).ok()?.stat().ok()?.state)
+}
+
+/// Sends a replica's group a signal that it cannot miss.
+fn halt(running: &Running, what: &'static str, signal: Signal) -> Result<(), RuntimeError> {
+    let failed = |reason: String| RuntimeError::Pause { what, replica: running.replica.clone(), reason };
+    let group = i32::try_from(running.pid).ok().filter(|group| *group > 1);
+    let group = group.ok_or_else(|| failed("it has no process".to_owned()))?;
+    killpg(Pid::from_raw(group), signal).map_err(|error| failed(error.to_string()))
+}
+
 #[async_trait]
 impl Runtime for ProcessRuntime {
     async fn start(&self, assignment: &ReplicaAssignment, mounts: &[Mount]) -> Result<Running, RuntimeError> {
@@ -241,12 +258,31 @@ impl Runtime for ProcessRuntime {
 
     async fn stop(&self, running: &Running, grace: Duration) {
         signal(running.pid, Signal::SIGTERM);
+        // One that is paused hears it only now.
+        signal(running.pid, Signal::SIGCONT);
         if tokio::time::timeout(grace, self.exited(running)).await.is_err() {
             warn!(replica = %running.replica, ?grace, "did not end in time; killed");
         }
         // Whatever of its group is left goes too.
         signal(running.pid, Signal::SIGKILL);
         self.exited(running).await;
+    }
+
+    async fn pause(&self, running: &Running) -> Result<(), RuntimeError> {
+        halt(running, "pause", Signal::SIGSTOP)?;
+        // The signal is under way. A parent whose child was halted between vfork and exec never shows as
+        // stopped, yet does nothing either, so this does not wait for ever.
+        for _ in 0..LOOKS_PAUSED {
+            if state(running.pid).is_none_or(|state| matches!(state, 'T' | 'Z')) {
+                break;
+            }
+            tokio::time::sleep(LOOK_PAUSED).await;
+        }
+        Ok(())
+    }
+
+    async fn resume(&self, running: &Running) -> Result<(), RuntimeError> {
+        halt(running, "resume", Signal::SIGCONT)
     }
 
     async fn remove(&self, replica: &str) {

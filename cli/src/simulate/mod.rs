@@ -1,6 +1,7 @@
 //! `pilotlight simulate`: what the autoscaler would do, or did.
 
 mod chart;
+mod eviction;
 mod print;
 
 use std::{
@@ -26,7 +27,10 @@ use crate::{failure::Failure, manifests::Files, output::Format, scaling::Scaling
 
 /// What to simulate.
 #[derive(Debug, clap::Args)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 pub struct Args {
+    #[command(subcommand)]
+    mode: Option<Mode>,
     #[command(flatten)]
     input: Input,
     /// Manifest of the services; `-` is standard input.
@@ -62,6 +66,13 @@ pub struct Args {
     tail: Duration,
     #[command(flatten)]
     scaling: ScalingArgs,
+}
+
+/// Other things to simulate.
+#[derive(Debug, clap::Subcommand)]
+enum Mode {
+    /// Compare policies of who leaves GPU, memory and disk: many made-up models that share few GPUs.
+    Eviction(eviction::Args),
 }
 
 #[derive(Debug, clap::Args)]
@@ -118,6 +129,9 @@ struct ModelArgs {
 
 /// Simulates or replays, and prints what came of it.
 pub fn run(args: Args) -> Result<(), Failure> {
+    if let Some(Mode::Eviction(args)) = args.mode {
+        return eviction::run(args);
+    }
     if let Some(recording) = &args.input.replay {
         return replayed(recording, args.output);
     }

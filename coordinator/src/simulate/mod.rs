@@ -15,6 +15,7 @@ mod service;
 #[cfg(test)]
 mod tests;
 pub mod trace;
+pub mod warmth;
 
 use std::time::Duration;
 

@@ -344,6 +344,10 @@ fn now() -> i64 {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |now| now.as_secs() as i64)
 }
 
+fn cannot(what: &'static str, running: &Running, error: &Error) -> RuntimeError {
+    RuntimeError::Pause { what, replica: running.replica.clone(), reason: error.to_string() }
+}
+
 #[async_trait]
 impl Runtime for DockerRuntime {
     async fn prepare(&self, assignment: &ReplicaAssignment, say: Say<'_>) -> Result<(), RuntimeError> {
@@ -456,12 +460,24 @@ impl Runtime for DockerRuntime {
             let _ = self.docker.kill_container(id, Some(options)).await;
         };
         kill(&signal).await;
+        // One that is paused hears it only now; one that is not has nothing to resume.
+        let _ = self.docker.unpause_container(id).await;
         if tokio::time::timeout(grace, self.exited(running)).await.is_err() {
             warn!(replica = %running.replica, ?grace, "did not end in time; killed");
             kill("SIGKILL").await;
             self.exited(running).await;
         }
         self.last_output(&running.replica).await;
+    }
+
+    async fn pause(&self, running: &Running) -> Result<(), RuntimeError> {
+        let id = running.container.as_deref().unwrap_or_default();
+        self.docker.pause_container(id).await.map_err(|error| cannot("pause", running, &error))
+    }
+
+    async fn resume(&self, running: &Running) -> Result<(), RuntimeError> {
+        let id = running.container.as_deref().unwrap_or_default();
+        self.docker.unpause_container(id).await.map_err(|error| cannot("resume", running, &error))
     }
 
     async fn remove(&self, replica: &str) {

@@ -1,0 +1,188 @@
+//! Putting a replica to sleep and waking it: by its server's own endpoints, else by pausing its process.
+//!
+//! vLLM's are `POST /sleep?level=1` (weights go to main memory, the cache of keys and values is dropped),
+//! `POST /wake_up` and `GET /is_sleeping`. A replica that is only paused keeps its GPU memory.
+
+use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
+
+use bytes::Bytes;
+use http::{Method, Request};
+use http_body_util::{BodyExt as _, Empty, Limited};
+use hyper_util::{
+    client::legacy::{Client, connect::HttpConnector},
+    rt::TokioExecutor,
+};
+use serde::Deserialize;
+use tokio::time::Instant;
+
+use crate::runtime::{Running, Runtime, RuntimeError};
+
+/// Annotation: path that puts the server to sleep, by POST.
+pub const SLEEP_PATH: &str = "pilotlight.dev/sleep-path";
+/// Annotation: path that wakes it, by POST.
+pub const WAKE_PATH: &str = "pilotlight.dev/wake-path";
+/// Annotation: path that says `{"is_sleeping": true}` or false, by GET; optional.
+pub const IS_SLEEPING_PATH: &str = "pilotlight.dev/is-sleeping-path";
+
+/// Between questions whether it sleeps.
+const LOOK: Duration = Duration::from_millis(50);
+/// The longest answer that is read, bytes.
+const ANSWER_MOST: usize = 4096;
+
+/// A server's own endpoints for sleep.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SleepPaths {
+    /// Puts it to sleep.
+    pub sleep: String,
+    /// Wakes it.
+    pub wake: String,
+    /// Says whether it sleeps; without it, the answers to the other two are believed.
+    pub is_sleeping: Option<String>,
+}
+
+impl SleepPaths {
+    /// What the annotations declare; `None` where they declare no sleep.
+    ///
+    /// # Errors
+    /// One of the two that belong together is missing, or one is no path.
+    pub fn of(annotations: &BTreeMap<String, String>) -> Result<Option<Self>, String> {
+        let path = |key: &str| match annotations.get(key) {
+            Some(path) if path.starts_with('/') && path.parse::<http::uri::PathAndQuery>().is_ok() => {
+                Ok(Some(path.clone()))
+            }
+            Some(path) => Err(format!("{key}: {path:?}: expected a path that begins with /")),
+            None => Ok(None),
+        };
+        let is_sleeping = path(IS_SLEEPING_PATH)?;
+        match (path(SLEEP_PATH)?, path(WAKE_PATH)?) {
+            (Some(sleep), Some(wake)) => Ok(Some(Self { sleep, wake, is_sleeping })),
+            (None, None) if is_sleeping.is_none() => Ok(None),
+            (None, _) => Err(format!("{SLEEP_PATH}: missing, but needed with the other paths")),
+            (_, None) => Err(format!("{WAKE_PATH}: missing, but needed with the other paths")),
+        }
+    }
+}
+
+/// How a replica fell asleep.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Slept {
+    /// How long it took.
+    pub took: Duration,
+    /// True where its GPU memory is still held: nobody else can have it.
+    pub holds_gpu_memory: bool,
+}
+
+/// Why a replica did not fall asleep or wake.
+#[derive(Debug, thiserror::Error)]
+pub enum SleepError {
+    /// Its server did not do it.
+    #[error("{path}: {reason}")]
+    Server {
+        /// Which path was asked.
+        path: String,
+        /// Why.
+        reason: String,
+    },
+    /// It took too long.
+    #[error("{path}: not done within {limit:?}")]
+    Timeout {
+        /// Which path was asked.
+        path: String,
+        /// How long it may take.
+        limit: Duration,
+    },
+    /// The runtime cannot pause it.
+    #[error(transparent)]
+    Runtime(#[from] RuntimeError),
+}
+
+/// Puts a replica, which has no request any more, to sleep. It still sleeps not, where this fails; the
+/// caller should then stop it.
+///
+/// # Errors
+/// The server refuses or takes longer than `limit`, or the runtime cannot pause.
+pub async fn fall_asleep(
+    runtime: &dyn Runtime,
+    running: &Running,
+    paths: Option<&SleepPaths>,
+    limit: Duration,
+) -> Result<Slept, SleepError> {
+    let began = Instant::now();
+    match paths {
+        Some(paths) => turn(running.address, &paths.sleep, paths.is_sleeping.as_deref(), true, limit).await?,
+        None => runtime.pause(running).await?,
+    }
+    Ok(Slept { took: began.elapsed(), holds_gpu_memory: paths.is_none() })
+}
+
+/// Wakes a replica; how long that took. Whether it is ready is for its probe to say.
+///
+/// # Errors
+/// As [`fall_asleep`].
+pub async fn wake(
+    runtime: &dyn Runtime,
+    running: &Running,
+    paths: Option<&SleepPaths>,
+    limit: Duration,
+) -> Result<Duration, SleepError> {
+    let began = Instant::now();
+    match paths {
+        Some(paths) => turn(running.address, &paths.wake, paths.is_sleeping.as_deref(), false, limit).await?,
+        None => runtime.resume(running).await?,
+    }
+    Ok(began.elapsed())
+}
+
+/// Asks a server to sleep or to wake, and waits until it says that it does.
+async fn turn(
+    address: SocketAddr,
+    path: &str,
+    is_sleeping: Option<&str>,
+    asleep: bool,
+    limit: Duration,
+) -> Result<(), SleepError> {
+    let client = Client::builder(TokioExecutor::new()).build_http();
+    let work = async {
+        ask(&client, Method::POST, address, path).await?;
+        let Some(question) = is_sleeping else { return Ok(()) };
+        while says(&ask(&client, Method::GET, address, question).await?, question)? != asleep {
+            tokio::time::sleep(LOOK).await;
+        }
+        Ok(())
+    };
+    let timeout = |_| SleepError::Timeout { path: path.to_owned(), limit };
+    tokio::time::timeout(limit, work).await.map_err(timeout)?
+}
+
+/// A server's answer to whether it sleeps.
+#[derive(Deserialize)]
+struct Answer {
+    is_sleeping: bool,
+}
+
+fn says(body: &[u8], path: &str) -> Result<bool, SleepError> {
+    let answer: Result<Answer, _> = serde_json::from_slice(body);
+    answer.map(|answer| answer.is_sleeping).map_err(|error| SleepError::Server {
+        path: path.to_owned(),
+        reason: format!("expected {{\"is_sleeping\": true or false}}: {error}"),
+    })
+}
+
+async fn ask(
+    client: &Client<HttpConnector, Empty<Bytes>>,
+    method: Method,
+    address: SocketAddr,
+    path: &str,
+) -> Result<Bytes, SleepError> {
+    let failed = |reason: String| SleepError::Server { path: path.to_owned(), reason };
+    let request = Request::builder().method(method).uri(format!("http://{address}{path}")).body(Empty::new());
+    let request = request.map_err(|error| failed(error.to_string()))?;
+    let response = client.request(request).await.map_err(|error| failed(error.to_string()))?;
+    let status = response.status();
+    let body = Limited::new(response.into_body(), ANSWER_MOST).collect().await;
+    let body = body.map_err(|error| failed(error.to_string()))?.to_bytes();
+    if status.is_success() { Ok(body) } else { Err(failed(format!("HTTP status {status}"))) }
+}
+
+#[cfg(test)]
+mod tests;
