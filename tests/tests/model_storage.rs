@@ -129,5 +129,5 @@ async fn a_claim_is_served_in_place_and_what_is_missing_is_named() {
         replica["message"].as_str().map(ToOwned::to_owned)
     })
     .await;
-    assert!(said.contains("is not known on this node \"wights\"; known are: weights"), "{said}");
+    assert!(said.contains("persistentVolumeClaim \"wights\" is not known on this node; known are: weights"), "{said}");
 }
