@@ -3,14 +3,7 @@
 //! Without a Docker Engine the container part is left out, with a message, unless
 //! `PILOTLIGHT_REQUIRE_DOCKER` is set.
 
-#![allow(clippy::print_stderr)]
-
-use std::{
-    path::{Path, PathBuf},
-    process::Command,
-    sync::{Arc, OnceLock},
-    time::Duration,
-};
+use std::{path::Path, process::Command, sync::Arc, time::Duration};
 
 use pilotlight_agent::runtime::{
     DockerRuntime, DockerSettings, Mount, ProcessRuntime, Running, Runtime, RuntimeError, probe::Prober,
@@ -19,50 +12,16 @@ use pilotlight_proto::fleet::v1::{
     ContainerSpec, EmptyDir, EnvVar, Files, Limits, Probe, ReplicaAssignment, SecurityContext, Volume, VolumeMount,
     probe::Handler, volume::Source,
 };
+use pilotlight_tests::container::{IMAGE, image, labelled, server};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
-const IMAGE: &str = "pilotlight-conformance:test";
 /// Nothing here takes that long; a test that waits for it has failed.
 const DEADLINE: Duration = Duration::from_secs(120);
 const NO_GRACE: Duration = Duration::from_millis(300);
 
-/// The test's server, static, so that it runs in an empty image.
-fn server() -> &'static Path {
-    static SERVER: OnceLock<PathBuf> = OnceLock::new();
-    SERVER.get_or_init(|| {
-        let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join("server");
-        let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/conformance/server.rs");
-        let rustc = std::env::var("RUSTC").unwrap_or_else(|_| "rustc".into());
-        let mut command = Command::new(rustc);
-        command.args(["--edition", "2024", "-O", "-C", "target-feature=+crt-static", source, "-o"]).arg(&path);
-        assert!(command.status().expect("rustc").success());
-        path
-    })
-}
-
-/// Builds the image, or says why there is none.
-fn image() -> Option<()> {
-    static BUILT: OnceLock<bool> = OnceLock::new();
-    let built = *BUILT.get_or_init(|| {
-        let engine = Command::new("docker").arg("version").output().is_ok_and(|output| output.status.success());
-        if !engine {
-            let required = std::env::var_os("PILOTLIGHT_REQUIRE_DOCKER").is_some();
-            assert!(!required, "PILOTLIGHT_REQUIRE_DOCKER is set, and no Docker Engine answers");
-            eprintln!("LEFT OUT: no Docker Engine answers, so that nothing is known of containers");
-            return false;
-        }
-        let directory = tempfile::tempdir().unwrap();
-        std::fs::copy(server(), directory.path().join("server")).unwrap();
-        let archive = directory.path().join("image.tar");
-        let tar = Command::new("tar").arg("-cf").arg(&archive).arg("-C").arg(directory.path()).arg("server").status();
-        assert!(tar.unwrap().success());
-        let import =
-            Command::new("docker").args(["import", "-c", "ENTRYPOINT [\"/server\"]"]).arg(&archive).arg(IMAGE).output();
-        let import = import.unwrap();
-        assert!(import.status.success(), "{}", String::from_utf8_lossy(&import.stderr));
-        true
-    });
-    built.then_some(())
+/// Containers of a replica.
+fn of(replica: &str) -> Vec<String> {
+    labelled(&format!("pilotlight.dev/replica={replica}"))
 }
 
 /// A runtime, and how to make it anew.
@@ -140,12 +99,6 @@ impl Bench {
     async fn end(&self, running: &Running) {
         self.runtime.stop(running, NO_GRACE).await;
         self.runtime.remove(&running.replica).await;
-    }
-
-    fn containers(&self, replica: &str) -> String {
-        let filter = format!("label=pilotlight.dev/replica={replica}");
-        let output = Command::new("docker").args(["ps", "-aq", "--filter", &filter]).output().unwrap();
-        String::from_utf8(output.stdout).unwrap()
     }
 
     async fn log(&self, replica: &str, expected: &str) -> String {
@@ -272,7 +225,7 @@ async fn a_later_agent_finds_what_runs_and_removal_leaves_nothing() {
         assert!(!bench.runtime.log_file(&running.replica).parent().unwrap().exists());
         assert_eq!(bench.anew().await, []);
         if bench.docker {
-            assert_eq!(bench.containers(&running.replica), "");
+            assert_eq!(of(&running.replica), [""; 0]);
         }
     }
 }
@@ -394,7 +347,7 @@ async fn what_cannot_run_is_told_by_kubernetes_reasons() {
         let mut assignment = bench.assignment("refused", &[]);
         change(assignment.container.as_mut().unwrap());
         let error = bench.start(&assignment).await.unwrap_err();
-        assert_eq!(bench.containers(&assignment.replica), "", "nothing is left of it");
+        assert_eq!(of(&assignment.replica), [""; 0], "nothing is left of it");
         error.reason()
     };
     assert_eq!(reason(&|c| c.image = "Not A Name".into()).await, "InvalidImageName");
@@ -437,8 +390,8 @@ async fn a_kill_between_create_and_start_leaks_nothing_and_others_are_left_alone
     }
     let adopted = bench.anew().await;
     assert_eq!(adopted.iter().map(|running| &running.replica).collect::<Vec<_>>(), [&ours.replica]);
-    assert_eq!((bench.containers("created"), bench.containers("lost")), (String::new(), String::new()));
-    assert!(!other.containers(&theirs.replica).is_empty());
+    assert_eq!((of("created"), of("lost")), (vec![], vec![]));
+    assert!(!of(&theirs.replica).is_empty());
     bench.end(&adopted[0]).await;
     other.end(&theirs).await;
 }

@@ -3,6 +3,7 @@
 #![allow(clippy::print_stderr, reason = "a failing story shows the logs of its processes")]
 
 pub mod cell;
+pub mod container;
 pub mod http;
 pub mod load;
 pub mod manifest;

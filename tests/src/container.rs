@@ -1,0 +1,70 @@
+//! An image for tests of containers: one static program in an otherwise empty image, since none can be pulled.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+    sync::OnceLock,
+};
+
+/// The image's name; its entry point is `/server`.
+pub const IMAGE: &str = "pilotlight-conformance:test";
+
+/// The program in the image, `container/server.rs`: static, so that it runs there as well as on the host.
+///
+/// # Panics
+/// It cannot be built.
+pub fn server() -> &'static Path {
+    static SERVER: OnceLock<PathBuf> = OnceLock::new();
+    SERVER.get_or_init(|| {
+        // target/<profile>/deps/<test>; several tests may build it at once, so each does so for itself.
+        let test = std::env::current_exe().expect("this test's own path");
+        let path = test.with_extension("server");
+        let source = concat!(env!("CARGO_MANIFEST_DIR"), "/src/container/server.rs");
+        let rustc = std::env::var("RUSTC").unwrap_or_else(|_| "rustc".into());
+        let mut command = Command::new(rustc);
+        command.args(["--edition", "2024", "-O", "-C", "target-feature=+crt-static", source, "-o"]).arg(&path);
+        assert!(command.status().expect("rustc").success(), "{source} cannot be built");
+        path
+    })
+}
+
+/// Builds the image; `None` where no Docker Engine answers, which is said. Then the caller leaves its test
+/// out, unless `PILOTLIGHT_REQUIRE_DOCKER` is set.
+///
+/// # Panics
+/// The image cannot be built, or the variable is set and no engine answers.
+pub fn image() -> Option<&'static str> {
+    static BUILT: OnceLock<bool> = OnceLock::new();
+    let built = *BUILT.get_or_init(|| {
+        if !docker(&["version"]).0 {
+            let required = std::env::var_os("PILOTLIGHT_REQUIRE_DOCKER").is_some();
+            assert!(!required, "PILOTLIGHT_REQUIRE_DOCKER is set, and no Docker Engine answers");
+            eprintln!("LEFT OUT: no Docker Engine answers, so that nothing is known of containers");
+            return false;
+        }
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let folder = directory.path().display().to_string();
+        fs::copy(server(), directory.path().join("server")).expect("can be copied");
+        let archive = format!("{folder}/image.tar");
+        let tar = Command::new("tar").args(["-cf", &archive, "-C", &folder, "server"]).status().expect("tar");
+        assert!(tar.success(), "the archive cannot be made");
+        let (imported, said) = docker(&["import", "-c", "ENTRYPOINT [\"/server\"]", &archive, IMAGE]);
+        assert!(imported, "{said}");
+        true
+    });
+    built.then_some(IMAGE)
+}
+
+/// Containers, ended ones too, that bear this label.
+pub fn labelled(label: &str) -> Vec<String> {
+    let (_, said) = docker(&["ps", "-aq", "--filter", &format!("label={label}")]);
+    said.lines().map(str::to_owned).collect()
+}
+
+/// Runs a command of Docker's client: whether it succeeded, and what it said.
+fn docker(args: &[&str]) -> (bool, String) {
+    let Ok(output) = Command::new("docker").args(args).output() else { return (false, "there is no docker".into()) };
+    let said = if output.status.success() { output.stdout } else { output.stderr };
+    (output.status.success(), String::from_utf8_lossy(&said).into_owned())
+}

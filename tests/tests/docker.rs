@@ -1,0 +1,123 @@
+//! Services whose replicas are containers. Left out, with a message, where no Docker Engine answers.
+
+use std::time::Duration;
+
+use pilotlight_tests::{
+    cell::Dev,
+    container::{IMAGE, image, labelled},
+    eventually,
+};
+use serde_json::Value;
+
+/// A service of the image, with further fields of its container.
+fn manifest(name: &str, min_replicas: u32, container: &str) -> String {
+    format!(
+        r#"
+apiVersion: serving.kserve.io/v1beta1
+kind: InferenceService
+metadata:
+  name: {name}
+  annotations:
+    autoscaling.knative.dev/initial-scale: "0"
+    autoscaling.knative.dev/window: 6s
+    autoscaling.knative.dev/scale-down-delay: 0s
+    autoscaling.knative.dev/scale-to-zero-pod-retention-period: 0s
+spec:
+  predictor:
+    minReplicas: {min_replicas}
+    maxReplicas: 1
+    containers:
+      - name: kserve-container
+        {container}
+"#
+    )
+}
+
+/// Another name for each run: containers are the whole machine's.
+fn unique(name: &str) -> String {
+    format!("{name}-{}", std::process::id())
+}
+
+fn containers(service: &str) -> Vec<String> {
+    labelled(&format!("pilotlight.dev/service={service}"))
+}
+
+fn replica(dev: &Dev, service: &str) -> Value {
+    dev.operator.replicas(service).into_iter().next().unwrap_or_default()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_container_wakes_for_a_request_and_goes() {
+    if image().is_none() {
+        return;
+    }
+    let dev = Dev::start(&["--runtime=docker"], vec![]).await;
+    let name = unique("wakes");
+    let args =
+        format!("image: {IMAGE}\n        args: [hello, $(GREETING)]\n        env: [{{name: GREETING, value: you}}]");
+    let applied = dev.operator.apply(&manifest(&name, 0, &args), &["--strict"]);
+    assert_eq!(applied.code, 0, "{}", applied.err);
+    assert!(containers(&name).is_empty(), "born at zero");
+
+    let answer = dev.gateway.get(&format!("{name}.default.localhost"), "/").await.unwrap();
+    assert_eq!(answer.status, 200, "{}", answer.body);
+    assert!(answer.body.starts_with("args=hello you\n"), "{}", answer.body);
+    assert_eq!(containers(&name).len(), 1);
+    assert!(dev.operator.must(&["logs", &name]).contains("listening"));
+
+    dev.operator.replicas_are(&name, 0, "").await;
+    assert!(containers(&name).is_empty(), "nothing is left of it");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_killed_at_any_time_of_a_start_leaks_nothing() {
+    if image().is_none() {
+        return;
+    }
+    let mut dev = Dev::start(&["--runtime=docker"], vec![]).await;
+    let name = unique("killed");
+    for delay in [0, 30, 80, 150, 300, 600] {
+        let applied = dev.operator.apply(&manifest(&name, 1, &format!("image: {IMAGE}")), &[]);
+        assert_eq!(applied.code, 0, "{}", applied.err);
+        tokio::time::sleep(Duration::from_millis(delay)).await;
+        dev.kill_9();
+        dev.restart().await;
+        dev.operator.replicas_are(&name, 1, "Ready").await;
+        assert_eq!(containers(&name).len(), 1, "killed after {delay} ms");
+        let answer = dev.gateway.get(&format!("{name}.default.localhost"), "/").await.unwrap();
+        assert_eq!(answer.status, 200, "killed after {delay} ms: {}", answer.body);
+        dev.operator.must(&["delete", "isvc", &name]);
+        dev.operator.replicas_are(&name, 0, "").await;
+        eventually("its container is gone", || async { containers(&name).is_empty().then_some(()) }).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_cannot_run_says_why() {
+    if image().is_none() {
+        return;
+    }
+    let dev = Dev::start(&["--runtime=docker"], vec![]).await;
+    let limit = "resources: {limits: {memory: 64Mi}}";
+    let cases = [
+        ("absent", "image: registry.invalid/none:1".to_owned(), "ErrImagePull", "registry.invalid/none"),
+        ("never", "image: none:1\n        imagePullPolicy: Never".to_owned(), "ErrImageNeverPull", "none:1"),
+        ("ends", format!("image: {IMAGE}\n        args: [exit, '7']"), "Error", "exit code 7"),
+        ("eats", format!("image: {IMAGE}\n        args: [eat]\n        {limit}"), "OOMKilled", "memory"),
+    ];
+    for (name, container, reason, said) in cases {
+        let name = unique(name);
+        let applied = dev.operator.apply(&manifest(&name, 1, &container), &[]);
+        assert_eq!(applied.code, 0, "{}", applied.err);
+        eventually(&format!("{name} says {said}"), || async {
+            let service = dev.operator.json(&["get", "isvc", &name]);
+            let why = service["status"]["conditions"].to_string() + &replica(&dev, &name).to_string();
+            // The reason itself, or the name of the pause that follows it.
+            let named = [reason, "ImagePullBackOff", "CrashLoopBackOff"].iter().any(|reason| why.contains(reason));
+            (why.contains(said) && named).then_some(())
+        })
+        .await;
+        dev.operator.must(&["delete", "isvc", &name]);
+        eventually("its container is gone", || async { containers(&name).is_empty().then_some(()) }).await;
+    }
+}
