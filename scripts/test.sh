@@ -7,13 +7,22 @@
 #   - Python 3.11 or later with venv (Debian's python3, python3-venv), where `python3 -m venv` does not work:
 #     one story installs other people's clients from PyPI, into target/clients-venv
 #   - a Docker Engine (Debian's docker.io), for the conformance suite of the container runtime; a running one
-#     is used. Where none can be started, that part says so and is left out, unless
+#     is used, one that is started here is stopped again. Where none can be started, that part says so and is left out, unless
 #     PILOTLIGHT_REQUIRE_DOCKER is set
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 say() { printf '==> %s\n' "$*"; }
 root() { if [ "$(id -u)" -eq 0 ]; then "$@"; else sudo "$@"; fi; }
+
+# What is made here is taken away again.
+policy=
+dockerd_pid=
+clean_up() {
+    [ -z "$policy" ] || root rm -f "$policy"
+    [ -z "$dockerd_pid" ] || root kill "$dockerd_pid" || true
+}
+trap clean_up EXIT
 
 packages=()
 command -v cc >/dev/null || packages+=(build-essential)
@@ -27,11 +36,10 @@ if [ ${#packages[@]} -gt 0 ]; then
     say "Installing ${packages[*]}"
     root apt-get update -q
     # A policy that starts no services: the tests start their own.
-    policy=/usr/sbin/policy-rc.d
-    if [ ! -e "$policy" ]; then
+    if [ ! -e /usr/sbin/policy-rc.d ]; then
+        policy=/usr/sbin/policy-rc.d
         printf '#!/bin/sh\nexit 101\n' | root tee "$policy" >/dev/null
         root chmod +x "$policy"
-        trap 'root rm -f "$policy"' EXIT
     fi
     root env DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends "${packages[@]}"
 fi
@@ -45,7 +53,7 @@ fi
 
 if ! docker version >/dev/null 2>&1 && command -v dockerd >/dev/null; then
     say "Starting dockerd"
-    root sh -c 'nohup dockerd >/tmp/pilotlight-dockerd.log 2>&1 &'
+    dockerd_pid=$(root sh -c 'nohup dockerd >/tmp/pilotlight-dockerd.log 2>&1 & echo $!')
     for _ in $(seq 60); do docker version >/dev/null 2>&1 && break; sleep 0.5; done
 fi
 docker version >/dev/null 2>&1 || say "No Docker Engine answers: tests of containers are left out"

@@ -36,6 +36,8 @@ use super::{
 const MARK: &str = "PILOTLIGHT_REPLICA";
 /// What replicas get of the agent's own environment.
 const PASSED_ON: [&str; 6] = ["PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "TMPDIR", "NVIDIA_DRIVER_CAPABILITIES"];
+/// Shared memory, which a process has of the host.
+const SHM: &str = "/dev/shm";
 /// How often the end of another process's child is looked for.
 const LOOK: Duration = Duration::from_millis(100);
 /// How often a process that is being paused is looked at.
@@ -65,6 +67,11 @@ impl ProcessRuntime {
                 field: "spec.predictor.containers[0].env",
                 reason: container.unresolved,
             });
+        }
+        // A process sees the host's files as they are; of what a manifest mounts it has shared memory alone.
+        if let Some(mount) = container.mounts.iter().find(|mount| mount.path != SHM) {
+            let reason = format!("{}: the process runtime mounts nothing; this needs a container engine", mount.path);
+            return Err(RuntimeError::Specification { field: "spec.predictor.containers[0].volumeMounts", reason });
         }
         let decided = [
             ("PORT", port.to_string()),

@@ -153,12 +153,7 @@ pub(super) fn read(
             let made = resolve::read(model, &join(at, key), &pod, at, around, context, report);
             made.map_or_else(|| absent().template, |made| template(made.pod, Some(made.runtime), made.storage))
         }
-        None => {
-            if let Some(main) = own.main.as_ref().filter(|main| main.container.command.is_empty()) {
-                resolve::warn_of_image(&main.at, &main.container.image, report);
-            }
-            template(own, None, Vec::new())
-        }
+        None => template(own, None, Vec::new()),
     };
     if !by_uris.is_empty() && !template.storage.is_empty() {
         report.error(join(at, "storageUris"), "", "must not be given together with storageUri, storage or STORAGE_URI");

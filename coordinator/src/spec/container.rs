@@ -134,9 +134,6 @@ pub(super) fn read(
 
 fn read_mounts(given: &k8s::Container, place: Place<'_>, report: &mut Report) -> Vec<k8s::VolumeMount> {
     let at = join(place.at, "volumeMounts");
-    if given.volume_mounts.as_ref().is_some_and(|mounts| !mounts.is_empty()) {
-        report.deferred(&at, "nothing is mounted");
-    }
     // A fragment may mount the runtime's volumes, which are known only when both are merged.
     if place.part == Part::Fragment {
         return given.volume_mounts.clone().unwrap_or_default();

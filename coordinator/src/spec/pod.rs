@@ -154,7 +154,7 @@ fn read_containers(
                     TRANSFORMER => "it is not run, so that requests reach the predictor as they are",
                     _ => "only the main container is run",
                 };
-                report.deferred(&at, consequence);
+                report.unsupported(&at, consequence);
             }
             read.sidecars.push(Sidecar { name: given.name.clone(), container, resources });
         }

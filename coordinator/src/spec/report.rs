@@ -38,11 +38,6 @@ impl Report {
         self.lenient(field, &format!("not honoured by this version: {consequence}"));
     }
 
-    /// A field that only the docker runtime knows; `consequence` says what the process runtime does without.
-    pub(super) fn deferred(&mut self, field: impl Into<String>, consequence: &str) {
-        self.lenient(field, &format!("takes effect only with the docker runtime, not with processes: {consequence}"));
-    }
-
     pub(super) fn add(&mut self, findings: Vec<Finding>) {
         self.findings.extend(findings);
     }

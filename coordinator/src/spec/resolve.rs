@@ -78,9 +78,6 @@ pub(super) fn read(
         if !probed && !main.container.h2c {
             main.container.readiness = model_ready(protocol, &model_name);
         }
-        if main.container.command.is_empty() {
-            warn_of_image(at_model, &main.container.image, report);
-        }
     }
     Some(Made {
         pod: read,
@@ -93,18 +90,6 @@ pub(super) fn read(
             model_name,
         },
     })
-}
-
-/// An image alone cannot be run as a process; the replica says so when it fails.
-pub(super) fn warn_of_image(at: &str, image: &str, report: &mut Report) {
-    report.warning(
-        join(at, "command"),
-        "",
-        format!(
-            "image {image} without command takes effect only with the docker runtime: \
-             the process runtime needs a command, and replicas on it fail"
-        ),
-    );
 }
 
 fn wanted<'a>(model: &'a Model, namespace: &'a str) -> Wanted<'a> {

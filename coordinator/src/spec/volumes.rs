@@ -22,10 +22,7 @@ pub(super) fn read(given: &[k8s::Volume], raw: &Value, at: &str, report: &mut Re
         let sources: Vec<&str> =
             fields.into_iter().flatten().map(|(key, _)| key.as_str()).filter(|key| *key != "name").collect();
         match sources[..] {
-            [source] if KNOWN.contains(&source) => {
-                check_source(volume, &at, report);
-                report.deferred(join(&at, source), "nothing is mounted");
-            }
+            [source] if KNOWN.contains(&source) => check_source(volume, &at, report),
             [source] => report.error(join(&at, source), "", format!("is not one of the known: {}", KNOWN.join(", "))),
             [] => report.error(&at, "", format!("must have a source: {}", KNOWN.join(", "))),
             _ => report.error(&at, sources.join(", "), "must have one source"),
