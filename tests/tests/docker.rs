@@ -93,6 +93,33 @@ async fn an_agent_killed_at_any_time_of_a_start_leaks_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_transformer_in_a_container_finds_its_predictor() {
+    if image().is_none() {
+        return;
+    }
+    let mut dev = Dev::start(&["--runtime=docker"], vec![]).await;
+    let name = unique("chain");
+    let predictor = manifest(&name, 0, &format!("image: {IMAGE}\n        args: [predictor]"));
+    let transformer = format!(
+        "  transformer:\n    minReplicas: 0\n    containers: [{{name: t, image: \"{IMAGE}\", args: [relay]}}]\n"
+    );
+    let applied = dev.operator.apply(&(predictor.trim_end().to_owned() + "\n" + &transformer), &["--strict"]);
+    assert_eq!(applied.code, 0, "{}", applied.err);
+    let host = format!("{name}.default.localhost");
+    let answer = dev.gateway.get(&host, "/").await.unwrap();
+    assert!(answer.body.starts_with("args=predictor\n"), "{}", answer.body);
+    assert_eq!(containers(&name).len(), 2);
+
+    // The way back outlives the agent, as its containers do.
+    dev.kill_9();
+    dev.restart().await;
+    let answer = dev.gateway.get(&host, "/").await.unwrap();
+    assert!(answer.body.starts_with("args=predictor\n"), "{}", answer.body);
+    dev.operator.must(&["delete", "isvc", &name]);
+    eventually("its containers are gone", || async { containers(&name).is_empty().then_some(()) }).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_cannot_run_says_why() {
     if image().is_none() {
         return;

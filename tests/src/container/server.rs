@@ -2,7 +2,7 @@
 use std::{
     env, fs,
     io::{Read as _, Write as _},
-    net::TcpListener,
+    net::{TcpListener, TcpStream},
     process::exit,
 };
 
@@ -41,6 +41,15 @@ fn main() {
         let mut stream = stream.unwrap();
         let mut request = [0; 4096];
         let _ = stream.read(&mut request);
+        if first == "relay" {
+            // What a transformer does: asks its predictor, and answers with what that said.
+            let mut predictor = TcpStream::connect(env::var("PILOTLIGHT_PREDICTOR_HOST").unwrap()).unwrap();
+            predictor.write_all(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").unwrap();
+            let mut answer = String::new();
+            predictor.read_to_string(&mut answer).unwrap();
+            let _ = stream.write_all(answer.as_bytes());
+            continue;
+        }
         let variables: String = env::vars().map(|(name, value)| format!("{name}={value}\n")).collect();
         let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
         let mounts = fs::read_to_string("/proc/mounts").unwrap_or_default();
