@@ -9,6 +9,7 @@ pub mod load;
 pub mod manifest;
 pub mod otlp;
 pub mod process;
+pub mod s3;
 
 use std::{
     future::Future,

@@ -12,14 +12,14 @@
 use std::{
     collections::BTreeSet,
     fs::{self, File},
-    io::{self, Read as _, Write as _},
+    io::{self, Write as _},
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
 };
 
 use serde::{Deserialize, Serialize};
 
-use super::plan::{Object, hex};
+use super::plan::Object;
 
 /// What lies in a model's folder.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -123,20 +123,14 @@ impl Cache {
         Ok(Part { path, data, journal, done })
     }
 
-    /// Takes in a finished file: its SHA-256 names the blob. One that is there already is kept, and the
-    /// new copy goes.
+    /// Takes in a finished file under its SHA-256. A blob that is there already is kept, and the new copy
+    /// goes.
     ///
     /// # Errors
     /// The disk refuses.
-    pub fn adopt(&self, path: &Path) -> io::Result<String> {
-        let sha256 = sha256_of(path)?;
-        let blob = self.blob(&sha256);
-        if blob.exists() {
-            fs::remove_file(path)?;
-        } else {
-            fs::rename(path, blob)?;
-        }
-        Ok(sha256)
+    pub fn adopt(&self, path: &Path, sha256: &str) -> io::Result<()> {
+        let blob = self.blob(sha256);
+        if blob.exists() { fs::remove_file(path) } else { fs::rename(path, blob) }
     }
 
     /// Removes a blob that no model links to.
@@ -217,18 +211,5 @@ fn read_journal(path: &Path) -> io::Result<BTreeSet<u64>> {
         Ok(text) => Ok(text.split_inclusive('\n').filter_map(|line| line.strip_suffix('\n')?.parse().ok()).collect()),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(BTreeSet::new()),
         Err(error) => Err(error),
-    }
-}
-
-fn sha256_of(path: &Path) -> io::Result<String> {
-    let mut file = File::open(path)?;
-    let mut context = ring::digest::Context::new(&ring::digest::SHA256);
-    let mut buffer = vec![0; 1 << 20];
-    loop {
-        let read = file.read(&mut buffer)?;
-        if read == 0 {
-            return Ok(hex(context.finish().as_ref()));
-        }
-        context.update(&buffer[..read]);
     }
 }

@@ -9,6 +9,7 @@ use tracing::{info, warn};
 use super::{
     ModelError,
     cache::{Cache, Part, TreeRecord},
+    checksum::{self, Checksums, Mismatch},
     plan::{self, Object},
     source::Source,
 };
@@ -42,7 +43,7 @@ pub(super) struct Fetch {
 impl Fetch {
     /// Fetches the model and gives the key of its folder. What is here already is not fetched.
     pub(super) async fn run(&self) -> Result<String, ModelError> {
-        let objects = self.source.list().await?;
+        let mut objects = self.source.list().await?;
         plan::check(&self.uri, &objects)?;
         let key = plan::tree_key(&self.uri, &objects);
         let total = objects.iter().map(|object| object.size).sum();
@@ -51,6 +52,11 @@ impl Fetch {
             return Ok(key);
         }
         self.progress.send_replace(Progress { done: 0, total });
+        let asking: Vec<_> = objects.iter().map(|object| self.source.checksums(object)).collect();
+        let known: Vec<Checksums> = futures::stream::iter(asking).buffered(PARALLEL).try_collect().await?;
+        for (object, Checksums { sha256, md5 }) in objects.iter_mut().zip(known) {
+            (object.sha256, object.md5) = (sha256, md5);
+        }
         let mut blobs = Vec::new();
         let mut files = Vec::new();
         for (number, object) in objects.iter().enumerate() {
@@ -157,24 +163,25 @@ fn finish(
     let disk = |error| ModelError::Disk { uri: uri.to_owned(), error };
     let mut paths = paths.into_iter();
     let mut blobs = Vec::new();
+    let mut came = Vec::new();
     for (object, known) in objects.iter().zip(known) {
         if let Some(known) = known {
             blobs.push(known);
             continue;
         }
         let Some(path) = paths.next() else { break };
-        let found = cache.adopt(&path).map_err(disk)?;
-        if let Some(expected) = object.sha256.as_ref().filter(|expected| **expected != found) {
-            cache.drop_unused(&found).map_err(disk)?;
+        let found = checksum::of_file(&path, object.md5.is_some()).map_err(disk)?;
+        let expected = Checksums { sha256: object.sha256.clone(), md5: object.md5.clone() };
+        if let Some(Mismatch { kind, expected, found }) = expected.differ(&found) {
             cache.discard(key);
-            return Err(ModelError::Checksum {
-                uri: uri.to_owned(),
-                file: object.path.clone(),
-                expected: expected.clone(),
-                found,
-            });
+            return Err(ModelError::Checksum { uri: uri.to_owned(), file: object.path.clone(), kind, expected, found });
         }
-        blobs.push(found);
+        let sha256 = found.sha256.unwrap_or_default();
+        came.push((path, sha256.clone()));
+        blobs.push(sha256);
+    }
+    for (path, sha256) in came {
+        cache.adopt(&path, &sha256).map_err(disk)?;
     }
     let record = TreeRecord { uri: uri.to_owned(), objects, blobs };
     cache.publish(key, &record).map_err(disk)?;

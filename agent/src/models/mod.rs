@@ -4,8 +4,12 @@
 //! lets replicas that want the same model share one fetch.
 
 pub mod cache;
+mod checksum;
 mod fetch;
 pub mod plan;
+mod s3_head;
+#[cfg(test)]
+mod s3_tests;
 pub mod source;
 #[cfg(test)]
 mod tests;
@@ -49,12 +53,14 @@ pub enum ModelError {
         reason: String,
     },
     /// What came is not what the source lists.
-    #[error("{uri}: {file}: SHA-256 is {found}, expected {expected}")]
+    #[error("{uri}: {file}: {kind} is {found}, expected {expected}")]
     Checksum {
         /// Which model.
         uri: String,
         /// Which of its files.
         file: String,
+        /// Name of the checksum.
+        kind: &'static str,
         /// As listed.
         expected: String,
         /// As computed.

@@ -22,6 +22,9 @@ pub struct Object {
     pub etag: Option<String>,
     /// SHA-256 of the content, lower-case hex, where the source knows it.
     pub sha256: Option<String>,
+    /// MD5 of the content, lower-case hex, where the source knows it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub md5: Option<String>,
 }
 
 /// Name of a model's folder: the address and all that the listing says of the content, so that a changed
@@ -90,7 +93,7 @@ mod tests {
     use super::*;
 
     fn object(path: &str, etag: &str) -> Object {
-        Object { path: path.into(), location: path.into(), size: 3, etag: Some(etag.into()), sha256: None }
+        Object { path: path.into(), location: path.into(), size: 3, etag: Some(etag.into()), sha256: None, md5: None }
     }
 
     #[test]

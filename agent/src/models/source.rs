@@ -12,7 +12,12 @@ use object_store::{
 use reqwest::{StatusCode, header};
 use serde::Deserialize;
 
-use super::{ModelError, plan::Object};
+use super::{
+    ModelError,
+    checksum::Checksums,
+    plan::Object,
+    s3_head::{SeenHeaders, headers_seen},
+};
 
 /// Bytes of a range, as they come.
 pub type Content = BoxStream<'static, Result<Bytes, String>>;
@@ -28,6 +33,10 @@ const HUB: &str = "https://huggingface.co";
 pub trait Source: Send + Sync {
     /// All files, sorted by path. Empty where nothing is there.
     async fn list(&self) -> Result<Vec<Object>, ModelError>;
+    /// Checksums of a file's content, as far as the source knows them beyond the listing.
+    async fn checksums(&self, object: &Object) -> Result<Checksums, ModelError> {
+        Ok(Checksums { sha256: object.sha256.clone(), md5: object.md5.clone() })
+    }
     /// A part of a file, not empty; fails where the file is not any more what was listed.
     async fn read(&self, object: &Object, range: Range<u64>) -> Result<Content, String>;
 }
@@ -45,12 +54,15 @@ pub fn open(uri: &str, credentials: &Credentials) -> Result<Arc<dyn Source>, Mod
     };
     let (first, path) = rest.split_once('/').unwrap_or((rest, ""));
     match scheme {
-        "s3" => bucket(uri, s3(first, credentials).map_err(|error| bad(error.to_string()))?, path),
-        "gs" => bucket(uri, gcs(first, credentials).map_err(|error| bad(error.to_string()))?, path),
+        "s3" => {
+            let store = |headers| s3(first, credentials, headers).map_err(|error| bad(error.to_string()));
+            bucket(uri, store(false)?, Some(store(true)?), path)
+        }
+        "gs" => bucket(uri, gcs(first, credentials).map_err(|error| bad(error.to_string()))?, None, path),
         "https" if first.ends_with(".blob.core.windows.net") => {
             let container = path.split_once('/').map_or(path, |(container, _)| container);
             let below = path.split_once('/').map_or("", |(_, below)| below);
-            bucket(uri, azure(first, container, credentials).map_err(|error| bad(error.to_string()))?, below)
+            bucket(uri, azure(first, container, credentials).map_err(|error| bad(error.to_string()))?, None, below)
         }
         "http" | "https" => Ok(Arc::new(Web { client: client()?, url: uri.to_owned() })),
         "hf" => {
@@ -92,7 +104,8 @@ fn anonymous(credentials: &Credentials) -> bool {
     set("AWS_ANONYMOUS_CREDENTIAL") || set("awsAnonymousCredential")
 }
 
-fn s3(bucket: &str, credentials: &Credentials) -> object_store::Result<Arc<dyn ObjectStore>> {
+/// With `checksums`: for HEADs alone, which ask for checksums and show their answers' headers.
+fn s3(bucket: &str, credentials: &Credentials, checksums: bool) -> object_store::Result<Arc<dyn ObjectStore>> {
     let mut builder = AmazonS3Builder::from_env().with_bucket_name(bucket).with_retry(retries());
     for (name, value) in credentials {
         if let Ok(key) = name.to_ascii_lowercase().parse() {
@@ -110,8 +123,10 @@ fn s3(bucket: &str, credentials: &Credentials) -> object_store::Result<Arc<dyn O
     }
     let has_key = credentials.contains_key("AWS_ACCESS_KEY_ID") || std::env::var_os("AWS_ACCESS_KEY_ID").is_some();
     let unsigned = anonymous(credentials) || (given.is_some() && !has_key);
-    let store = builder.with_client_options(options(true)).with_skip_signature(unsigned).build()?;
-    Ok(Arc::new(store))
+    builder = builder.with_skip_signature(unsigned);
+    let builder =
+        if checksums { headers_seen(builder, options(true)) } else { builder.with_client_options(options(true)) };
+    Ok(Arc::new(builder.build()?))
 }
 
 fn gcs(bucket: &str, credentials: &Credentials) -> object_store::Result<Arc<dyn ObjectStore>> {
@@ -141,15 +156,22 @@ fn azure(host: &str, container: &str, credentials: &Credentials) -> object_store
     Ok(Arc::new(builder.with_client_options(options(false)).build()?))
 }
 
-fn bucket(uri: &str, store: Arc<dyn ObjectStore>, prefix: &str) -> Result<Arc<dyn Source>, ModelError> {
+fn bucket(
+    uri: &str,
+    store: Arc<dyn ObjectStore>,
+    heads: Option<Arc<dyn ObjectStore>>,
+    prefix: &str,
+) -> Result<Arc<dyn Source>, ModelError> {
     let prefix = Path::parse(prefix.trim_end_matches('/'))
         .map_err(|error| ModelError::Source { uri: uri.to_owned(), reason: error.to_string() })?;
-    Ok(Arc::new(Bucket { store, uri: uri.to_owned(), prefix }))
+    Ok(Arc::new(Bucket { store, heads, uri: uri.to_owned(), prefix }))
 }
 
 /// All keys below a prefix of an object store, or the one key of that name.
 struct Bucket {
     store: Arc<dyn ObjectStore>,
+    /// The same store, asked for checksums; `None` where it gives none.
+    heads: Option<Arc<dyn ObjectStore>>,
     uri: String,
     prefix: Path,
 }
@@ -159,20 +181,40 @@ impl Bucket {
         let (uri, reason) = (self.uri.clone(), error.to_string());
         match error {
             object_store::Error::NotFound { .. } => ModelError::NotFound { uri, reason },
+            object_store::Error::PermissionDenied { .. } | object_store::Error::Unauthenticated { .. } => {
+                ModelError::Source { uri, reason: format!("the store refuses these credentials: {reason}") }
+            }
             _ => ModelError::Source { uri, reason },
+        }
+    }
+
+    /// Why a listing failed. Its error does not tell a bucket that is missing from one that is closed;
+    /// that of a HEAD of the bucket does.
+    async fn no_listing(&self, error: object_store::Error) -> ModelError {
+        let (uri, reason) = (self.uri.clone(), error.to_string());
+        match self.store.head(&Path::default()).await {
+            Err(object_store::Error::NotFound { .. }) => {
+                ModelError::NotFound { uri, reason: format!("the bucket is not there: {reason}") }
+            }
+            Err(object_store::Error::PermissionDenied { .. } | object_store::Error::Unauthenticated { .. }) => {
+                ModelError::Source { uri, reason: format!("the store refuses these credentials: {reason}") }
+            }
+            _ => self.error(error),
         }
     }
 }
 
 fn object_of(meta: ObjectMeta, path: String) -> Object {
-    Object { path, location: meta.location.to_string(), size: meta.size, etag: meta.e_tag, sha256: None }
+    Object { path, location: meta.location.to_string(), size: meta.size, etag: meta.e_tag, sha256: None, md5: None }
 }
 
 #[async_trait]
 impl Source for Bucket {
     async fn list(&self) -> Result<Vec<Object>, ModelError> {
-        let found: Vec<ObjectMeta> =
-            self.store.list(Some(&self.prefix)).try_collect().await.map_err(|error| self.error(error))?;
+        let found: Vec<ObjectMeta> = match self.store.list(Some(&self.prefix)).try_collect().await {
+            Ok(found) => found,
+            Err(error) => return Err(self.no_listing(error).await),
+        };
         let below = |meta: ObjectMeta| {
             let parts: Vec<_> =
                 meta.location.prefix_match(&self.prefix)?.map(|part| part.as_ref().to_owned()).collect();
@@ -187,6 +229,15 @@ impl Source for Bucket {
         }
         objects.sort_by(|a, b| a.path.cmp(&b.path));
         Ok(objects)
+    }
+
+    async fn checksums(&self, object: &Object) -> Result<Checksums, ModelError> {
+        let Some(heads) = &self.heads else { return Ok(Checksums::default()) };
+        let location = Path::parse(&object.location)
+            .map_err(|error| ModelError::Source { uri: self.uri.clone(), reason: error.to_string() })?;
+        let options = GetOptions { head: true, if_match: object.etag.clone(), ..Default::default() };
+        let answer = heads.get_opts(&location, options).await.map_err(|error| self.error(error))?;
+        Ok(answer.extensions.get::<SeenHeaders>().map(|seen| Checksums::of_s3(&seen.0)).unwrap_or_default())
     }
 
     async fn read(&self, object: &Object, range: Range<u64>) -> Result<Content, String> {
@@ -223,7 +274,8 @@ impl Source for Web {
         let etag = text(header::ETAG).or_else(|| text(header::LAST_MODIFIED)).map(ToOwned::to_owned);
         let path = self.url.split(['?', '#']).next().unwrap_or_default();
         let name = path.rsplit('/').next().unwrap_or_default().to_owned();
-        Ok(vec![Object { path: name, location: self.url.clone(), size, etag, sha256: None }])
+        let md5 = Checksums::of_web(answer.headers()).md5;
+        Ok(vec![Object { path: name, location: self.url.clone(), size, etag, sha256: None, md5 }])
     }
 
     async fn read(&self, object: &Object, range: Range<u64>) -> Result<Content, String> {
@@ -349,7 +401,7 @@ impl Source for Hub {
             // The commit, not the branch: a push in the middle of a fetch must not mix two versions.
             let location = format!("{}/{}/resolve/{}/{}", self.endpoint, self.id, snapshot.sha, file.rfilename);
             let sha256 = lfs.and_then(|lfs| lfs.sha256.clone());
-            objects.push(Object { path: file.rfilename, location, size, etag: file.blob_id, sha256 });
+            objects.push(Object { path: file.rfilename, location, size, etag: file.blob_id, sha256, md5: None });
         }
         objects.sort_by(|a, b| a.path.cmp(&b.path));
         Ok(objects)
