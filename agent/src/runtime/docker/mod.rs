@@ -1,12 +1,14 @@
 //! Replicas as containers of a Docker Engine, or of Podman by its Docker API.
 
+mod answers;
 mod create;
 mod image;
 mod logs;
+mod settings;
 mod volumes;
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::HashMap,
     net::{IpAddr, Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
     sync::{
@@ -22,7 +24,7 @@ use bollard::{
     container::LogOutput,
     errors::Error,
     exec::{CreateExecOptions, StartExecResults},
-    models::{ContainerInspectResponse, ContainerState, NetworkInspect},
+    models::ContainerInspectResponse,
     query_parameters::{
         CreateContainerOptionsBuilder, KillContainerOptionsBuilder, ListContainersOptionsBuilder,
         RemoveContainerOptionsBuilder, WaitContainerOptionsBuilder,
@@ -37,7 +39,9 @@ use super::{
     Exit, Mount, Running, Runtime, RuntimeError, Say,
     state::{Directories, LOG, ReplicaState},
 };
+use answers::{exit_of, gateway, is_missing, published};
 use create::{Parts, Place};
+pub use settings::{DockerSettings, GpuMode};
 use volumes::Places;
 
 /// Whose containers they are: an agent touches its own only.
@@ -49,49 +53,6 @@ const ANSWER_SECONDS: u64 = 120;
 const LOOK: Duration = Duration::from_millis(200);
 /// Longest wait for the last output of a container that has ended.
 const LAST_OUTPUT: Duration = Duration::from_secs(5);
-
-/// How GPUs are asked for.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum GpuMode {
-    /// A device request for the driver `nvidia`, as `docker run --gpus` makes it.
-    #[default]
-    DeviceRequest,
-    /// Names of the Container Device Interface, `nvidia.com/gpu=<uuid>`.
-    Cdi,
-}
-
-/// Settings of the Docker runtime.
-#[derive(Debug, Clone)]
-pub struct DockerSettings {
-    /// Unix socket of the engine, `unix://` before it or not.
-    pub socket: String,
-    /// Network of the engine that containers are in.
-    pub network: String,
-    /// How GPUs are asked for.
-    pub gpu_mode: GpuMode,
-    /// `hostPath` volumes must be below one of these.
-    pub host_path_roots: Vec<PathBuf>,
-    /// Directory by name of a claim, or by `<namespace>/<name>`.
-    pub claims: BTreeMap<String, PathBuf>,
-    /// File with the node's own credentials for registries, as `docker login` writes it.
-    pub registry_config: Option<PathBuf>,
-    /// UUIDs of the node's GPUs by index; empty where they are made up, and then none is asked for.
-    pub gpus: BTreeMap<u32, String>,
-}
-
-impl Default for DockerSettings {
-    fn default() -> Self {
-        Self {
-            socket: "/var/run/docker.sock".into(),
-            network: "bridge".into(),
-            gpu_mode: GpuMode::default(),
-            host_path_roots: Vec::new(),
-            claims: BTreeMap::new(),
-            registry_config: None,
-            gpus: BTreeMap::new(),
-        }
-    }
-}
 
 /// Runs replicas as containers.
 pub struct DockerRuntime {
@@ -113,11 +74,6 @@ impl Drop for DockerRuntime {
         let followers = self.followers.get_mut().unwrap_or_else(PoisonError::into_inner);
         followers.values().for_each(JoinHandle::abort);
     }
-}
-
-/// True where the engine says that there is no such thing.
-fn is_missing(error: &Error) -> bool {
-    matches!(error, Error::DockerResponseServerError { status_code: 404, .. })
 }
 
 impl DockerRuntime {
@@ -306,38 +262,6 @@ impl DockerRuntime {
             ports,
         }
     }
-}
-
-/// Ports of this machine by ports of the container.
-fn published(found: &ContainerInspectResponse) -> BTreeMap<u16, u16> {
-    let ports = found.network_settings.as_ref().and_then(|network| network.ports.clone()).unwrap_or_default();
-    let pair = |(inside, bindings): (String, Option<Vec<bollard::models::PortBinding>>)| {
-        let outside = bindings?.into_iter().find_map(|binding| binding.host_port?.parse().ok())?;
-        Some((inside.split('/').next()?.parse().ok()?, outside))
-    };
-    ports.into_iter().filter_map(pair).collect()
-}
-
-/// The address of this machine in the engine's network: the gateway, or the first of the subnet, which
-/// is what engines take where none is named.
-fn gateway(network: &NetworkInspect) -> Option<IpAddr> {
-    let configs = network.ipam.as_ref().and_then(|ipam| ipam.config.as_ref())?;
-    configs.iter().find_map(|config| {
-        let named = config.gateway.as_ref().and_then(|gateway| gateway.split('/').next()?.parse::<Ipv4Addr>().ok());
-        let first = || {
-            let (subnet, bits) = config.subnet.as_ref()?.split_once('/')?;
-            let mask = u32::MAX.checked_shl(32 - bits.parse::<u32>().ok().filter(|bits| *bits <= 30)?).unwrap_or(0);
-            Some(Ipv4Addr::from((u32::from(subnet.parse::<Ipv4Addr>().ok()?) & mask) + 1))
-        };
-        named.or_else(first).map(IpAddr::V4)
-    })
-}
-
-fn exit_of(state: &ContainerState) -> Exit {
-    let code = state.exit_code.and_then(|code| i32::try_from(code).ok());
-    // What shells do, engines do as well: 128 and the signal's number.
-    let signal = code.filter(|code| (129..=192).contains(code)).map(|code| code - 128);
-    Exit { code, signal, oom_killed: state.oom_killed == Some(true) }
 }
 
 fn now() -> i64 {
