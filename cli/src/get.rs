@@ -351,12 +351,14 @@ async fn decisions(mut client: Client, args: &Args) -> Result<(), Failure> {
 
 /// Also part of `describe`.
 pub fn decision_table(decisions: &[control::Decision]) -> String {
-    let mut table =
-        Table::new(&["TIME", "READY", "LOADING", "STABLE", "PANIC", "TARGET", "WANTED", "APPLIED", "MODE", "WHY"]);
+    let mut table = Table::new(&[
+        "TIME", "REVISION", "READY", "LOADING", "STABLE", "PANIC", "TARGET", "WANTED", "APPLIED", "MODE", "WHY",
+    ]);
     for decision in decisions {
         let wanted = if decision.desired < 0 { "unknown".to_owned() } else { decision.desired.to_string() };
         table.row([
             moment(decision.time),
+            decision.revision.clone(),
             decision.ready.to_string(),
             decision.starting.to_string(),
             format!("{:.2}", decision.stable_value),
