@@ -58,9 +58,8 @@ impl S3 {
                 });
                 tokio::spawn(async move {
                     // A client that goes away is no trouble of the server.
-                    let _ = auto::Builder::new(TokioExecutor::new())
-                        .serve_connection(TokioIo::new(stream), answer)
-                        .await;
+                    let _ =
+                        auto::Builder::new(TokioExecutor::new()).serve_connection(TokioIo::new(stream), answer).await;
                 });
             }
         });

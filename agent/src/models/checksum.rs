@@ -114,10 +114,8 @@ mod tests {
         let whole = of(&[("etag", &etag), ("x-amz-checksum-sha256", SHA256_BASE64)]);
         assert_eq!(whole.md5.as_deref(), Some(MD5_HEX));
         assert!(whole.sha256.unwrap().starts_with("e3b0c442"));
-        let parts = of(&[
-            ("etag", &format!("\"{MD5_HEX}-3\"")),
-            ("x-amz-checksum-sha256", &format!("{SHA256_BASE64}-3")),
-        ]);
+        let parts =
+            of(&[("etag", &format!("\"{MD5_HEX}-3\"")), ("x-amz-checksum-sha256", &format!("{SHA256_BASE64}-3"))]);
         assert_eq!(parts, Checksums::default());
         let kms = of(&[("etag", &etag), ("x-amz-server-side-encryption", "aws:kms")]);
         assert_eq!(kms, Checksums::default());

@@ -5,9 +5,7 @@ use http::{HeaderMap, HeaderValue};
 use object_store::{
     ClientOptions,
     aws::AmazonS3Builder,
-    client::{
-        HttpClient, HttpConnector, HttpError, HttpRequest, HttpResponse, HttpService, ReqwestConnector,
-    },
+    client::{HttpClient, HttpConnector, HttpError, HttpRequest, HttpResponse, HttpService, ReqwestConnector},
 };
 
 /// All headers of the answer, in the extensions of a result.

@@ -15,8 +15,8 @@ use serde::Deserialize;
 use super::{
     ModelError,
     checksum::Checksums,
-    s3_head::{SeenHeaders, headers_seen},
     plan::Object,
+    s3_head::{SeenHeaders, headers_seen},
 };
 
 /// Bytes of a range, as they come.
@@ -124,11 +124,8 @@ fn s3(bucket: &str, credentials: &Credentials, checksums: bool) -> object_store:
     let has_key = credentials.contains_key("AWS_ACCESS_KEY_ID") || std::env::var_os("AWS_ACCESS_KEY_ID").is_some();
     let unsigned = anonymous(credentials) || (given.is_some() && !has_key);
     builder = builder.with_skip_signature(unsigned);
-    let builder = if checksums {
-        headers_seen(builder, options(true))
-    } else {
-        builder.with_client_options(options(true))
-    };
+    let builder =
+        if checksums { headers_seen(builder, options(true)) } else { builder.with_client_options(options(true)) };
     Ok(Arc::new(builder.build()?))
 }
 

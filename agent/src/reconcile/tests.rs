@@ -181,7 +181,7 @@ impl Node {
         let queue = sidecar.revision(KEY);
         queue.route(Limits { queue: 10, timeout: TIMEOUT, concurrency: 1 }, BTreeMap::new());
         let cache = tempfile::tempdir().unwrap();
-        let models = Models::open(cache.path().to_owned(), BTreeMap::new(), Duration::from_secs(1)).unwrap();
+        let models = Models::open(cache.path().to_owned(), BTreeMap::new(), Duration::from_secs(1), None).unwrap();
         let runtime: Arc<dyn Runtime> = Arc::clone(&fake) as _;
         let endpoints: Arc<dyn Endpoints> = Arc::clone(&sidecar) as _;
         let reconciler = Reconciler::adopt(runtime, endpoints, Arc::new(NoWayBack), models).await.unwrap();
