@@ -209,7 +209,7 @@ impl Room {
             pinned: self.cache.pinned(key),
             last_used: Some(tree.last_used.into()),
         });
-        let report = fleet::CacheReport { models: models.collect(), budget_bytes: self.budget.unwrap_or_default() };
+        let report = fleet::CacheReport { models: models.collect() };
         self.report.send_if_modified(|last| {
             let changed = *last != report;
             *last = report;
