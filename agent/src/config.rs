@@ -31,6 +31,8 @@ pub struct Config {
     pub max_request_body: u64,
     /// A part of a model of which no byte comes for this long is asked for again.
     pub fetch_stall: std::time::Duration,
+    /// Bytes that all fetched models together may take on disk; `None`: as many as the disk has.
+    pub cache_budget: Option<u64>,
     /// True: replicas end with the agent (as `dev` wants it). False: they outlive it and are adopted.
     pub stop_replicas_on_exit: bool,
     /// What replicas run as.
@@ -100,6 +102,7 @@ impl Default for Config {
             labels: BTreeMap::new(),
             max_request_body: 256 << 20,
             fetch_stall: crate::models::STALL,
+            cache_budget: None,
             stop_replicas_on_exit: false,
             runtime: RuntimeChoice::default(),
             docker: DockerSettings::default(),

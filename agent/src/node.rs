@@ -128,8 +128,9 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), Agen
     let endpoints: Arc<dyn crate::endpoint::Endpoints> = Arc::clone(data_path.sidecar()) as _;
     let egress = Arc::new(gateway::Gateway(Arc::clone(&data_path)));
     let path = config.data_dir.join("models");
-    let models = Models::open(path.clone(), config.docker.claims.clone(), config.fetch_stall)
+    let models = Models::open(path.clone(), config.docker.claims.clone(), config.fetch_stall, config.cache_budget)
         .map_err(|error| AgentError::Models { path, error })?;
+    let cached = models.report();
     let reconciler = Reconciler::adopt(runtime, endpoints, egress, models).await?;
 
     let (connected, is_connected) = watch::channel(false);
@@ -148,6 +149,7 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), Agen
         hello: hello(&config, ingress_address, peer_address),
         inventory,
         statuses: reconciler.statuses(),
+        cached,
         demands: demanded,
         told: Arc::new(told),
         connected,

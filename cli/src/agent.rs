@@ -87,6 +87,10 @@ pub struct NodeArgs {
     /// Ask again for a part of a model of which no byte comes for this long, 1s to 1h.
     #[arg(long, env = "PILOTLIGHT_FETCH_STALL", default_value = "30s", value_parser = stall, value_name = "DURATION")]
     fetch_stall: std::time::Duration,
+    /// Bytes that fetched models may take on disk, such as 500GiB; models that no replica uses go to make
+    /// room, the one used longest ago first. Default: no limit but the disk's.
+    #[arg(long, env = "PILOTLIGHT_CACHE_BUDGET", value_parser = cache_budget, value_name = "SIZE")]
+    cache_budget: Option<ByteSize>,
     /// Largest request body.
     #[arg(long, env = "PILOTLIGHT_MAX_REQUEST_BODY", default_value = "256MiB")]
     max_request_body: ByteSize,
@@ -123,6 +127,13 @@ fn stall(text: &str) -> Result<std::time::Duration, String> {
     if allowed.contains(&given) { Ok(given) } else { Err("expected 1s to 1h".to_owned()) }
 }
 
+fn cache_budget(text: &str) -> Result<ByteSize, String> {
+    match text.parse::<ByteSize>()? {
+        ByteSize(0) => Err("expected at least one byte".to_owned()),
+        budget => Ok(budget),
+    }
+}
+
 impl NodeArgs {
     /// Fills in what these flags say; `otherwise` is the inventory where none is pretended.
     pub fn fill(self, config: Config, otherwise: InventorySource) -> Config {
@@ -151,6 +162,7 @@ impl NodeArgs {
                 ..DockerSettings::default()
             },
             fetch_stall: self.fetch_stall,
+            cache_budget: self.cache_budget.map(|budget| budget.as_u64()),
             ..config
         }
     }

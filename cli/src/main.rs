@@ -2,6 +2,7 @@
 
 mod agent;
 mod apply;
+mod cache;
 mod config;
 mod connect;
 mod coordinator;
@@ -79,6 +80,9 @@ enum Command {
     /// Take nodes out of use and back.
     #[command(subcommand)]
     Node(node::Command),
+    /// Look at the models on the nodes' disks.
+    #[command(subcommand)]
+    Cache(cache::Command),
     /// Make join tokens for nodes.
     #[command(subcommand)]
     Token(token::Command),
@@ -133,6 +137,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
         Command::Simulate(args) => simulate::run(*args),
         Command::Logs(args) => process::ask(logs::run(connection, args)),
         Command::Node(command) => process::ask(node::run(connection, command)),
+        Command::Cache(command) => process::ask(cache::run(connection, command)),
         Command::Token(command) => process::ask(token::run(connection, command)),
         Command::Version(args) => process::ask(version::run(connection, args)),
         Command::Completions { shell } => {

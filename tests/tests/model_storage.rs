@@ -16,7 +16,11 @@ use axum::{
     http::{HeaderMap, Method, StatusCode, header},
     response::{IntoResponse as _, Response},
 };
-use pilotlight_tests::{cell::Dev, eventually};
+use pilotlight_tests::{
+    cell::{Cell, Dev},
+    eventually,
+    s3::{KEY, S3, SECRET},
+};
 
 const RANGE: u64 = 16 << 20;
 
@@ -130,4 +134,97 @@ async fn a_claim_is_served_in_place_and_what_is_missing_is_named() {
     })
     .await;
     assert!(said.contains("persistentVolumeClaim \"wights\" is not known on this node; known are: weights"), "{said}");
+}
+
+/// A service that serves the files of its model from an S3 store, with the secret that it needs.
+fn from_s3(name: &str, uri: &str, endpoint: &str) -> String {
+    format!(
+        "apiVersion: v1\nkind: Secret\nmetadata: {{name: s3}}\nstringData: {{AWS_ACCESS_KEY_ID: {KEY}, \
+         AWS_SECRET_ACCESS_KEY: {SECRET}, AWS_REGION: us-east-1, AWS_ENDPOINT_URL: \"{endpoint}\"}}\n---\n{}",
+        files(name, uri).replace(
+            &format!("{{name: {name}}}"),
+            &format!("{{name: {name}, annotations: {{serving.kserve.io/storageSecretName: s3}}}}")
+        )
+    )
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_model_comes_from_s3_and_a_bucket_that_is_missing_is_said() {
+    let s3 = S3::start().await;
+    let dev = Dev::start(&[], vec![]).await;
+    let applied = dev.operator.apply(&from_s3("flowers", "s3://models/flowers", &s3.endpoint()), &[]);
+    assert_eq!(applied.code, 0, "{}{}", applied.out, applied.err);
+    let failed = eventually("the replica fails and waits", || async {
+        let replicas = dev.operator.replicas("flowers");
+        let replica = replicas.first().filter(|replica| replica["phase"] == "Failed")?.clone();
+        replica["message"].as_str()?.contains("started again in").then_some(replica)
+    })
+    .await;
+    assert_eq!(failed["reason"], "ModelNotFound", "{failed}");
+    let service = eventually("the service says so", || async {
+        let service = dev.operator.json(&["get", "isvc", "flowers"]);
+        service["status"]["modelStatus"]["lastFailureInfo"]["message"].as_str().map(ToOwned::to_owned)
+    })
+    .await;
+    assert!(service.contains("s3://models/flowers") && service.contains("bucket is not there"), "{service}");
+    let described = dev.operator.must(&["describe", "isvc", "flowers"]);
+    assert!(described.contains("ModelNotFound"), "{described}");
+
+    s3.put("models", "flowers/petals/model.bin", b"weights");
+    dev.operator.replicas_are("flowers", 1, "Ready").await;
+    let answer = dev.gateway.get("flowers.default.localhost", "/petals/model.bin").await.unwrap();
+    assert_eq!(answer.body, "weights");
+}
+
+fn cached(cell: &Cell, more: &[&str]) -> Vec<(String, String, u64, bool)> {
+    let list = cell.operator.json(&[&["cache", "ls"], more].concat());
+    let text = |value: &serde_json::Value| value.as_str().unwrap_or_default().to_owned();
+    let of = |model: &serde_json::Value| {
+        (text(&model["node"]), text(&model["uri"]), model["bytes"].as_u64().unwrap(), model["inUse"] == true)
+    };
+    list["items"].as_array().unwrap().iter().map(of).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn replicas_go_where_their_model_is() {
+    let s3 = S3::start().await;
+    s3.put("models", "one/model.bin", b"weights");
+    s3.put("models", "two/model.bin", b"others");
+    let mut cell = Cell::start(vec![]).await;
+    let _first = cell.agent("gpu-1", 0).await;
+    let _second = cell.agent("gpu-2", 0).await;
+    let one = from_s3("one", "s3://models/one", &s3.endpoint());
+    let there =
+        one.replace("    minReplicas: 1\n", "    minReplicas: 1\n    nodeSelector: {kubernetes.io/hostname: gpu-2}\n");
+    assert_eq!(cell.operator.apply(&there, &[]).code, 0);
+    assert_eq!(cell.operator.replicas_are("one", 1, "Ready").await[0]["node"], "gpu-2");
+    let listed = eventually("the model is listed", || async {
+        let listed = cached(&cell, &[]);
+        listed.first().is_some_and(|model| model.3).then_some(listed)
+    })
+    .await;
+    assert_eq!(listed, [("gpu-2".to_owned(), "s3://models/one".to_owned(), 7, true)]);
+    assert!(cached(&cell, &["--node", "gpu-1"]).is_empty());
+    let table = cell.operator.must(&["cache", "ls", "--node", "gpu-2"]);
+    assert!(table.contains("s3://models/one") && table.contains("7 B"), "{table}");
+    assert_ne!(cell.operator.run(&["cache", "ls", "--node", "gpu-3"]).code, 0);
+
+    // Where nothing draws it the first node by name is taken.
+    assert_eq!(cell.operator.apply(&from_s3("two", "s3://models/two", &s3.endpoint()), &[]).code, 0);
+    assert_eq!(cell.operator.replicas_are("two", 1, "Ready").await[0]["node"], "gpu-1");
+    let again = from_s3("again", "s3://models/one", &s3.endpoint());
+    assert_eq!(cell.operator.apply(&again, &[]).code, 0);
+    assert_eq!(cell.operator.replicas_are("again", 1, "Ready").await[0]["node"], "gpu-2");
+
+    for name in ["one", "again"] {
+        cell.operator.must(&["delete", "isvc", name]);
+    }
+    eventually("nobody uses it any more, and it is still there", || async {
+        let listed = cached(&cell, &["--node", "gpu-2"]);
+        (listed.len() == 1 && !listed[0].3).then_some(())
+    })
+    .await;
+    cell.kill_9_coordinator();
+    cell.start_coordinator().await;
+    eventually("a new coordinator is told", || async { (cached(&cell, &[]).len() == 2).then_some(()) }).await;
 }

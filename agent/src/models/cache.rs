@@ -4,7 +4,8 @@
 //! ```text
 //! blobs/<sha256>            each content once
 //! trees/<key>/files/…       a whole model; appears by one rename
-//! trees/<key>/tree.json     what it is
+//! trees/<key>/tree.json     what it is; its time of change is when it was last used
+//! trees/<key>/pinned        made by an operator: it is not removed
 //! partial/<key>/<n>.data    file n of a model that is being fetched
 //! partial/<key>/<n>.done    starts of its ranges that are on disk, one a line
 //! ```
@@ -15,6 +16,7 @@ use std::{
     io::{self, Write as _},
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
+    time::SystemTime,
 };
 
 use serde::{Deserialize, Serialize};
@@ -99,6 +101,10 @@ impl Cache {
         self.root.join("blobs").join(sha256)
     }
 
+    fn tree(&self, key: &str) -> PathBuf {
+        self.root.join("trees").join(key)
+    }
+
     fn partial(&self, key: &str) -> PathBuf {
         self.root.join("partial").join(key)
     }
@@ -174,11 +180,70 @@ impl Cache {
         Ok(self.files(key))
     }
 
+    /// When a whole model was last used, as noted by [`Self::touch`].
+    pub fn last_used(&self, key: &str) -> SystemTime {
+        let noted = fs::metadata(self.tree(key).join("tree.json")).and_then(|file| file.modified());
+        noted.unwrap_or(SystemTime::UNIX_EPOCH)
+    }
+
+    /// Notes when a whole model was used: as the time of its `tree.json`.
+    ///
+    /// # Errors
+    /// The disk refuses.
+    pub fn touch(&self, key: &str, now: SystemTime) -> io::Result<()> {
+        File::options().append(true).open(self.tree(key).join("tree.json"))?.set_modified(now)
+    }
+
+    /// True where an operator keeps the model: by a file `pinned` beside its `tree.json`.
+    pub fn pinned(&self, key: &str) -> bool {
+        self.tree(key).join("pinned").exists()
+    }
+
+    /// Removes a whole model; its blobs stay, see [`Self::drop_unused`]. Processes that have its files
+    /// open keep them.
+    ///
+    /// # Errors
+    /// The disk refuses.
+    pub fn remove_tree(&self, key: &str) -> io::Result<()> {
+        // Out of sight by one step first: a crash must not leave half a model.
+        let aside = self.partial(key);
+        fs::create_dir_all(&aside)?;
+        fs::rename(self.tree(key), aside.join("tree"))?;
+        fs::remove_dir_all(aside)
+    }
+
+    /// What fetches have left that did not end, or have not ended yet.
+    pub fn partials(&self) -> Vec<Partial> {
+        let Ok(entries) = fs::read_dir(self.root.join("partial")) else { return Vec::new() };
+        let of = |entry: fs::DirEntry| {
+            let files = fs::read_dir(entry.path()).ok()?.flatten().filter_map(|file| file.metadata().ok());
+            let (mut bytes, mut changed) = (0, SystemTime::UNIX_EPOCH);
+            for file in files {
+                // Files have holes: what counts is what the disk has given.
+                bytes += file.blocks() * 512;
+                changed = changed.max(file.modified().unwrap_or(SystemTime::UNIX_EPOCH));
+            }
+            Some(Partial { key: entry.file_name().into_string().ok()?, bytes, changed })
+        };
+        entries.flatten().filter_map(of).collect()
+    }
+
     /// Forgets what was fetched of a model that turned out wrong.
     pub fn discard(&self, key: &str) {
         // What cannot be removed now is checked again before it is used.
         let _ = fs::remove_dir_all(self.partial(key));
     }
+}
+
+/// What is there of a model that is not whole.
+#[derive(Debug)]
+pub struct Partial {
+    /// Of the model.
+    pub key: String,
+    /// Bytes on disk.
+    pub bytes: u64,
+    /// When something of it last came.
+    pub changed: SystemTime,
 }
 
 /// A file that is being fetched.

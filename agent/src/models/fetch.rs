@@ -11,6 +11,7 @@ use super::{
     cache::{Cache, Part, TreeRecord},
     checksum::{self, Checksums, Mismatch},
     plan::{self, Object},
+    room::{Reserved, Room},
     source::Source,
 };
 
@@ -35,6 +36,7 @@ pub(super) struct Fetch {
     pub(super) uri: String,
     pub(super) source: Arc<dyn Source>,
     pub(super) cache: Cache,
+    pub(super) room: Room,
     /// Silence after which a range is asked for again.
     pub(super) stall: Duration,
     pub(super) progress: watch::Sender<Progress>,
@@ -57,6 +59,8 @@ impl Fetch {
         for (object, Checksums { sha256, md5 }) in objects.iter_mut().zip(known) {
             (object.sha256, object.md5) = (sha256, md5);
         }
+        // Until it is published, or has failed.
+        let _reserved = self.reserve(&key, objects.clone()).await?;
         let mut blobs = Vec::new();
         let mut files = Vec::new();
         for (number, object) in objects.iter().enumerate() {
@@ -81,11 +85,18 @@ impl Fetch {
         let begun = tokio::time::Instant::now();
         futures::stream::iter(ranges).buffer_unordered(PARALLEL).try_collect::<()>().await?;
         info!(uri = %self.uri, bytes = total, took = ?begun.elapsed(), "model fetched; checking it");
-        let (cache, uri, name) = (self.cache.clone(), self.uri.clone(), key.clone());
+        let (cache, room, uri, name) = (self.cache.clone(), self.room.clone(), self.uri.clone(), key.clone());
         let paths: Vec<_> = files.into_iter().map(|(_, part)| part.path.clone()).collect();
-        let finished = tokio::task::spawn_blocking(move || finish(&cache, &uri, &name, objects, blobs, paths)).await;
+        let finished =
+            tokio::task::spawn_blocking(move || finish(&cache, &room, &uri, &name, objects, blobs, paths)).await;
         finished.unwrap_or_else(|error| Err(self.disk(io::Error::other(error))))?;
         Ok(key)
+    }
+
+    async fn reserve(&self, key: &str, objects: Vec<Object>) -> Result<Reserved, ModelError> {
+        let (room, uri, key) = (self.room.clone(), self.uri.clone(), key.to_owned());
+        let reserved = tokio::task::spawn_blocking(move || room.reserve(&uri, &key, &objects)).await;
+        reserved.unwrap_or_else(|error| Err(self.disk(io::Error::other(error))))
     }
 
     fn add(&self, bytes: u64) {
@@ -154,6 +165,7 @@ enum Trouble {
 /// Checks what came, takes it in and makes it visible.
 fn finish(
     cache: &Cache,
+    room: &Room,
     uri: &str,
     key: &str,
     objects: Vec<Object>,
@@ -180,10 +192,6 @@ fn finish(
         came.push((path, sha256.clone()));
         blobs.push(sha256);
     }
-    for (path, sha256) in came {
-        cache.adopt(&path, &sha256).map_err(disk)?;
-    }
     let record = TreeRecord { uri: uri.to_owned(), objects, blobs };
-    cache.publish(key, &record).map_err(disk)?;
-    Ok(())
+    room.publish(key, &record, &came).map_err(disk)
 }

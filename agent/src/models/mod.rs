@@ -3,10 +3,14 @@
 //! [`plan`] is pure, [`source`] reads from stores, [`cache`] is the disk, `fetch` joins them; [`Models`]
 //! lets replicas that want the same model share one fetch.
 
+mod budget;
 pub mod cache;
 mod checksum;
 mod fetch;
 pub mod plan;
+mod room;
+#[cfg(test)]
+mod room_tests;
 mod s3_head;
 #[cfg(test)]
 mod s3_tests;
@@ -23,11 +27,14 @@ use std::{
 };
 
 use futures::FutureExt as _;
+use pilotlight_proto::fleet::v1::CacheReport;
 use tokio::sync::watch;
 
 use cache::Cache;
 use fetch::Fetch;
 pub use fetch::Progress;
+pub use room::Held;
+use room::Room;
 use source::Credentials;
 
 /// Silence after which a range is asked for again.
@@ -66,6 +73,21 @@ pub enum ModelError {
         /// As computed.
         found: String,
     },
+    /// The cache's budget has no room for it.
+    #[error(
+        "{uri}: the model has {bytes} bytes, and the node's model cache a budget of {budget}, of which {kept} are in use \
+         or pinned; see --cache-budget"
+    )]
+    CacheFull {
+        /// Which model.
+        uri: String,
+        /// Its size.
+        bytes: u64,
+        /// All that models may take on this node.
+        budget: u64,
+        /// Bytes of it that cannot be freed now.
+        kept: u64,
+    },
     /// The node's disk refuses.
     #[error("{uri}: the node's disk: {error}")]
     Disk {
@@ -91,6 +113,7 @@ impl ModelError {
             Self::NotFound { .. } => "ModelNotFound",
             Self::Source { .. } => "ModelFetchFailed",
             Self::Checksum { .. } => "ModelChecksumMismatch",
+            Self::CacheFull { .. } => "CacheFull",
             Self::Disk { error, .. } if error.kind() == io::ErrorKind::StorageFull => "DiskFull",
             Self::Disk { .. } => "ModelCacheFailed",
             Self::Volume { .. } => "VolumeNotFound",
@@ -105,6 +128,7 @@ type Running = HashMap<(String, Credentials), watch::Sender<Progress>>;
 #[derive(Debug, Clone)]
 pub struct Models {
     cache: Cache,
+    room: Room,
     claims: Arc<BTreeMap<String, PathBuf>>,
     stall: Duration,
     running: Arc<Mutex<Running>>,
@@ -112,13 +136,30 @@ pub struct Models {
 }
 
 impl Models {
-    /// Opens the cache below `root`. `claims` are what `pvc://` names mean here.
+    /// Opens the cache below `root`. `claims` are what `pvc://` names mean here; `budget` is the bytes that
+    /// all models together may take, `None`: as many as the disk has.
     ///
     /// # Errors
     /// The cache cannot be made or read.
-    pub fn open(root: PathBuf, claims: BTreeMap<String, PathBuf>, stall: Duration) -> io::Result<Self> {
+    pub fn open(
+        root: PathBuf,
+        claims: BTreeMap<String, PathBuf>,
+        stall: Duration,
+        budget: Option<u64>,
+    ) -> io::Result<Self> {
         let cache = Cache::open(root)?;
-        Ok(Self { cache, claims: Arc::new(claims), stall, running: Arc::default(), turns: Arc::default() })
+        let room = Room::open(cache.clone(), budget);
+        Ok(Self { cache, room, claims: Arc::new(claims), stall, running: Arc::default(), turns: Arc::default() })
+    }
+
+    /// What is on this node, now and on each change.
+    pub fn report(&self) -> watch::Receiver<CacheReport> {
+        self.room.report()
+    }
+
+    /// Keeps the models of these addresses on the node for as long as the answer lives, here or yet to come.
+    pub fn hold(&self, uris: impl IntoIterator<Item = String>) -> Held {
+        self.room.hold(uris)
     }
 
     /// What is on disk.
@@ -170,8 +211,15 @@ impl Models {
             Arc::clone(turns.entry(uri.to_owned()).or_default())
         };
         let source = source::open(uri, credentials)?;
-        let fetch =
-            Fetch { uri: uri.to_owned(), source, cache: self.cache.clone(), stall: self.stall, progress: sender };
+        let _held = self.hold([uri.to_owned()]);
+        let fetch = Fetch {
+            uri: uri.to_owned(),
+            source,
+            cache: self.cache.clone(),
+            room: self.room.clone(),
+            stall: self.stall,
+            progress: sender,
+        };
         let mut fetching = async {
             // Whoever comes second finds the model there, after one look at the listing.
             let _turn = turn.lock().await;

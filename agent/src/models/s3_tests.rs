@@ -19,7 +19,7 @@ fn credentials(s3: &S3) -> Credentials {
 }
 
 fn models(directory: &tempfile::TempDir) -> Models {
-    Models::open(directory.path().join("cache"), BTreeMap::new(), Duration::from_secs(30)).unwrap()
+    Models::open(directory.path().join("cache"), BTreeMap::new(), Duration::from_secs(30), None).unwrap()
 }
 
 fn content(bytes: u64) -> Vec<u8> {

@@ -87,7 +87,7 @@ fn content(ranges: u64) -> Bytes {
 
 fn models(directory: &tempfile::TempDir) -> Models {
     let volumes = BTreeMap::from([("weights".to_owned(), directory.path().to_owned())]);
-    Models::open(directory.path().join("cache"), volumes, Duration::from_millis(300)).unwrap()
+    Models::open(directory.path().join("cache"), volumes, Duration::from_millis(300), None).unwrap()
 }
 
 fn blobs(directory: &tempfile::TempDir) -> usize {

@@ -173,12 +173,14 @@ impl Reconciler {
 
     fn spawn(&self, inner: &mut Inner, desired: Desired, adopted: Option<crate::runtime::Running>) {
         let name = desired.assignment.replica.clone();
+        let held = self.models.hold(desired.assignment.models.iter().map(|model| model.uri.clone()));
         let (sender, receiver) = watch::channel(desired);
         let life = Life {
             runtime: Arc::clone(&self.runtime),
             endpoints: Arc::clone(&self.endpoints),
             way_back: WayBack::new(Arc::clone(&self.egress)),
             models: self.models.clone(),
+            _held: held,
             statuses: self.statuses.clone(),
             desired: receiver,
         };

@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     endpoint::{Endpoints, LocalReplica},
-    models::{ModelError, Models},
+    models::{Held, ModelError, Models},
     runtime::{Exit, Running, Runtime, RuntimeError, probe::Prober},
 };
 
@@ -42,6 +42,8 @@ pub(super) struct Life {
     pub(super) endpoints: Arc<dyn Endpoints>,
     pub(super) way_back: WayBack,
     pub(super) models: Models,
+    /// Its models stay on the node while it lives.
+    pub(super) _held: Held,
     pub(super) statuses: Statuses,
     pub(super) desired: watch::Receiver<Desired>,
 }
@@ -364,7 +366,7 @@ impl Failure {
 }
 
 /// What Kubernetes calls the pause after this reason: images have a name of their own for it, and what
-/// cannot be created stays what it is.
+/// cannot be created or fetched stays what it is.
 fn in_backoff(reason: &'static str) -> &'static str {
     match reason {
         "ErrImagePull" => "ImagePullBackOff",
@@ -372,7 +374,14 @@ fn in_backoff(reason: &'static str) -> &'static str {
         | "ErrImageNeverPull"
         | "ImageInspectError"
         | "CreateContainerConfigError"
-        | "CreateContainerError" => reason,
+        | "CreateContainerError"
+        | "ModelNotFound"
+        | "ModelFetchFailed"
+        | "ModelChecksumMismatch"
+        | "ModelCacheFailed"
+        | "CacheFull"
+        | "DiskFull"
+        | "VolumeNotFound" => reason,
         _ => "CrashLoopBackOff",
     }
 }

@@ -31,9 +31,23 @@ struct Fake {
     /// Replica, time since the start of the test, and grace of each stop.
     stops: Mutex<Vec<(String, Duration, Duration)>>,
     began: Instant,
+    /// What a former agent has left running.
+    former: Vec<ReplicaAssignment>,
 }
 
 impl Fake {
+    fn running(&self, assignment: ReplicaAssignment) -> Running {
+        Running {
+            replica: assignment.replica.clone(),
+            pid: 1,
+            address: self.address,
+            started_at: 0,
+            assignment,
+            container: None,
+            ports: BTreeMap::new(),
+        }
+    }
+
     fn end(&self, replica: &str) -> CancellationToken {
         self.ends.lock().unwrap().entry(replica.to_owned()).or_default().clone()
     }
@@ -44,19 +58,11 @@ impl Runtime for Fake {
     async fn start(&self, assignment: &ReplicaAssignment, _: &[Mount]) -> Result<Running, RuntimeError> {
         let assignment = assignment.clone();
         self.ends.lock().unwrap().insert(assignment.replica.clone(), CancellationToken::new());
-        Ok(Running {
-            replica: assignment.replica.clone(),
-            pid: 1,
-            address: self.address,
-            started_at: 0,
-            assignment,
-            container: None,
-            ports: BTreeMap::new(),
-        })
+        Ok(self.running(assignment))
     }
 
     async fn adopt(&self) -> Result<Vec<Running>, RuntimeError> {
-        Ok(Vec::new())
+        Ok(self.former.iter().cloned().map(|assignment| self.running(assignment)).collect())
     }
 
     async fn exited(&self, running: &Running) -> Exit {
@@ -144,6 +150,33 @@ async fn a_container_that_does_not_start_in_time_is_restarted() {
     assert_eq!(began.elapsed(), Duration::from_secs(20), "asked at 0, 10 and 20 s");
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_replicas_models_are_held_until_it_has_stopped() {
+    let cache = tempfile::tempdir().unwrap();
+    let models = node_models(cache.path());
+    // As it is there from before.
+    let record = crate::models::cache::TreeRecord { uri: "s3://b/m".into(), objects: vec![], blobs: vec![] };
+    models.cache().publish("key", &record).unwrap();
+    drop(models);
+    let models = node_models(cache.path());
+    let in_use = |report: &fleet::CacheReport| report.models[0].in_use;
+    let mut report = models.report();
+    assert!(!in_use(&report.borrow()));
+    let model = fleet::ModelMount { uri: "s3://b/m".into(), ..Default::default() };
+    let former =
+        ReplicaAssignment { replica: "a".into(), revision: KEY.into(), models: vec![model], ..Default::default() };
+    let node = Node::with(models, vec![former]).await;
+    report.wait_for(in_use).await.unwrap();
+    node.phases(&[ReplicaPhase::Ready]).await;
+    assert!(in_use(&report.borrow()), "taken over with its models");
+    node.reconciler.assign(Assignment { version: 1, replicas: vec![] });
+    report.wait_for(|report| !in_use(report)).await.unwrap();
+}
+
+fn node_models(root: &std::path::Path) -> Models {
+    Models::open(root.to_owned(), BTreeMap::new(), Duration::from_secs(1), None).unwrap()
+}
+
 /// These replicas call nobody.
 struct NoWayBack;
 
@@ -173,15 +206,19 @@ impl Node {
 
     /// A node without replicas.
     async fn empty() -> Self {
+        let cache = tempfile::tempdir().unwrap();
+        Self::with(node_models(cache.path()), Vec::new()).await
+    }
+
+    /// A node with these models and what a former agent has left running.
+    async fn with(models: Models, former: Vec<ReplicaAssignment>) -> Self {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
         let address = listener.local_addr().unwrap();
         let (ends, stops) = (Mutex::default(), Mutex::default());
-        let fake = Arc::new(Fake { address, ends, stops, began: Instant::now() });
+        let fake = Arc::new(Fake { address, ends, stops, began: Instant::now(), former });
         let sidecar = Sidecar::new();
         let queue = sidecar.revision(KEY);
         queue.route(Limits { queue: 10, timeout: TIMEOUT, concurrency: 1 }, BTreeMap::new());
-        let cache = tempfile::tempdir().unwrap();
-        let models = Models::open(cache.path().to_owned(), BTreeMap::new(), Duration::from_secs(1)).unwrap();
         let runtime: Arc<dyn Runtime> = Arc::clone(&fake) as _;
         let endpoints: Arc<dyn Endpoints> = Arc::clone(&sidecar) as _;
         let reconciler = Reconciler::adopt(runtime, endpoints, Arc::new(NoWayBack), models).await.unwrap();

@@ -36,6 +36,8 @@ pub struct Session {
     pub inventory: watch::Receiver<fleet::Inventory>,
     /// What runs; sent at the start and on change.
     pub statuses: watch::Receiver<fleet::ReplicaStatuses>,
+    /// Which models are on its disk; sent at the start and on change.
+    pub cached: watch::Receiver<fleet::CacheReport>,
     /// Requests that wait for a replica.
     pub demands: mpsc::Receiver<fleet::Demand>,
     /// Takes what the coordinator says, and gives the reports.
@@ -74,6 +76,8 @@ impl Session {
         let say = Outbound(sender);
         say.now(FromAgent::Hello(self.hello.clone()))?;
         say.now(FromAgent::Inventory(self.inventory.borrow_and_update().clone()))?;
+        // Before the statuses: what is placed because of them is placed where the models are.
+        say.now(FromAgent::CacheReport(self.cached.borrow_and_update().clone()))?;
         say.now(FromAgent::ReplicaStatuses(self.statuses.borrow_and_update().clone()))?;
 
         let mut client = FleetClient::new(self.channel.clone());
@@ -93,6 +97,9 @@ impl Session {
                 changed = self.statuses.changed() => {
                     changed.map_err(|_| Status::aborted("the reconciler ended"))?;
                     say.now(FromAgent::ReplicaStatuses(self.statuses.borrow_and_update().clone()))?;
+                }
+                Ok(()) = self.cached.changed() => {
+                    say.now(FromAgent::CacheReport(self.cached.borrow_and_update().clone()))?;
                 }
                 Ok(()) = self.inventory.changed() => {
                     say.now(FromAgent::Inventory(self.inventory.borrow_and_update().clone()))?;

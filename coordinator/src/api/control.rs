@@ -20,7 +20,7 @@ use crate::{
     fleet::LogHub,
     manifest::{self, Reading},
     model::{Availability, keys},
-    reconcile::{CommandError, Handle, commands::Change, meter::UsageRecord, view, world::World},
+    reconcile::{CommandError, Handle, cached, commands::Change, meter::UsageRecord, view, world::World},
     spec,
     store::{Store, StoreError, StoreExt as _, Transaction},
 };
@@ -214,6 +214,14 @@ impl Control for ControlService {
             .await
             .map_err(status)?;
         Ok(Response::new(control::ListNodesResponse { nodes }))
+    }
+
+    async fn list_cache(&self, request: Request<control::ListCacheRequest>) -> Answer<control::ListCacheResponse> {
+        self.access.operator(&request, Role::Viewer)?;
+        let node = request.into_inner().node;
+        let models = self.handle.read(move |world, _| cached::list(world, &node)).await.map_err(status)?;
+        let models = models.ok_or_else(|| Status::not_found("no such node has joined"))?;
+        Ok(Response::new(control::ListCacheResponse { models }))
     }
 
     async fn set_node_availability(

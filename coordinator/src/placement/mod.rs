@@ -53,7 +53,7 @@ pub struct Node {
     pub cpu_millis: Option<u64>,
     /// Memory that replicas may request, bytes; `None` is no limit.
     pub memory_bytes: Option<u64>,
-    /// Models whose weights are on its disk, as [`PlacementRequest::model`] names them.
+    /// Addresses of the models whose files are on its disk, as [`PlacementRequest::model`] names them.
     pub cached: BTreeSet<String>,
     /// What is there already.
     pub taken: Vec<Taken>,
@@ -137,7 +137,7 @@ pub struct PlacementRequest {
     pub policy: Option<PlacementPolicy>,
     /// Who goes first: the higher one.
     pub priority: i32,
-    /// The model it loads, where it names one: nodes that have it cached are better.
+    /// Address of the model it loads, where it names one: nodes that have it cached are better.
     pub model: Option<String>,
 }
 
@@ -186,10 +186,13 @@ impl PlacementRequest {
     }
 }
 
-/// The model that a revision loads, by the address that it names.
+/// The address of the first model that a revision loads; `None` where it takes a secret to know it, or
+/// the model is in the image.
 fn model_of(template: &RevisionTemplate) -> Option<String> {
-    let named = template.container.env.iter().find(|var| var.name == "STORAGE_URI");
-    named.map(|var| var.value.clone()).filter(|uri| !uri.is_empty())
+    match &template.storage.first()?.source {
+        spec::StorageSource::Uri(uri) => Some(uri.clone()),
+        spec::StorageSource::Entry { .. } => None,
+    }
 }
 
 impl Taken {

@@ -7,6 +7,7 @@
 mod admission;
 mod answer;
 mod apply;
+pub mod cached;
 #[cfg(test)]
 mod chain_tests;
 pub mod clock;

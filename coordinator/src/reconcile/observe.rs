@@ -70,6 +70,12 @@ pub fn hear(
         Message::QueueReport(report) => queue_report(world, node, report, now, recorder, dirty),
         Message::Demand(demand) => demanded(world, node, demand, now, recorder, dirty),
         Message::ReplicaStatuses(statuses) => statuses_of(world, node, statuses, now, dirty),
+        // Nothing is placed anew because of it: it counts where a place is looked for anyhow.
+        Message::CacheReport(report) => {
+            if let Some(state) = world.nodes.get_mut(node) {
+                state.cached = report;
+            }
+        }
         Message::RoutesApplied(applied) => {
             if let Some(state) = world.nodes.get_mut(node) {
                 state.routes_applied = applied.version;

@@ -11,7 +11,10 @@ use std::{
 use jiff::Timestamp;
 use pilotlight_proto::fleet::v1::{self as fleet, ReplicaPhase};
 
-use super::world::{NodeState, ReplicaState, RevisionState, World};
+use super::{
+    cached, storage,
+    world::{NodeState, ReplicaState, RevisionState, World},
+};
 use crate::{
     model::{Availability, RevisionKey},
     placement::{self, FleetView, Gpu, MigDevice, Node, Outcome, PlacementRequest, Prospect, Taken},
@@ -190,7 +193,7 @@ fn place(world: &World, wishes: Vec<Wish<'_>>, now: Timestamp, plan: &mut Plan) 
     let gone: BTreeSet<&str> = plan.forget.iter().map(|(name, _)| name.as_str()).collect();
     let mut fleet = fleet_view(world, &gone, now);
     let requests: Vec<_> =
-        wishes.iter().flat_map(|wish| (0..wish.count).map(|index| request(wish.revision, index))).collect();
+        wishes.iter().flat_map(|wish| (0..wish.count).map(|index| placing(world, wish.revision, index))).collect();
     let placements = placement::place(&fleet, &requests);
     let mut placed = Vec::new();
     let (mut nowhere, mut reasons) = (Vec::new(), Vec::new());
@@ -260,6 +263,13 @@ pub fn request(revision: &RevisionState, index: u32) -> PlacementRequest {
     PlacementRequest::of(&revision.record.template, &revision.record.key(), index)
 }
 
+/// The same, with the model's address where a secret tells it.
+fn placing(world: &World, revision: &RevisionState, index: u32) -> PlacementRequest {
+    let request = request(revision, index);
+    let model = request.model.clone().or_else(|| storage::first_address(world, &revision.record));
+    PlacementRequest { model, ..request }
+}
+
 /// The nodes that replicas may be placed on now, and what is taken there.
 pub fn fleet_view(world: &World, gone: &BTreeSet<&str>, now: Timestamp) -> FleetView {
     let nodes = world
@@ -285,8 +295,7 @@ fn node_view(world: &World, node: &NodeState, gone: &BTreeSet<&str>) -> Option<N
         schedulable: node.record.availability == Availability::Open,
         labels: inventory.labels.clone().into_iter().collect(),
         gpus: inventory.gpus.iter().map(gpu_view).collect(),
-        // Agents do not report yet which models they have.
-        cached: BTreeSet::new(),
+        cached: cached::addresses(&node.cached),
         // Requests for CPU and memory are taken as hints, not limits: the process runtime does not
         // enforce them, and KServe's default of one core would fill a small machine with idle replicas.
         cpu_millis: None,

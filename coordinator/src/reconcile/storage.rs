@@ -67,6 +67,14 @@ pub(super) fn models(world: &World, revision: &RevisionRecord) -> Vec<fleet::Mod
     revision.template.storage.iter().map(model).collect()
 }
 
+/// Address of the first model; `None` where there is none, or it is not known.
+pub(super) fn first_address(world: &World, revision: &RevisionRecord) -> Option<String> {
+    if revision.template.storage.is_empty() {
+        return None;
+    }
+    models(world, revision).into_iter().next().filter(|model| model.unresolved.is_empty()).map(|model| model.uri)
+}
+
 /// All keys of a secret that hold text.
 fn secret(values: &Values, namespace: &str, name: &str) -> Result<Credentials, String> {
     let secret = values.get(AuxiliaryKind::Secret, namespace, name);

@@ -169,6 +169,8 @@ pub struct NodeState {
     pub hello: fleet::Hello,
     /// What it has; `None` until it said so.
     pub inventory: Option<fleet::Inventory>,
+    /// Models on its disk, as it said last.
+    pub cached: fleet::CacheReport,
     /// True once its agent has told, in this coordinator's life, what runs there.
     pub heard: bool,
     /// When a message last came.
@@ -202,6 +204,7 @@ impl NodeState {
             session: None,
             hello: fleet::Hello::default(),
             inventory: None,
+            cached: fleet::CacheReport::default(),
             heard: false,
             last_seen: now,
             replicas: BTreeSet::new(),

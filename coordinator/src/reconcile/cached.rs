@@ -1,0 +1,36 @@
+//! Models on the nodes' disks, as their agents report them. Pure.
+
+use std::collections::BTreeSet;
+
+use pilotlight_proto::{control::v1 as control, fleet::v1 as fleet};
+
+use super::world::{NodeState, World};
+
+/// Addresses of the models of a report. Which version of an address is there does not count: most of a
+/// changed model's files are the same, and only the node can tell.
+pub fn addresses(report: &fleet::CacheReport) -> BTreeSet<String> {
+    report.models.iter().map(|model| model.uri.clone()).collect()
+}
+
+/// All models of one node, or of all where `node` is empty, in order. `None`: no such node has joined.
+pub fn list(world: &World, node: &str) -> Option<Vec<control::CachedModel>> {
+    if !node.is_empty() && !world.nodes.contains_key(node) {
+        return None;
+    }
+    let nodes = world.nodes.values().filter(|state| node.is_empty() || state.record.name == node);
+    let mut models: Vec<_> = nodes.flat_map(|state| state.cached.models.iter().map(|model| of(state, model))).collect();
+    models.sort_by(|a, b| (&a.node, &a.uri, &a.key).cmp(&(&b.node, &b.uri, &b.key)));
+    Some(models)
+}
+
+fn of(node: &NodeState, model: &fleet::CachedModel) -> control::CachedModel {
+    control::CachedModel {
+        node: node.record.name.clone(),
+        uri: model.uri.clone(),
+        key: model.key.clone(),
+        bytes: model.bytes,
+        in_use: model.in_use,
+        pinned: model.pinned,
+        last_used: model.last_used,
+    }
+}
