@@ -74,10 +74,8 @@ pub(super) fn read(
     let mut read = pod::read_within(Value::Object(merged), at, Main::Merged, around, &mut made);
     let main_at = read.main.as_ref().map(|main| main.at.clone()).unwrap_or_default();
     report.add_errors(made, |path| replace_prefix(path, &[(&main_at, at_model)]));
-    if let Some(main) = &mut read.main {
-        if !probed && !main.container.h2c {
-            main.container.readiness = model_ready(protocol, &model_name);
-        }
+    if let Some(main) = read.main.as_mut().filter(|main| !probed && !main.container.h2c) {
+        main.container.readiness = model_ready(protocol, &model_name);
     }
     Some(Made {
         pod: read,
