@@ -41,7 +41,7 @@ fn fill(path: &Path, bytes: u64) {
 
 async fn ours(server: &S3) -> Duration {
     let directory = tempfile::tempdir().unwrap();
-    let models = Models::open(directory.path().to_owned(), BTreeMap::new(), STALL).unwrap();
+    let models = Models::open(directory.path().to_owned(), BTreeMap::new(), STALL, None).unwrap();
     let credentials = [
         ("AWS_ACCESS_KEY_ID", KEY.to_owned()),
         ("AWS_SECRET_ACCESS_KEY", SECRET.to_owned()),
