@@ -28,6 +28,8 @@ struct Store {
     cuts: AtomicU64,
     stalls: AtomicU64,
     down: AtomicBool,
+    /// `Content-MD5` of everything.
+    md5: Mutex<Option<String>>,
 }
 
 async fn answer(
@@ -39,8 +41,9 @@ async fn answer(
     let found = store.files.lock().unwrap().get(&path).cloned();
     let Some((content, etag)) = found else { return StatusCode::NOT_FOUND.into_response() };
     if method == Method::HEAD {
-        return ([(header::CONTENT_LENGTH, content.len().to_string()), (header::ETAG, etag)], Body::empty())
-            .into_response();
+        let md5 = store.md5.lock().unwrap().clone().map(|md5| [("content-md5", md5)]);
+        let known = [(header::CONTENT_LENGTH, content.len().to_string()), (header::ETAG, etag)];
+        return (known, md5.map(axum::response::AppendHeaders), Body::empty()).into_response();
     }
     if store.down.load(Ordering::SeqCst) {
         return StatusCode::SERVICE_UNAVAILABLE.into_response();
@@ -200,4 +203,24 @@ async fn a_hub_that_lies_about_a_checksum_is_refused() {
     store.files.lock().unwrap().insert("api/models/o/m/revision/main".to_owned(), right);
     let folder = models.ensure("hf://o/m", &credentials, |_| {}).await.unwrap();
     assert!(std::fs::read(folder.join("w/model.safetensors")).unwrap() == weights);
+}
+
+#[tokio::test]
+async fn a_web_servers_md5_is_checked() {
+    let (store, address) = serve(&[("model.bin", Bytes::from_static(b"weights"))]).await;
+    let directory = tempfile::tempdir().unwrap();
+    let models = models(&directory);
+    let uri = format!("http://{address}/model.bin");
+    // Of "weighs!" and of "weights".
+    for (md5, fits) in [("vhgQbeVc7cYLMJNAinRT2w==", false), ("Y/Tx6bclNw9FlyBXXNX5Uw==", true)] {
+        *store.md5.lock().unwrap() = Some(md5.to_owned());
+        match models.ensure(&uri, &Credentials::new(), |_| {}).await {
+            Ok(_) => assert!(fits),
+            Err(error) => {
+                assert_eq!(error.reason(), "ModelChecksumMismatch", "{error}");
+                assert!(!fits && error.to_string().contains("MD5"), "{error}");
+                assert!(models.cache().trees().is_empty() && blobs(&directory) == 0);
+            }
+        }
+    }
 }

@@ -1,6 +1,9 @@
 //! When a revision is ready, and when it has had its chance.
 
-use std::{collections::BTreeSet, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use pilotlight_proto::fleet::v1::{ReplicaPhase, ReplicaStatus};
 
@@ -11,16 +14,33 @@ const SIGNS_MOST: usize = 1024;
 /// What one replica has said and done so far, to tell progress from repetition: a process that crashes,
 /// starts and crashes again changes its phase all the time, and gets nowhere.
 #[derive(Debug, Clone, Default)]
-pub struct Signs(BTreeSet<(i32, String)>);
+pub struct Signs {
+    said: BTreeSet<(i32, String)>,
+    /// The most bytes fetched so far, by the size of the whole model.
+    fetched: BTreeMap<u64, u64>,
+}
 
 impl Signs {
     /// True where the status shows something for the first time.
     pub fn progress(&mut self, status: &ReplicaStatus) -> bool {
         // Failing is no progress, however many words it finds for it.
-        if matches!(status.phase(), ReplicaPhase::Failed | ReplicaPhase::Unspecified) || self.0.len() >= SIGNS_MOST {
+        if matches!(status.phase(), ReplicaPhase::Failed | ReplicaPhase::Unspecified) || self.said.len() >= SIGNS_MOST {
             return false;
         }
-        self.0.insert((status.phase, status.message.clone()))
+        let fetched = status.phase() == ReplicaPhase::Fetching && self.fetched_more(status);
+        self.said.insert((status.phase, status.message.clone())) || fetched
+    }
+
+    /// True where more of a model is on the node than ever before: one percent of a large one may take
+    /// longer than a deadline. A fetch that starts over has to come past where it was.
+    fn fetched_more(&mut self, status: &ReplicaStatus) -> bool {
+        if self.fetched.len() >= SIGNS_MOST && !self.fetched.contains_key(&status.fetch_total_bytes) {
+            return false;
+        }
+        let most = self.fetched.entry(status.fetch_total_bytes).or_default();
+        let more = status.fetched_bytes > *most;
+        *most = status.fetched_bytes.max(*most);
+        more
     }
 }
 

@@ -276,6 +276,24 @@ fn signs_do_not_grow_without_end() {
     assert_eq!(progress, 1024);
 }
 
+#[test]
+fn bytes_that_come_are_a_sign_and_bytes_that_come_again_are_none() {
+    let mut signs = Signs::default();
+    let fetching = |fetched_bytes, fetch_total_bytes| ReplicaStatus {
+        fetched_bytes,
+        fetch_total_bytes,
+        ..status(ReplicaPhase::Fetching, "fetching model: 3% of 99999999 MiB", 0)
+    };
+    assert!(signs.progress(&fetching(100, 1000)));
+    assert!(signs.progress(&fetching(101, 1000)), "though the percent is the same");
+    assert!(!signs.progress(&fetching(101, 1000)), "it stands still");
+    assert!(!signs.progress(&fetching(50, 1000)), "it starts over");
+    assert!(!signs.progress(&status(ReplicaPhase::Failed, "ModelChecksumMismatch", 1)));
+    assert!(!signs.progress(&fetching(101, 1000)));
+    assert!(signs.progress(&fetching(102, 1000)), "further than before");
+    assert!(signs.progress(&fetching(10, 2000)), "the next model");
+}
+
 /// A service on a fleet of `gpus`, one per replica: `old` replicas serve, `new` are asked for.
 #[derive(Debug, Clone)]
 struct Fleet {
