@@ -129,6 +129,11 @@ impl Cache {
         Ok(Part { path, data, journal, done })
     }
 
+    /// Where file `number` of an archive is unpacked to, before it is taken in.
+    pub fn unpacked(&self, key: &str, number: usize) -> PathBuf {
+        self.partial(key).join(format!("{number}.unpacked"))
+    }
+
     /// Takes in a finished file under its SHA-256. A blob that is there already is kept, and the new copy
     /// goes.
     ///

@@ -8,6 +8,7 @@ use tracing::{info, warn};
 
 use super::{
     ModelError,
+    archive::{self, ArchiveError},
     cache::{Cache, Part, TreeRecord},
     checksum::{self, Checksums, Mismatch},
     plan::{self, Object},
@@ -192,6 +193,52 @@ fn finish(
         came.push((path, sha256.clone()));
         blobs.push(sha256);
     }
+    if let (Some(kind), [(path, _)]) = (archive::kind(uri), came.as_slice()) {
+        return unpack(cache, room, uri, key, kind, path, &objects);
+    }
+    let record = TreeRecord { uri: uri.to_owned(), objects, blobs };
+    room.publish(key, &record, &came).map_err(disk)
+}
+
+/// The model is what is in the archive.
+fn unpack(
+    cache: &Cache,
+    room: &Room,
+    uri: &str,
+    key: &str,
+    kind: archive::Kind,
+    path: &std::path::Path,
+    archived: &[Object],
+) -> Result<(), ModelError> {
+    let disk = |error| ModelError::Disk { uri: uri.to_owned(), error };
+    let failed = |error| match error {
+        ArchiveError::Disk(error) => disk(error),
+        ArchiveError::Bad(reason) => {
+            // The next try must not find the same bytes again.
+            cache.discard(key);
+            ModelError::Source { uri: uri.to_owned(), reason: format!("the archive cannot be unpacked: {reason}") }
+        }
+    };
+    let of = |(path, size): (String, u64)| Object {
+        location: path.clone(),
+        path,
+        size,
+        etag: None,
+        sha256: None,
+        md5: None,
+    };
+    let mut objects: Vec<Object> = archive::list(path, kind).map_err(failed)?.into_iter().map(of).collect();
+    plan::check(uri, &objects).inspect_err(|_| cache.discard(key))?;
+    // For a moment the archive and its files are both there.
+    let _reserved = room.reserve(uri, key, &[objects.as_slice(), archived].concat())?;
+    archive::unpack(path, kind, |number| cache.unpacked(key, number)).map_err(failed)?;
+    let mut came = Vec::new();
+    for (number, object) in objects.iter_mut().enumerate() {
+        let path = cache.unpacked(key, number);
+        object.sha256 = checksum::of_file(&path, false).map_err(disk)?.sha256;
+        came.push((path, object.sha256.clone().unwrap_or_default()));
+    }
+    let blobs = came.iter().map(|(_, sha256)| sha256.clone()).collect();
     let record = TreeRecord { uri: uri.to_owned(), objects, blobs };
     room.publish(key, &record, &came).map_err(disk)
 }

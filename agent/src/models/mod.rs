@@ -3,6 +3,9 @@
 //! [`plan`] is pure, [`source`] reads from stores, [`cache`] is the disk, `fetch` joins them; [`Models`]
 //! lets replicas that want the same model share one fetch.
 
+mod archive;
+#[cfg(test)]
+mod archive_tests;
 mod budget;
 pub mod cache;
 mod checksum;
