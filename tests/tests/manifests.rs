@@ -186,10 +186,8 @@ async fn an_image_without_a_command_is_taken_and_its_replica_says_why_it_fails()
     let dev = Dev::start(&[], vec![]).await;
     let service = "apiVersion: serving.kserve.io/v1beta1\nkind: InferenceService\nmetadata: {name: image}\n\
                    spec: {predictor: {containers: [{name: c, image: 'some/image:1'}]}}\n";
-    let applied = dev.operator.apply(service, &[]);
-    assert_eq!(applied.code, 0, "{}", applied.err);
-    let warning = "warning: spec.predictor.containers[0].command: image some/image:1 without command";
-    assert!(applied.err.contains(warning), "{}", applied.err);
+    let applied = dev.operator.apply(service, &["--strict"]);
+    assert_eq!((applied.code, applied.err.as_str()), (0, ""));
     eventually("the failure is in the status", || async {
         let service = dev.operator.json(&["get", "isvc", "image"]);
         let status = service["status"].to_string();
