@@ -12,7 +12,10 @@ use pilotlight_proto::fleet::v1::{
     ContainerSpec, EmptyDir, EnvVar, Files, Limits, Probe, ReplicaAssignment, SecurityContext, Volume, VolumeMount,
     probe::Handler, volume::Source,
 };
-use pilotlight_tests::container::{IMAGE, image, labelled, server};
+use pilotlight_tests::{
+    container::{IMAGE, image, labelled, server},
+    eventually,
+};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 /// Nothing here takes that long; a test that waits for it has failed.
@@ -103,24 +106,12 @@ impl Bench {
 
     async fn log(&self, replica: &str, expected: &str) -> String {
         let path = self.runtime.log_file(replica);
-        eventually(expected, async || {
+        eventually(expected, || async {
             let text = std::fs::read_to_string(&path).unwrap_or_default();
             text.contains(expected).then_some(text)
         })
         .await
     }
-}
-
-async fn eventually<T>(what: &str, attempt: impl AsyncFn() -> Option<T>) -> T {
-    let looking = async {
-        loop {
-            if let Some(found) = attempt().await {
-                return found;
-            }
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
-    };
-    tokio::time::timeout(DEADLINE, looking).await.unwrap_or_else(|_| panic!("never: {what}"))
 }
 
 async fn ask(running: &Running) -> std::io::Result<String> {
@@ -132,7 +123,7 @@ async fn ask(running: &Running) -> std::io::Result<String> {
 }
 
 async fn answer(running: &Running) -> String {
-    eventually("an answer", async || ask(running).await.ok().filter(|answer| answer.contains("args="))).await
+    eventually("an answer", || async { ask(running).await.ok().filter(|answer| answer.contains("args=")) }).await
 }
 
 fn has(answer: &str, line: &str) {
@@ -183,7 +174,7 @@ async fn ends_are_reported_as_they_were() {
             let again = bench.start(&running.assignment).await.unwrap();
             tokio::time::timeout(DEADLINE, bench.runtime.exited(&again)).await.expect("it ends again");
             let path = bench.runtime.log_file(&running.replica);
-            eventually("two lines", async || {
+            eventually("two lines", || async {
                 (std::fs::read_to_string(&path).unwrap_or_default().matches("args ").count() == 2).then_some(())
             })
             .await;

@@ -68,6 +68,26 @@ impl ServiceRecord {
         service_key(&self.service.namespace, &self.service.name, self.component)
     }
 
+    /// A revision of what is applied now.
+    pub fn revision(&self, number: u32, been_ready: bool, now: Timestamp) -> RevisionRecord {
+        let component = self.spec();
+        RevisionRecord {
+            namespace: self.service.namespace.clone(),
+            name: self.revision_name(number),
+            service: self.service.name.clone(),
+            component: self.component,
+            number,
+            generation: self.generation,
+            created_at: now,
+            been_ready,
+            failed: None,
+            in_place: false,
+            scaling: component.scaling.clone(),
+            timeout: component.timeout,
+            template: component.template.clone(),
+        }
+    }
+
     /// What was applied of this component.
     pub fn spec(&self) -> &Component {
         // A record goes in the same write as its part of the service.
@@ -109,6 +129,11 @@ impl ServiceRecord {
     pub fn needs(&self, number: u32) -> bool {
         let named = self.shares().is_some_and(|shares| shares.iter().any(|share| share.revision == Some(number)));
         named || self.history().needs(number)
+    }
+
+    /// Annotations that its roll-out goes by: the service's, and over them the component's.
+    pub fn annotations(&self) -> [&BTreeMap<String, String>; 2] {
+        [&self.service.annotations, &self.spec().template.annotations]
     }
 
     /// Which revisions were ready and which had all requests.

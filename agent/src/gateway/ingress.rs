@@ -144,13 +144,13 @@ impl DataPath {
     /// The service that a client's request is for, by its host or else by its path, and the revision where
     /// the host names its tag. A prefix that named the service is taken off the path.
     fn find(&self, host: &str, parts: &mut http::request::Parts) -> Result<Found, Answer> {
-        let path = parts.uri.path().to_owned();
-        if let Some(explainer) = self.routes.explainer(host, &path) {
+        if let Some(explainer) = self.routes.explainer(host, parts.uri.path()) {
             return Ok((explainer, None));
         }
         if let Some(found) = self.routes.by_host(host) {
             return Ok(found);
         }
+        let path = parts.uri.path().to_owned();
         let (service, rest) = self.routes.by_path(&path).ok_or_else(|| Answer::UnknownService {
             host: host.to_owned(),
             path: path.clone(),

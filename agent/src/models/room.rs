@@ -90,6 +90,10 @@ impl Room {
 
     /// Notes that these are used now.
     fn touch(&self, inner: &mut Inner, uris: &BTreeSet<String>) {
+        // Most replicas have none, and change nothing that is told.
+        if uris.is_empty() {
+            return;
+        }
         let now = SystemTime::now();
         for (key, tree) in inner.trees.iter_mut().filter(|(_, tree)| uris.contains(&tree.uri)) {
             tree.last_used = now;

@@ -34,6 +34,7 @@ impl Health {
         let mut begun = Duration::ZERO;
         if let Some(startup) = self.startup {
             let clock = tokio::time::Instant::now();
+            tokio::time::sleep(startup.initial_delay()).await;
             if let Err(unhealthy) = passes(&startup, "startup", Until::Passed).await {
                 return unhealthy;
             }
@@ -60,9 +61,6 @@ enum Until {
 }
 
 async fn passes(prober: &Prober, what: &str, until: Until) -> Result<(), Unhealthy> {
-    if until == Until::Passed {
-        tokio::time::sleep(prober.initial_delay()).await;
-    }
     let mut failures = 0;
     loop {
         match prober.ask().await {

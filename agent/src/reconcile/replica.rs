@@ -18,7 +18,7 @@ use super::{
 use crate::{
     endpoint::{Endpoints, LocalReplica},
     models::{Held, ModelError, Models},
-    runtime::{Exit, Running, Runtime, RuntimeError, probe::Prober},
+    runtime::{Exit, Running, Runtime, RuntimeError, probe::Prober, unix_now},
 };
 
 /// Grace where the assignment names none; Kubernetes' default.
@@ -388,8 +388,9 @@ fn in_backoff(reason: &'static str) -> &'static str {
 
 /// How long it ran before this process knew it, to the second.
 fn ran_before(running: &Running) -> Duration {
-    let now = std::time::SystemTime::now().duration_since(std::time::SystemTime::UNIX_EPOCH).unwrap_or_default();
-    let started = u64::try_from(running.started_at).unwrap_or_default();
     // The clock's start is no start.
-    if started == 0 { Duration::ZERO } else { Duration::from_secs(now.as_secs().saturating_sub(started)) }
+    if running.started_at == 0 {
+        return Duration::ZERO;
+    }
+    Duration::from_secs(u64::try_from(unix_now() - running.started_at).unwrap_or_default())
 }

@@ -14,11 +14,11 @@ use std::{
     collections::BTreeMap,
     net::{IpAddr, Ipv4Addr, SocketAddr},
     path::PathBuf,
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use async_trait::async_trait;
-use pilotlight_proto::fleet::v1::ReplicaAssignment;
+use pilotlight_proto::fleet::v1::{ContainerSpec, ReplicaAssignment};
 use tokio::process::Command;
 
 pub use auto::AnyRuntime;
@@ -131,6 +131,20 @@ impl RuntimeError {
             Self::Container { reason, .. } => reason,
         }
     }
+}
+
+/// What is to be run, where nothing that it needs is missing.
+fn resolved(assignment: &ReplicaAssignment) -> Result<ContainerSpec, RuntimeError> {
+    let container = assignment.container.clone().unwrap_or_default();
+    if container.unresolved.is_empty() {
+        return Ok(container);
+    }
+    Err(RuntimeError::Specification { field: "spec.predictor.containers[0].env", reason: container.unresolved })
+}
+
+/// Seconds since the Unix epoch.
+pub(crate) fn unix_now() -> i64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |now| now.as_secs() as i64)
 }
 
 /// Told how far a replica's image is.

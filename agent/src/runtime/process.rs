@@ -9,7 +9,7 @@ use std::{
     path::{Path, PathBuf},
     process::Stdio,
     sync::{Mutex, PoisonError},
-    time::{Duration, SystemTime},
+    time::Duration,
 };
 
 use async_trait::async_trait;
@@ -28,7 +28,9 @@ use super::{
     Exit, Mount, Running, Runtime, RuntimeError,
     expand::expand,
     mounts::rewrite,
+    resolved,
     state::{Directories, LOG, ReplicaState},
+    unix_now,
     variables::{variables, visible_devices},
 };
 
@@ -61,13 +63,7 @@ impl ProcessRuntime {
     }
 
     fn command(&self, assignment: &ReplicaAssignment, mounts: &[Mount], port: u16) -> Result<Command, RuntimeError> {
-        let container = assignment.container.clone().unwrap_or_default();
-        if !container.unresolved.is_empty() {
-            return Err(RuntimeError::Specification {
-                field: "spec.predictor.containers[0].env",
-                reason: container.unresolved,
-            });
-        }
+        let container = resolved(assignment)?;
         // A process sees the host's files as they are; of what a manifest mounts it has shared memory alone.
         if let Some(mount) = container.mounts.iter().find(|mount| mount.path != SHM) {
             let reason = format!("{}: the process runtime mounts nothing; this needs a container engine", mount.path);
@@ -187,7 +183,7 @@ fn halt(running: &Running, what: &'static str, signal: Signal) -> Result<(), Run
 impl Runtime for ProcessRuntime {
     async fn start(&self, assignment: &ReplicaAssignment, mounts: &[Mount]) -> Result<Running, RuntimeError> {
         let port = free_port()?;
-        let started_at = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |now| now.as_secs() as i64);
+        let started_at = unix_now();
         let encoded = ReplicaState::encode(assignment);
         // First the intent: should this process die now, the next one finds the replica by its mark.
         let mut state =

@@ -79,7 +79,6 @@ impl Reconciler {
             self.retire(&key);
         }
         info!(service = %key, ?outcome, "applied");
-        self.dirty.services.insert(key);
         Ok(outcome)
     }
 
@@ -114,21 +113,7 @@ impl Reconciler {
                 if been_ready {
                     record.latest_ready = Some(record.latest_revision);
                 }
-                RevisionRecord {
-                    namespace: record.service.namespace.clone(),
-                    name: record.revision_name(record.latest_revision),
-                    service: record.service.name.clone(),
-                    component: kind,
-                    number: record.latest_revision,
-                    generation: record.generation,
-                    created_at: now,
-                    been_ready,
-                    failed: None,
-                    in_place: false,
-                    scaling,
-                    timeout,
-                    template: component.template.clone(),
-                }
+                record.revision(record.latest_revision, been_ready, now)
             }
         };
         if let Some(name) = record.service.revision_name.clone().filter(|_| kind.is_predictor()) {

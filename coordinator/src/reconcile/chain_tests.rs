@@ -13,7 +13,7 @@ use super::{
     world::{NodeState, ServiceState, Settings, World},
 };
 use crate::{
-    model::{NodeRecord, ReplicaRecord, RevisionRecord, ServiceRecord, owner},
+    model::{NodeRecord, ReplicaRecord, ServiceRecord, owner},
     spec::{self, ComponentKind, ConditionStatus},
 };
 
@@ -36,7 +36,7 @@ fn world(new: &[ComponentKind]) -> World {
     let mut world = World::new(Settings::for_tests());
     let record = NodeRecord { name: "node".into(), joined_at: now(), availability: Default::default() };
     world.nodes.insert("node".into(), NodeState { heard: true, ..NodeState::unheard(record, now()) });
-    for (kind, component) in service.components() {
+    for (kind, _) in service.components() {
         let been_ready = !new.contains(&kind);
         let record = ServiceRecord {
             component: kind,
@@ -50,21 +50,7 @@ fn world(new: &[ComponentKind]) -> World {
             revision_names: Default::default(),
             service: service.clone(),
         };
-        let revision = RevisionRecord {
-            namespace: "default".into(),
-            name: record.revision_name(1),
-            service: "iris".into(),
-            component: kind,
-            number: 1,
-            generation: 1,
-            created_at: now(),
-            been_ready,
-            failed: None,
-            in_place: false,
-            scaling: component.scaling.clone(),
-            timeout: component.timeout,
-            template: component.template.clone(),
-        };
+        let revision = record.revision(1, been_ready, now());
         world.services.insert(record.key(), ServiceState::new(record));
         insert_revision(&mut world, revision, now());
     }

@@ -19,8 +19,8 @@ pub fn host(world: &World, namespace: &str, name: &str) -> String {
 }
 
 /// KServe's host name of one component of a service: `<name>-<component>.<namespace>.<domain>`.
-pub fn component_host(world: &World, service: &InferenceService, component: ComponentKind) -> String {
-    host(world, &service.namespace, &format!("{}-{component}", service.name))
+pub fn component_host(world: &World, namespace: &str, name: &str, component: ComponentKind) -> String {
+    host(world, namespace, &format!("{name}-{component}"))
 }
 
 /// All host names that lead to one component. The one that takes the service's requests has the service's
@@ -28,7 +28,7 @@ pub fn component_host(world: &World, service: &InferenceService, component: Comp
 pub fn component_hosts(world: &World, service: &InferenceService, component: ComponentKind) -> Vec<String> {
     let entrance = if service.transformer.is_some() { ComponentKind::Transformer } else { ComponentKind::Predictor };
     let outer = (component == entrance).then(|| host(world, &service.namespace, &service.name));
-    outer.into_iter().chain([component_host(world, service, component)]).collect()
+    outer.into_iter().chain([component_host(world, &service.namespace, &service.name, component)]).collect()
 }
 
 /// Where one component's requests go: its shares, the newest first, and then the revisions without a share
@@ -98,8 +98,8 @@ pub fn assignment(world: &World, node: &NodeState) -> fleet::Assignment {
         .filter_map(|replica| {
             let revision = world.revisions.get(&replica.record.revision)?;
             let revision = &revision.record;
-            let of = world.services.get(&revision.service_key()).filter(|_| !revision.component.is_predictor());
-            let calls = of.map(|of| component_host(world, &of.record.service, ComponentKind::Predictor));
+            let predictor = || component_host(world, &revision.namespace, &revision.service, ComponentKind::Predictor);
+            let calls = (!revision.component.is_predictor()).then(predictor);
             Some(fleet::ReplicaAssignment {
                 predictor_host: calls.unwrap_or_default(),
                 replica: replica.record.name.clone(),

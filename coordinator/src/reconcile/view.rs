@@ -101,7 +101,7 @@ fn component_view(world: &World, state: &ServiceState) -> ComponentView {
         url: target.tag.map(|tag| url_of(world, &format!("{tag}-{host}"))),
     });
     let routable = record.latest_ready.is_some() && !record.service.stopped;
-    let own = routes::component_host(world, &record.service, record.component);
+    let own = routes::component_host(world, &record.service.namespace, &record.service.name, record.component);
     ComponentView {
         kind: record.component,
         url: routable.then(|| url_of(world, &own)),

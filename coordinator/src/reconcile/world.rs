@@ -304,8 +304,7 @@ impl World {
 
     /// What the service's annotations say about its roll-out.
     pub fn policy(&self, service: &ServiceState) -> Policy {
-        let annotations = [&service.record.service.annotations, &service.record.spec().template.annotations];
-        Policy::resolve(annotations, self.settings.scaling.progress_deadline)
+        Policy::resolve(service.record.annotations(), self.settings.scaling.progress_deadline)
     }
 
     /// Shares of a service's requests; empty where no revision was ever ready, or the service is stopped.
@@ -328,7 +327,7 @@ impl World {
             let ready = |number| self.revision_of(service, number).is_some_and(|revision| revision.record.been_ready);
             return rollout::by_shares(service.record.latest_ready, &shares, ready);
         }
-        let tag_latest = self.policy(service).tag_latest;
+        let tag_latest = rollout::policy::tag_latest(service.record.annotations());
         rollout::split(&service.record.history(), service.record.spec().canary_traffic_percent, tag_latest)
     }
 
@@ -404,14 +403,14 @@ impl World {
     }
 
     /// All components of a service, its predictor first.
-    pub fn components(&self, service: &ServiceState) -> impl Iterator<Item = &ServiceState> {
+    pub fn components<'a>(&'a self, service: &'a ServiceState) -> impl Iterator<Item = &'a ServiceState> {
         let spec = &service.record.service;
-        let (namespace, name) = (spec.namespace.clone(), spec.name.clone());
-        ComponentKind::ALL.into_iter().filter_map(move |kind| self.services.get(&service_key(&namespace, &name, kind)))
+        let key = |kind| service_key(&spec.namespace, &spec.name, kind);
+        ComponentKind::ALL.into_iter().filter_map(move |kind| self.services.get(&key(kind)))
     }
 
     /// The revisions that there are of a service, those of all its components.
-    pub fn revisions_of(&self, service: &ServiceState) -> impl Iterator<Item = &RevisionState> {
+    pub fn revisions_of<'a>(&'a self, service: &'a ServiceState) -> impl Iterator<Item = &'a RevisionState> {
         self.components(service)
             .flat_map(|component| component.revisions.iter().filter_map(|number| self.revision_of(component, *number)))
     }

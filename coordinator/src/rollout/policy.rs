@@ -51,8 +51,6 @@ impl Amount {
 pub struct Policy {
     /// See [`PROGRESS_DEADLINE`].
     pub progress_deadline: Duration,
-    /// See [`TAG_ROUTING`].
-    pub tag_latest: bool,
     /// See [`STICKY_HEADER`]; lower case.
     pub sticky_header: Option<String>,
     /// See [`MAX_SURGE`]; `None` is as many as fit.
@@ -64,7 +62,7 @@ pub struct Policy {
 impl Policy {
     /// Without annotations.
     pub fn new(progress_deadline: Duration) -> Self {
-        Self { progress_deadline, tag_latest: false, sticky_header: None, max_surge: None, max_unavailable: None }
+        Self { progress_deadline, sticky_header: None, max_surge: None, max_unavailable: None }
     }
 
     /// From annotations, those that come later winning. What cannot be read was refused when it was
@@ -79,9 +77,6 @@ impl Policy {
             if let Some(deadline) = value(PROGRESS_DEADLINE).and_then(deadline) {
                 policy.progress_deadline = deadline;
             }
-            if let Some(enabled) = value(TAG_ROUTING) {
-                policy.tag_latest = enabled.eq_ignore_ascii_case("true");
-            }
             if let Some(header) = value(STICKY_HEADER).and_then(header) {
                 policy.sticky_header = Some(header);
             }
@@ -94,6 +89,13 @@ impl Policy {
         }
         policy
     }
+}
+
+/// See [`TAG_ROUTING`]; of several annotations the last holds. Apart from [`Policy`], since it is asked for with
+/// every decision.
+pub fn tag_latest<'a>(annotations: impl IntoIterator<Item = &'a BTreeMap<String, String>>) -> bool {
+    let last = annotations.into_iter().filter_map(|annotations| annotations.get(TAG_ROUTING)).last();
+    last.is_some_and(|enabled| enabled.trim().eq_ignore_ascii_case("true"))
 }
 
 /// Says what is wrong with annotations at `at`.

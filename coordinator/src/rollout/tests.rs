@@ -224,13 +224,14 @@ fn policies_are_read_and_checked() {
         Policy::resolve([&annotations], DEADLINE),
         Policy {
             progress_deadline: Duration::from_secs(3900),
-            tag_latest: true,
             sticky_header: Some("x-user".into()),
             max_surge: Some(Amount::Percent(25)),
             max_unavailable: Some(2),
         }
     );
+    assert!(policy::tag_latest([&annotations]));
     assert_eq!(Policy::resolve([&BTreeMap::new()], DEADLINE), Policy::new(DEADLINE));
+    assert!(!policy::tag_latest([&BTreeMap::new()]));
     let later = given(&[(policy::MAX_SURGE, "1")]);
     assert_eq!(Policy::resolve([&annotations, &later], DEADLINE).max_surge, Some(Amount::Replicas(1)));
     for (key, value) in [

@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{
     autoscaler::ScalerConfig,
-    model::{ReplicaRecord, RevisionRecord, ServiceRecord},
+    model::{ReplicaRecord, ServiceRecord},
     reconcile::{
         load::insert_revision,
         observe::{self, Dirty},
@@ -479,21 +479,7 @@ fn add(world: &mut World, service: &InferenceService, now: Timestamp) -> Result<
         revision_names: Default::default(),
         service: service.clone(),
     };
-    let revision = RevisionRecord {
-        namespace: service.namespace.clone(),
-        name: record.revision_name(1),
-        service: service.name.clone(),
-        component: ComponentKind::Predictor,
-        number: 1,
-        generation: 1,
-        created_at: now,
-        been_ready: true,
-        failed: None,
-        in_place: false,
-        scaling: predictor.scaling.clone(),
-        timeout: predictor.timeout,
-        template: predictor.template.clone(),
-    };
+    let revision = record.revision(1, true, now);
     let key = revision.key();
     world.services.insert(record.key(), ServiceState::new(record));
     insert_revision(world, revision, now);

@@ -4,7 +4,7 @@ use super::model::Component;
 
 /// The variable in which an agent puts `<address>:<port>` of the service's predictor, as its replica
 /// reaches it. It exists only in replicas of transformers and explainers.
-pub const PREDICTOR_HOST: &str = "PILOTLIGHT_PREDICTOR_HOST";
+const PREDICTOR_HOST: &str = "PILOTLIGHT_PREDICTOR_HOST";
 
 /// Adds the arguments by which KServe's own servers learn what they are part of, where the manifest does
 /// not give them: the same ones, in the same order, as KServe's controller.

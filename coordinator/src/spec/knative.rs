@@ -66,15 +66,11 @@ pub(super) fn read(
     // Annotations of the service itself do not reach its revisions.
     let none = BTreeMap::new();
     let context = Context { name: &name, namespace, labels: &labels, annotations: &none, options };
-    let mut revision_name = None;
-    let predictor = match spec.get("template") {
-        Some(Value::Object(template)) => {
-            revision_name = template.get("metadata").and_then(|metadata| metadata.get("name")?.as_str());
-            read_template(template, context, report)
-        }
+    let (predictor, revision_name) = match spec.get("template") {
+        Some(Value::Object(template)) => read_template(template, context, report),
         given => {
             report.error("spec.template", given.map(show).unwrap_or_default(), "must be a mapping");
-            component::absent()
+            (component::absent(), None)
         }
     };
     let traffic = read_traffic(spec.get("traffic"), report);
@@ -88,12 +84,17 @@ pub(super) fn read(
         transformer: None,
         explainer: None,
         traffic,
-        revision_name: revision_name.map(str::to_owned),
+        revision_name,
         manifest: Value::Object(root),
     }
 }
 
-fn read_template(template: &Map<String, Value>, context: Context<'_>, report: &mut Report) -> Component {
+/// The predictor, and the name that its revision is given.
+fn read_template(
+    template: &Map<String, Value>,
+    context: Context<'_>,
+    report: &mut Report,
+) -> (Component, Option<String>) {
     for key in template.keys().filter(|key| !["metadata", "spec"].contains(&key.as_str())) {
         report.unknown(join("spec.template", key));
     }
@@ -109,7 +110,7 @@ fn read_template(template: &Map<String, Value>, context: Context<'_>, report: &m
         Some(Value::Object(fields)) => fields.clone(),
         given => {
             report.error(POD, given.map(show).unwrap_or_default(), "must be a mapping with containers");
-            return component::absent();
+            return (component::absent(), metadata.name);
         }
     };
     for (key, consequence) in UNSUPPORTED {
@@ -149,7 +150,7 @@ fn read_template(template: &Map<String, Value>, context: Context<'_>, report: &m
             ],
         )
     });
-    component
+    (component, metadata.name)
 }
 
 /// Takes a scale out of the annotations; the dashed key wins over the older one.

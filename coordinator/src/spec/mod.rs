@@ -63,7 +63,6 @@ use serde_json::{Map, Value};
 
 pub use self::{
     auxiliary::Data,
-    chain::PREDICTOR_HOST,
     model::{
         Auxiliary, AuxiliaryKind, Component, ComponentKind, Container, EnvSource, EnvVar, InferenceService, MigRequest,
         Probe, ProbeHandler, Protocol, Resource, Resources, RevisionTemplate, RuntimeUse, Scaling, Security,

@@ -15,7 +15,7 @@ use std::{
         Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
-    time::{Duration, SystemTime},
+    time::Duration,
 };
 
 use async_trait::async_trait;
@@ -36,8 +36,9 @@ use tokio::task::JoinHandle;
 use tracing::{info, warn};
 
 use super::{
-    Exit, Mount, Running, Runtime, RuntimeError, Say,
+    Exit, Mount, Running, Runtime, RuntimeError, Say, resolved,
     state::{Directories, LOG, ReplicaState},
+    unix_now,
 };
 use answers::{exit_of, gateway, is_missing, published};
 use create::{Parts, Place};
@@ -264,10 +265,6 @@ impl DockerRuntime {
     }
 }
 
-fn now() -> i64 {
-    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |now| now.as_secs() as i64)
-}
-
 fn cannot(what: &'static str, running: &Running, error: &Error) -> RuntimeError {
     RuntimeError::Pause { what, replica: running.replica.clone(), reason: error.to_string() }
 }
@@ -288,15 +285,9 @@ impl Runtime for DockerRuntime {
     }
 
     async fn start(&self, assignment: &ReplicaAssignment, models: &[Mount]) -> Result<Running, RuntimeError> {
-        let container = assignment.container.clone().unwrap_or_default();
-        if !container.unresolved.is_empty() {
-            return Err(RuntimeError::Specification {
-                field: "spec.predictor.containers[0].env",
-                reason: container.unresolved,
-            });
-        }
+        let container = resolved(assignment)?;
         self.clear(&assignment.replica).await?;
-        let started_at = now();
+        let started_at = unix_now();
         // First the intent: should this process die now, the next one knows what the container is for.
         let state = ReplicaState {
             pid: 0,

@@ -2,7 +2,6 @@ use jiff::Timestamp;
 
 use super::*;
 use crate::{
-    model::RevisionRecord,
     reconcile::{
         load::insert_revision,
         world::{ServiceState, Settings},
@@ -38,21 +37,7 @@ fn world() -> World {
         service: latest.clone(),
     };
     for number in [1, 2] {
-        let revision = RevisionRecord {
-            namespace: "default".into(),
-            name: record.revision_name(number),
-            service: "hello".into(),
-            component: Default::default(),
-            number,
-            generation: u64::from(number),
-            created_at: Timestamp::UNIX_EPOCH,
-            been_ready: number == 1,
-            failed: None,
-            in_place: false,
-            scaling: latest.predictor.scaling.clone(),
-            timeout: latest.predictor.timeout,
-            template: latest.predictor.template.clone(),
-        };
+        let revision = record.revision(number, number == 1, Timestamp::UNIX_EPOCH);
         insert_revision(&mut world, revision, Timestamp::UNIX_EPOCH);
     }
     world.services.insert(record.key(), ServiceState::new(record));

@@ -4,11 +4,10 @@ use pilotlight_telemetry::TraceContext;
 
 use super::{super::load::insert_revision, *};
 use crate::{
-    autoscaler::Defaults,
     fleet::SessionHandle,
     model::{NodeRecord, ReplicaRecord, RevisionRecord},
     reconcile::world::Settings,
-    spec::{self, PlacementPolicy},
+    spec,
 };
 
 /// A cell in which a test says what there is.
@@ -19,16 +18,7 @@ struct Cell {
 impl Cell {
     /// Connected nodes with these numbers of GPUs, named `a`, `b` and so on.
     fn of(gpus: &[u32]) -> Self {
-        let settings = Settings {
-            cell: "main".into(),
-            domain: "localhost".into(),
-            ingress_port: 80,
-            queue_limit: 10,
-            scaling: Defaults::default(),
-            node_lease: Duration::from_secs(20),
-            placement_policy: PlacementPolicy::BinPack,
-            values: Default::default(),
-        };
+        let settings = Settings { node_lease: Duration::from_secs(20), ..Settings::for_tests() };
         let mut world = World::new(settings);
         for (name, gpus) in ["a", "b", "c", "d"].into_iter().zip(gpus) {
             let record =

@@ -56,21 +56,7 @@ fn world(gpus: u32, min: u32, annotations: &str) -> World {
     };
     world.services.insert(SERVICE.into(), ServiceState::new(record.clone()));
     for number in [1, 2] {
-        let revision = RevisionRecord {
-            namespace: "default".into(),
-            name: record.revision_name(number),
-            service: "iris".into(),
-            component: spec::ComponentKind::Predictor,
-            number,
-            generation: u64::from(number),
-            created_at: at(0),
-            been_ready: number == 1,
-            failed: None,
-            in_place: false,
-            scaling: record.service.predictor.scaling.clone(),
-            timeout: record.service.predictor.timeout,
-            template: record.service.predictor.template.clone(),
-        };
+        let revision = record.revision(number, number == 1, at(0));
         insert_revision(&mut world, revision, at(0));
         let key = record.revision_key(number);
         world.revisions.get_mut(&key).unwrap().wanted = min.max(1);
@@ -248,5 +234,6 @@ fn annotations_of_the_roll_out_make_no_revision() {
     assert_eq!(template(&plain), template(&annotated));
     let policy = annotated.policy(&annotated.services[SERVICE]);
     assert_eq!((policy.max_unavailable, policy.progress_deadline), (Some(1), Duration::from_secs(1200)));
-    assert!(policy.tag_latest && policy.sticky_header.as_deref() == Some("x-user"));
+    let tag_latest = rollout::policy::tag_latest(annotated.services[SERVICE].record.annotations());
+    assert!(tag_latest && policy.sticky_header.as_deref() == Some("x-user"));
 }
