@@ -31,6 +31,9 @@ fn python() -> PathBuf {
     let python = environment.join("bin/python");
     // Written last: one that was cut off is made again.
     let installed = environment.join("installed.txt");
+    // One at a time: the tests run beside each other, in threads or, under other runners, in processes.
+    let lock = fs::File::create(environment.with_extension("lock")).unwrap();
+    lock.lock().unwrap();
     if fs::read_to_string(&installed).is_ok_and(|installed| installed == wanted) {
         return python;
     }
