@@ -33,6 +33,8 @@ pub struct Config {
     pub fetch_stall: std::time::Duration,
     /// Bytes that all fetched models together may take on disk; `None`: as many as the disk has.
     pub cache_budget: Option<u64>,
+    /// Bytes of main memory that models without requests may fill, asleep or in the page cache; `None`: half of it.
+    pub warm_memory: Option<u64>,
     /// True: replicas end with the agent (as `dev` wants it). False: they outlive it and are adopted.
     pub stop_replicas_on_exit: bool,
     /// What replicas run as.
@@ -103,6 +105,7 @@ impl Default for Config {
             max_request_body: 256 << 20,
             fetch_stall: crate::models::STALL,
             cache_budget: None,
+            warm_memory: None,
             stop_replicas_on_exit: false,
             runtime: RuntimeChoice::default(),
             docker: DockerSettings::default(),

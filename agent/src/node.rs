@@ -388,7 +388,7 @@ impl Told for Node {
             ToAgent::Assignment(assignment) => self.reconciler.assign(assignment),
             ToAgent::Routes(routes) => self.data_path.apply_routes(routes),
             ToAgent::LogRequest(request) => self.log(request, say.clone()),
-            ToAgent::Welcome(_) => {}
+            ToAgent::Welcome(_) | ToAgent::EvictModel(_) => {}
         }
     }
 

@@ -91,6 +91,10 @@ pub struct NodeArgs {
     /// room, the one used longest ago first. Default: no limit but the disk's.
     #[arg(long, env = "PILOTLIGHT_CACHE_BUDGET", value_parser = cache_budget, value_name = "SIZE")]
     cache_budget: Option<ByteSize>,
+    /// Main memory that models without requests may fill: replicas that sleep, and weights in the page
+    /// cache; such as 64GiB, 0B for none. Default: half of the node's main memory.
+    #[arg(long, env = "PILOTLIGHT_WARM_MEMORY", value_name = "SIZE")]
+    warm_memory: Option<ByteSize>,
     /// Largest request body.
     #[arg(long, env = "PILOTLIGHT_MAX_REQUEST_BODY", default_value = "256MiB")]
     max_request_body: ByteSize,
@@ -163,6 +167,7 @@ impl NodeArgs {
             },
             fetch_stall: self.fetch_stall,
             cache_budget: self.cache_budget.map(|budget| budget.as_u64()),
+            warm_memory: self.warm_memory.map(|budget| budget.as_u64()),
             ..config
         }
     }

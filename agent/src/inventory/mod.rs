@@ -89,6 +89,8 @@ pub fn discover(config: &Config) -> Result<fleet::Inventory, InventoryError> {
         cuda_version: gpus.cuda_version,
         runtimes: vec!["process".to_owned()],
         gpus: gpus.gpus,
+        warm_memory_bytes: config.warm_memory.unwrap_or_else(|| memory_bytes() / 2),
+        cache_budget_bytes: config.cache_budget.unwrap_or(0),
     })
 }
 

@@ -212,6 +212,7 @@ impl Room {
             in_use: inner.held.contains_key(&tree.uri),
             pinned: self.cache.pinned(key),
             last_used: Some(tree.last_used.into()),
+            ..Default::default()
         });
         let report = fleet::CacheReport { models: models.collect() };
         self.report.send_if_modified(|last| {

@@ -224,6 +224,21 @@ impl Control for ControlService {
         Ok(Response::new(control::ListCacheResponse { models }))
     }
 
+    async fn warm_model(&self, request: Request<control::WarmModelRequest>) -> Answer<control::WarmModelResponse> {
+        self.access.operator(&request, Role::Operator)?;
+        Err(Status::unimplemented("not yet"))
+    }
+
+    async fn pin_model(&self, request: Request<control::PinModelRequest>) -> Answer<control::PinModelResponse> {
+        self.access.operator(&request, Role::Operator)?;
+        Err(Status::unimplemented("not yet"))
+    }
+
+    async fn evict_model(&self, request: Request<control::EvictModelRequest>) -> Answer<control::EvictModelResponse> {
+        self.access.operator(&request, Role::Operator)?;
+        Err(Status::unimplemented("not yet"))
+    }
+
     async fn set_node_availability(
         &self,
         request: Request<control::SetNodeAvailabilityRequest>,

@@ -32,5 +32,7 @@ fn of(node: &NodeState, model: &fleet::CachedModel) -> control::CachedModel {
         in_use: model.in_use,
         pinned: model.pinned,
         last_used: model.last_used,
+        resident_bytes: model.resident_bytes,
+        rung: if model.staged { "Staged" } else { "Cached" }.to_owned(),
     }
 }

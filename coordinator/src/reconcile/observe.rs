@@ -82,7 +82,7 @@ pub fn hear(
             }
         }
         // Sessions handle these themselves.
-        Message::Hello(_) | Message::LogChunk(_) => {}
+        Message::Hello(_) | Message::LogChunk(_) | Message::ModelEvicted(_) => {}
     }
 }
 
@@ -243,6 +243,7 @@ fn took(world: &mut World, status: fleet::ReplicaStatus, now: Timestamp, dirty: 
         ReplicaPhase::Fetching => (false, "Fetching", "its models are fetched to the node".to_owned()),
         ReplicaPhase::Starting => (false, "Started", "process started, waiting for readiness".to_owned()),
         ReplicaPhase::Ready => (false, "Ready", "takes requests".to_owned()),
+        ReplicaPhase::Asleep => (false, "Asleep", "sleeps until it is needed".to_owned()),
         ReplicaPhase::Failed => (true, "Failed", message),
         ReplicaPhase::Stopped => (false, "Stopped", "drained and stopped".to_owned()),
         ReplicaPhase::Unspecified | ReplicaPhase::Pending | ReplicaPhase::Draining => return,

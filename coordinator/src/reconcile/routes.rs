@@ -113,6 +113,8 @@ pub fn assignment(world: &World, node: &NodeState) -> fleet::Assignment {
                 container_concurrency: revision.scaling.container_concurrency as u32,
                 timeout: Some(duration(revision.timeout)),
                 draining: replica.record.draining,
+                asleep: false,
+                sleep_paths: None,
                 traceparent: replica.trace.traceparent.clone(),
                 tracestate: replica.trace.tracestate.clone(),
                 volumes: mounted::volumes(&world.settings.values, &revision.namespace, &revision.template.volumes),
@@ -124,7 +126,7 @@ pub fn assignment(world: &World, node: &NodeState) -> fleet::Assignment {
             })
         })
         .collect();
-    fleet::Assignment { version: node.assignment_version, replicas }
+    fleet::Assignment { version: node.assignment_version, replicas, models: Vec::new() }
 }
 
 /// The resolved main container, as agents get it. Secrets are filled in here and nowhere before; one that

@@ -62,6 +62,7 @@ pub(super) fn models(world: &World, revision: &RevisionRecord) -> Vec<fleet::Mod
             claim_root: storage.claim_root.clone().unwrap_or_default(),
             credentials: credentials.map(|(name, value)| fleet::EnvVar { name, value }).collect(),
             unresolved,
+            peers: Vec::new(),
         }
     };
     revision.template.storage.iter().map(model).collect()

@@ -3,7 +3,7 @@
 use jiff::Timestamp;
 use pilotlight_proto::{
     control::v1 as control,
-    fleet::v1::{self as fleet, ReplicaPhase},
+    fleet::v1::{self as fleet, ReplicaPhase, Rung},
 };
 
 use super::{
@@ -202,6 +202,7 @@ pub fn replica(state: &ReplicaState) -> control::Replica {
     let record = &state.record;
     let status = state.status.clone().unwrap_or_default();
     let revision = record.revision.split_once('/').map_or(record.revision.as_str(), |(_, name)| name);
+    let transition = status.transition.as_ref();
     control::Replica {
         namespace: record.namespace.clone(),
         name: record.name.clone(),
@@ -217,6 +218,11 @@ pub fn replica(state: &ReplicaState) -> control::Replica {
         ready_at: status.ready_at,
         pid: status.pid,
         adopted: status.adopted,
+        holds_gpu_memory: status.holds_gpu_memory,
+        memory_bytes: status.memory_bytes,
+        rung: transition.map_or("", |it| rung_name(it.to())).to_owned(),
+        rung_before: transition.map_or("", |it| rung_name(it.from())).to_owned(),
+        rung_took: transition.and_then(|it| it.took),
     }
 }
 
@@ -230,6 +236,18 @@ fn phase_name(draining: bool, phase: ReplicaPhase) -> &'static str {
         ReplicaPhase::Ready => "Ready",
         ReplicaPhase::Draining => "Draining",
         ReplicaPhase::Failed => "Failed",
+        ReplicaPhase::Asleep => "Asleep",
+    }
+}
+
+fn rung_name(rung: Rung) -> &'static str {
+    match rung {
+        Rung::Unspecified => "",
+        Rung::Absent => "Absent",
+        Rung::Cached => "Cached",
+        Rung::Staged => "Staged",
+        Rung::Asleep => "Asleep",
+        Rung::Serving => "Serving",
     }
 }
 
