@@ -279,6 +279,9 @@ pub struct ReplicaRecord {
     pub created_at: Timestamp,
     /// True: it takes no new request, finishes, and stops.
     pub draining: bool,
+    /// True: it takes no new request, finishes, and sleeps.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub asleep: bool,
 }
 
 impl ReplicaRecord {

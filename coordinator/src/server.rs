@@ -241,6 +241,7 @@ fn settings(config: &Config, values: &Arc<Values>) -> Settings {
         scaling: config.scaling.clone(),
         node_lease: config.node_lease,
         placement_policy: config.placement_policy,
+        idle_replicas: config.idle_replicas,
         values: Arc::clone(values),
     }
 }

@@ -9,7 +9,7 @@ use super::{
     world::{NodeState, RevisionState, ServiceState, World},
 };
 use crate::{
-    spec::{ComponentKind, InferenceService, Probe, ProbeHandler, RevisionTemplate},
+    spec::{self, ComponentKind, InferenceService, Probe, ProbeHandler, RevisionTemplate},
     values::Values,
 };
 
@@ -113,8 +113,12 @@ pub fn assignment(world: &World, node: &NodeState) -> fleet::Assignment {
                 container_concurrency: revision.scaling.container_concurrency as u32,
                 timeout: Some(duration(revision.timeout)),
                 draining: replica.record.draining,
-                asleep: false,
-                sleep_paths: None,
+                asleep: replica.record.asleep,
+                sleep_paths: spec::sleep_paths(&revision.template.annotations).map(|paths| fleet::SleepPaths {
+                    sleep: paths.sleep,
+                    wake: paths.wake,
+                    is_sleeping: paths.is_sleeping.unwrap_or_default(),
+                }),
                 traceparent: replica.trace.traceparent.clone(),
                 tracestate: replica.trace.tracestate.clone(),
                 volumes: mounted::volumes(&world.settings.values, &revision.namespace, &revision.template.volumes),
@@ -126,7 +130,19 @@ pub fn assignment(world: &World, node: &NodeState) -> fleet::Assignment {
             })
         })
         .collect();
-    fleet::Assignment { version: node.assignment_version, replicas, models: Vec::new() }
+    fleet::Assignment { version: node.assignment_version, replicas, models: models(node) }
+}
+
+/// What shall become of the models on a node's disk.
+fn models(node: &NodeState) -> Vec<fleet::ModelAssignment> {
+    let model = |(uri, keep): (&String, &u32)| fleet::ModelAssignment {
+        uri: uri.clone(),
+        rung: if node.shelf.staged.contains(uri) { fleet::Rung::Staged } else { fleet::Rung::Unspecified }.into(),
+        keep: *keep,
+        unresolved: "it is not fetched ahead of its replicas".to_owned(),
+        ..Default::default()
+    };
+    node.shelf.keep.iter().map(model).collect()
 }
 
 /// The resolved main container, as agents get it. Secrets are filled in here and nowhere before; one that

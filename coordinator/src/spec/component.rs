@@ -16,7 +16,7 @@ use super::{
     report::{Report, replace_prefix},
     resolve,
     storage::{self, StorageUri},
-    typed,
+    typed, warmth,
 };
 
 /// Knative's default `timeoutSeconds` of a revision.
@@ -161,6 +161,7 @@ pub(super) fn read(
     template.storage.extend(by_uris);
     template.labels.extend(labels);
     template.annotations.extend(annotations);
+    warmth::check_paths(&template.annotations, report);
     component(extension, template, at, &own_annotations, context, report)
 }
 
