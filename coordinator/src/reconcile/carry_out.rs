@@ -98,6 +98,7 @@ impl Reconciler {
     fn set_asleep(&mut self, name: &str, asleep: bool, by: Option<&RevisionKey>, now: Timestamp) {
         let Some(replica) = self.world.replicas.get_mut(name) else { return };
         replica.record.asleep = asleep;
+        replica.yielded = asleep && by.is_some();
         let record = replica.record.clone();
         if !asleep && let Some(revision) = self.world.revisions.get(&record.revision) {
             replica.trace = revision.trace.clone();

@@ -165,6 +165,8 @@ pub struct ReplicaState {
     pub running: u64,
     /// Trace of the decision that made or woke it.
     pub trace: TraceContext,
+    /// True where it sleeps so that others have its GPUs: it wakes once somebody waits for it.
+    pub yielded: bool,
     /// What is lost where it makes room: seconds of waiting to be expected, as of the last look
     /// ([`super::warmth`]).
     pub worth: f64,
@@ -472,6 +474,7 @@ impl World {
             failure: None,
             running: 0,
             trace,
+            yielded: false,
             worth: 0.0,
         };
         self.replicas.insert(state.record.name.clone(), state);

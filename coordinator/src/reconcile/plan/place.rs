@@ -65,14 +65,17 @@ struct Places<'a> {
 
 impl Places<'_> {
     /// Wakes sleepers whose devices can be had, as many as are wanted; the others stay in the wish. As long as
-    /// nobody waits for an answer they stand for those that are wanted: others need the devices more.
+    /// nobody waits for an answer they stand for those that are wanted: others need the devices more, and
+    /// whoever has yielded does not take its own back.
     fn wake(&mut self, wish: &mut Wish<'_>, plan: &mut Plan) {
         let mut others = Vec::new();
+        let awaited = wish.revision.waiting.values().any(|waiting| *waiting > 0);
         for name in std::mem::take(&mut wish.sleepers) {
             let replica = &self.world.replicas[name];
             let held = nodes::of(wish.revision, replica);
             let node = self.fleet.nodes.iter_mut().find(|node| node.name == replica.record.node);
-            match node.filter(|node| wish.count > 0 && placement::can_have(node, &held)) {
+            let may = wish.count > 0 && (awaited || !replica.yielded);
+            match node.filter(|node| may && placement::can_have(node, &held)) {
                 Some(node) => {
                     node.taken.retain(|taken| taken.replica != name);
                     node.taken.push(held);
@@ -82,7 +85,7 @@ impl Places<'_> {
                 None => others.push(name),
             }
         }
-        if wish.revision.waiting.values().all(|waiting| *waiting == 0) {
+        if !awaited {
             wish.count = wish.count.saturating_sub(others.len() as u32);
         }
         wish.sleepers = others;

@@ -158,7 +158,9 @@ fn gpus_of_one_that_has_released_them_are_for_others() {
     let idle = taken().awaited("m").served("n-1", "a", 0).plan();
     assert_eq!(idle.yields, [("n-1".to_owned(), "default/m".to_owned())]);
     assert!(idle.wake.is_empty() && idle.leaving().next().is_none());
-    let going = taken().awaited("m").sleeper("n-1", "a", 0, DRAINING, false).plan();
+    let mut going = taken().awaited("m").sleeper("n-1", "a", 0, DRAINING, false);
+    going.world.replicas.get_mut("n-1").unwrap().yielded = true;
+    let going = going.plan();
     assert!(going.is_empty(), "it waits for the GPU: {going:?}");
     let free = taken().awaited("m").sleeper("n-1", "a", 0, ASLEEP, false).plan();
     assert_eq!(free.wake, ["m-1"]);
