@@ -4,7 +4,7 @@
 mod nodes;
 mod place;
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 
 use std::{cmp::Reverse, collections::BTreeSet};
 

@@ -3,6 +3,9 @@
 //!
 //! [`crate::eviction`] chooses; here it is fed with what is seen. Looked at anew every [`INTERVAL`].
 
+#[cfg(test)]
+mod tests;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     time::Duration,

@@ -1,4 +1,4 @@
-mod asleep;
+pub(in crate::reconcile) mod asleep;
 
 use std::time::Duration;
 
@@ -14,8 +14,8 @@ use crate::{
 };
 
 /// A cell in which a test says what there is.
-struct Cell {
-    world: World,
+pub(in crate::reconcile) struct Cell {
+    pub(in crate::reconcile) world: World,
 }
 
 impl Cell {

@@ -12,7 +12,7 @@ const ASLEEP: ReplicaPhase = ReplicaPhase::Asleep;
 
 impl Cell {
     /// Nodes with memory for idle models, where the last replica sleeps.
-    fn sleepy(gpus: &[u32]) -> Self {
+    pub(in crate::reconcile) fn sleepy(gpus: &[u32]) -> Self {
         let mut cell = Self::of(gpus);
         cell.world.settings.idle_replicas = IdleReplicas::Sleep;
         for node in cell.world.nodes.values_mut() {
@@ -22,7 +22,7 @@ impl Cell {
     }
 
     /// An applied service with a revision of this name that was ready.
-    fn applied(self, name: &str, wanted: u32, annotations: &str) -> Self {
+    pub(in crate::reconcile) fn applied(self, name: &str, wanted: u32, annotations: &str) -> Self {
         let mut cell = self.service(name, wanted, annotations);
         let manifest = format!(
             "apiVersion: serving.kserve.io/v1beta1\nkind: InferenceService\nmetadata:\n  name: {name}\n  \
@@ -45,7 +45,14 @@ impl Cell {
     }
 
     /// A replica that shall sleep, and is in this phase.
-    fn sleeper(self, name: &str, node: &str, gpu: u32, phase: ReplicaPhase, holds_gpu_memory: bool) -> Self {
+    pub(in crate::reconcile) fn sleeper(
+        self,
+        name: &str,
+        node: &str,
+        gpu: u32,
+        phase: ReplicaPhase,
+        holds_gpu_memory: bool,
+    ) -> Self {
         let mut cell = self.replica(name, node, gpu, phase);
         let replica = cell.world.replicas.get_mut(name).unwrap();
         replica.record.asleep = true;
@@ -60,7 +67,7 @@ impl Cell {
     }
 
     /// A ready replica that has served for a while.
-    fn served(self, name: &str, node: &str, gpu: u32) -> Self {
+    pub(in crate::reconcile) fn served(self, name: &str, node: &str, gpu: u32) -> Self {
         let mut cell = self.replica(name, node, gpu, READY);
         let status = cell.world.replicas.get_mut(name).unwrap().status.as_mut().unwrap();
         status.ready_at = Some(prost_types::Timestamp { seconds: -60, nanos: 0 });
