@@ -151,7 +151,14 @@ pub(super) fn read(
     let mut template = match model {
         Some((key, model)) => {
             let made = resolve::read(model, &join(at, key), &pod, at, around, context, report);
-            made.map_or_else(|| absent().template, |made| template(made.pod, Some(made.runtime), made.storage))
+            made.map_or_else(
+                || absent().template,
+                |made| RevisionTemplate {
+                    // The service's own win.
+                    annotations: made.annotations,
+                    ..template(made.pod, Some(made.runtime), made.storage)
+                },
+            )
         }
         None => template(own, None, Vec::new()),
     };
