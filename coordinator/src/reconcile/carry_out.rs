@@ -166,7 +166,10 @@ impl Reconciler {
             Leaving::Cooled => {
                 (false, "Cooled", format!("node {} needs its memory for models that are worth more: ", record.node))
             }
-            Leaving::Evicted(by) => (true, "Preempted", format!("idle, and {by} needs its place: ")),
+            Leaving::Evicted(by) if record.asleep => {
+                (false, "Preempted", format!("asleep, and {by} needs its place: "))
+            }
+            Leaving::Evicted(by) => (true, "Preempted", format!("idle, and {by} of higher priority needs its place: ")),
         };
         let message = format!("{why}takes no new requests, then stops");
         self.dirty.nodes.insert(record.node.clone());
