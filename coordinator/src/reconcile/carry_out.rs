@@ -164,7 +164,7 @@ impl Reconciler {
             Leaving::ScaledDown => (false, "Draining", String::new()),
             Leaving::NodeDrained => (false, "NodeDrained", format!("node {} drains: ", record.node)),
             Leaving::Cooled => {
-                (false, "Cooled", format!("node {} needs its memory for models that are worth more: ", record.node))
+                (false, "Cooled", format!("asleep, and node {} needs its room for other models: ", record.node))
             }
             Leaving::Evicted(by) if record.asleep => {
                 (false, "Preempted", format!("asleep, and {by} needs its place: "))

@@ -30,6 +30,8 @@ pub struct Dirty {
     pub nodes: BTreeSet<String>,
     /// Replicas of which something else is to be charged from now on.
     pub metered: BTreeSet<String>,
+    /// True where it has to be looked at once what idle models hold.
+    pub warmth: bool,
     /// True where the list of nodes has changed.
     pub peers: bool,
 }
@@ -240,7 +242,10 @@ fn took(world: &mut World, status: fleet::ReplicaStatus, now: Timestamp, dirty: 
     let unhealthy = status.reason == UNHEALTHY && phase == ReplicaPhase::Starting;
     let progress = replica.signs.progress(&status);
     match phase {
-        ReplicaPhase::Failed => replica.failure = Some(status.clone()),
+        ReplicaPhase::Failed => {
+            dirty.warmth |= warmth::lacks_room(&status);
+            replica.failure = Some(status.clone());
+        }
         ReplicaPhase::Ready => replica.failure = None,
         _ => {}
     }

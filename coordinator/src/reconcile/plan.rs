@@ -36,7 +36,7 @@ pub struct Plan {
     pub drain: Vec<String>,
     /// Names of replicas that shall finish and stop, since their node drains.
     pub move_off: Vec<String>,
-    /// Names of sleepers that shall stop, since their node's memory for idle models does not suffice.
+    /// Names of sleepers that shall stop, since their node's room for idle models does not suffice.
     pub cool: Vec<String>,
     /// Names of idle replicas that shall stop, each with the revision that gets its place.
     pub evict: Vec<(String, RevisionKey)>,
@@ -68,7 +68,7 @@ pub enum Leaving {
     ScaledDown,
     /// Its node drains.
     NodeDrained,
-    /// It sleeps, and its node's memory for idle models does not suffice.
+    /// It sleeps, and its node's room for idle models does not suffice.
     Cooled,
     /// It is idle, and this revision of higher priority gets its place.
     Evicted(RevisionKey),

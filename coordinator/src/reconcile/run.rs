@@ -182,12 +182,7 @@ impl Reconciler {
         let orphans = to_leave.flat_map(|node| &node.replicas).filter_map(|name| self.world.replicas.get(name));
         let orphaned: Vec<_> = orphans.map(|replica| replica.record.revision.clone()).collect();
         self.dirty.revisions.extend(orphaned);
-        if since(self.warmed_at, now) >= warmth::INTERVAL && self.world.settled(now) {
-            self.warmed_at = now;
-            if let Err(error) = self.keep_warm(now).await {
-                warn!(%error, "cannot write which sleepers leave; will be tried again");
-            }
-        }
+        self.dirty.warmth |= since(self.warmed_at, now) >= warmth::INTERVAL;
         if since(self.metered_at, now) >= METER_INTERVAL {
             self.write_usage(now).await;
         }
@@ -198,6 +193,12 @@ impl Reconciler {
     async fn act(&mut self) {
         let now = self.clock.now();
         self.promote(now).await;
+        if self.dirty.warmth && self.world.settled(now) {
+            (self.dirty.warmth, self.warmed_at) = (false, now);
+            if let Err(error) = self.keep_warm(now).await {
+                warn!(%error, "cannot write which sleepers leave; will be tried again");
+            }
+        }
         self.note_shares(now);
         let mut pass = scale::Pass::default();
         for key in std::mem::take(&mut self.dirty.urgent) {

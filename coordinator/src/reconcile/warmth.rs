@@ -1,7 +1,8 @@
 //! How warm a node keeps what nobody needs now: who sleeps on, which weights are in the page cache, and
 //! which models leave the disk first. Pure.
 //!
-//! [`crate::eviction`] chooses; here it is fed with what is seen. Looked at anew every [`INTERVAL`].
+//! [`crate::eviction`] chooses; here it is fed with what is seen. Looked at anew every [`INTERVAL`], and at
+//! once where a model finds no room on a disk.
 
 #[cfg(test)]
 mod tests;
@@ -99,10 +100,34 @@ pub fn look(world: &World, node: &NodeState, users: &Users<'_>, now: Timestamp) 
             leave.push(step.name);
         }
     }
+    if let Some(name) = makes_room_on_disk(&here, &entries, &leave) {
+        leave.push(name);
+    }
     let keep = users.iter().filter_map(|(uri, users)| Some((uri.clone(), keep(users, models.bytes(uri)?, now))));
     shelf.keep = keep.collect();
     let worth = here.iter().filter_map(|replica| worth(world, replica, &models, now)).collect();
     Look { shelf, leave, worth }
+}
+
+/// Reason of a replica whose model has no room on the disk, as agents say it.
+pub const CACHE_FULL: &str = "CacheFull";
+
+/// True for a replica whose model finds no room on its node's disk.
+pub fn lacks_room(status: &fleet::ReplicaStatus) -> bool {
+    status.phase() == fleet::ReplicaPhase::Failed && status.reason == CACHE_FULL
+}
+
+/// Where a model finds no room on the disk beside those that replicas have: the sleeper that is worth least
+/// for its bytes. One at a time: the agent then frees what it can, and tries again.
+fn makes_room_on_disk(here: &[&ReplicaState], entries: &[Entry], leave: &[String]) -> Option<String> {
+    let leaving = !leave.is_empty() || here.iter().any(|replica| replica.record.asleep && replica.record.draining);
+    if leaving || !here.iter().any(|replica| replica.status.as_ref().is_some_and(lacks_room)) {
+        return None;
+    }
+    let free = |entry: &&Entry| entry.rung == Rung::Asleep && entry.pinned.is_none() && entry.footprint.disk > 0;
+    let score = |entry: &Entry| entry.costs.lost(entry.rung, Rung::Absent) * entry.need / entry.footprint.disk as f64;
+    let least = entries.iter().filter(free).min_by(|a, b| score(a).total_cmp(&score(b)).then(a.name.cmp(&b.name)));
+    least.map(|entry| entry.name.clone())
 }
 
 /// Models on a node's disk, by address.

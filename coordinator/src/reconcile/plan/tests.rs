@@ -69,7 +69,7 @@ impl Cell {
     }
 
     /// A replica `<revision>-<suffix>` on GPU `gpu` of a node.
-    fn replica(mut self, name: &str, node: &str, gpu: u32, phase: ReplicaPhase) -> Self {
+    pub(in crate::reconcile) fn replica(mut self, name: &str, node: &str, gpu: u32, phase: ReplicaPhase) -> Self {
         let revision = name.split_once('-').unwrap().0;
         let record = ReplicaRecord {
             name: name.into(),

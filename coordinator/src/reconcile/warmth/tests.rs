@@ -114,3 +114,19 @@ fn measured_times_count() {
     let worth: BTreeMap<_, _> = look.worth.into_iter().collect();
     assert!(worth["slow-1"] > worth["fast-1"], "{worth:?}");
 }
+
+#[test]
+fn a_model_that_finds_no_room_on_the_disk_gets_it_from_a_sleeper() {
+    let two = cached(cached(cell(), "often", 2, false), "rarely", 2, false);
+    let two = asked(asked(two, "rarely", &[9_000]), "often", &[90, 60, 30]);
+    let two = two.sleeper("often-1", "a", 0, ReplicaPhase::Asleep, true);
+    let mut cell = two.sleeper("rarely-1", "a", 1, ReplicaPhase::Asleep, true).applied("new", 1, "");
+    assert!(look_at(&cell).leave.is_empty());
+    cell = cell.replica("new-1", "a", 2, ReplicaPhase::Failed);
+    cell.world.replicas.get_mut("new-1").unwrap().status.as_mut().unwrap().reason = "CacheFull".into();
+    assert_eq!(look_at(&cell).leave, ["rarely-1"]);
+    cell.world.replicas.get_mut("rarely-1").unwrap().record.draining = true;
+    assert!(look_at(&cell).leave.is_empty(), "one leaves already");
+    cell.world.remove_replica("rarely-1");
+    assert_eq!(look_at(&cell).leave, ["often-1"]);
+}
