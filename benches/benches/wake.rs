@@ -19,7 +19,7 @@ use nix::{
     unistd::Pid,
 };
 use object_store::{ObjectStoreExt as _, WriteMultipart, aws::AmazonS3Builder};
-use pilotlight_agent::warmth::{PageCache, residency};
+use pilotlight_agent::warmth::{PageCache, page_cache::residency};
 use pilotlight_tests::{
     cell::Dev,
     eventually, free_port,
