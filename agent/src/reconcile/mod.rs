@@ -3,10 +3,16 @@
 //! One task per replica ([`replica`]) brings it to where the last assignment wants it. Before the first
 //! assignment nothing is stopped: replicas of a former agent process are adopted and go on serving.
 
+mod asleep;
+mod awake;
 mod backoff;
+mod failure;
 mod health;
 mod models;
 mod replica;
+mod rung;
+#[cfg(test)]
+mod sleep_tests;
 #[cfg(test)]
 mod tests;
 mod way_back;
@@ -99,7 +105,10 @@ impl Reconciler {
         let (statuses, inner) = (Statuses::new(), Mutex::default());
         let reconciler = Arc::new(Self { runtime, endpoints, egress, models, statuses, inner });
         for running in reconciler.runtime.adopt().await? {
-            let desired = Desired { assignment: running.assignment.clone(), leave: false };
+            // It goes on as it is, whatever it was started for, until the coordinator is heard.
+            let asleep = reconciler.runtime.sleep_mark(&running.replica).is_some();
+            let assignment = ReplicaAssignment { asleep, ..running.assignment.clone() };
+            let desired = Desired { assignment, leave: false };
             reconciler.spawn(&mut reconciler.lock(), desired, Some(running));
         }
         Ok(reconciler)

@@ -25,7 +25,7 @@ use tokio::{
 use tracing::{info, warn};
 
 use super::{
-    Exit, Mount, Running, Runtime, RuntimeError,
+    Exit, Mount, Running, Runtime, RuntimeError, SleepMark,
     expand::expand,
     mounts::rewrite,
     resolved,
@@ -171,6 +171,14 @@ fn state(pid: u32) -> Option<char> {
     Some(procfs::process::Process::new(i32::try_from(pid).ok()?).ok()?.stat().ok()?.state)
 }
 
+/// Resident set of all processes of a group, bytes.
+fn resident(group: u32) -> u64 {
+    let Ok(all) = procfs::process::all_processes() else { return 0 };
+    let stats = all.flatten().filter_map(|process| process.stat().ok());
+    let of_group = stats.filter(|stat| u32::try_from(stat.pgrp) == Ok(group));
+    of_group.map(|stat| stat.rss).sum::<u64>() * procfs::page_size()
+}
+
 /// Sends a replica's group a signal that it cannot miss.
 fn halt(running: &Running, what: &'static str, signal: Signal) -> Result<(), RuntimeError> {
     let failed = |reason: String| RuntimeError::Pause { what, replica: running.replica.clone(), reason };
@@ -286,6 +294,19 @@ impl Runtime for ProcessRuntime {
 
     async fn resume(&self, running: &Running) -> Result<(), RuntimeError> {
         halt(running, "resume", Signal::SIGCONT)
+    }
+
+    async fn memory(&self, running: &Running) -> u64 {
+        let group = running.pid;
+        tokio::task::spawn_blocking(move || resident(group)).await.unwrap_or(0)
+    }
+
+    fn mark_sleep(&self, replica: &str, mark: Option<&SleepMark>) -> Result<(), RuntimeError> {
+        self.directories.mark_sleep(replica, mark)
+    }
+
+    fn sleep_mark(&self, replica: &str) -> Option<SleepMark> {
+        self.directories.sleep_mark(replica)
     }
 
     async fn remove(&self, replica: &str) {
