@@ -5,7 +5,7 @@ use std::time::Duration;
 use pilotlight_proto::fleet::v1 as fleet;
 
 use super::{
-    mounted, storage,
+    mounted, shelf, storage,
     world::{NodeState, RevisionState, ServiceState, World},
 };
 use crate::{
@@ -126,7 +126,7 @@ pub fn assignment(world: &World, node: &NodeState) -> fleet::Assignment {
             })
         })
         .collect();
-    fleet::Assignment { version: node.assignment_version, replicas, models: Vec::new() }
+    fleet::Assignment { version: node.assignment_version, replicas, models: shelf::models(world, node) }
 }
 
 /// The resolved main container, as agents get it. Secrets are filled in here and nowhere before; one that

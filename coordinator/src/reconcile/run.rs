@@ -38,7 +38,7 @@ const METER_INTERVAL: Duration = Duration::from_secs(60);
 /// Inputs handled before the loop acts on them together.
 const INPUTS_AT_ONCE: usize = 256;
 /// Writes in one transaction; etcd takes 128 operations by default, compares included.
-const WRITES_AT_ONCE: usize = 50;
+pub(super) const WRITES_AT_ONCE: usize = 50;
 
 /// The loop and all it owns.
 pub struct Reconciler {
@@ -120,6 +120,9 @@ impl Reconciler {
             }
             Input::SetAvailability { node, availability, reply } => {
                 let _ = reply.send(self.set_availability(&node, availability).await);
+            }
+            Input::ChangeModel { uri, node, change, reply } => {
+                let _ = reply.send(self.change_model(uri, node, change).await);
             }
             Input::ValuesChanged { namespace } => self.values_changed(&namespace),
             Input::Usage { reply } => {
@@ -404,7 +407,7 @@ impl Reconciler {
     }
 
     /// Tells agents what has changed: assignments to the nodes concerned, routes to all.
-    fn push(&mut self) {
+    pub(super) fn push(&mut self) {
         // What changes a component changes what is shown of its service.
         let owners: Vec<_> = self.dirty.services.iter().map(|key| owner(key).to_owned()).collect();
         self.dirty.services.extend(owners);

@@ -14,8 +14,8 @@ use crate::{
     autoscaler::{Decision, Defaults, Scaler, ScalerConfig},
     fleet::SessionHandle,
     model::{
-        ConditionRecord, NodeRecord, ReplicaRecord, RevisionKey, RevisionRecord, ServiceKey, ServiceRecord, owner,
-        service_key,
+        ConditionRecord, ModelRecord, NodeRecord, ReplicaRecord, RevisionKey, RevisionRecord, ServiceKey,
+        ServiceRecord, owner, service_key,
     },
     rollout::{self, Policy, Signs, Target, progress},
     spec::{ComponentKind, PlacementPolicy},
@@ -40,6 +40,8 @@ pub struct World {
     pub replicas: BTreeMap<String, ReplicaState>,
     /// Nodes that have joined, by name.
     pub nodes: BTreeMap<String, NodeState>,
+    /// What operators asked for of models, by node (`None`: all) and address.
+    pub asked: BTreeMap<(Option<String>, String), ModelRecord>,
 }
 
 /// What holds for every service of the cell.
@@ -276,6 +278,7 @@ impl World {
             revisions: BTreeMap::new(),
             replicas: BTreeMap::new(),
             nodes: BTreeMap::new(),
+            asked: BTreeMap::new(),
         }
     }
 
