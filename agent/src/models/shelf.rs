@@ -15,7 +15,7 @@ use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tracing::{info, warn};
 
-use super::{Credentials, Models, room::Wish};
+use super::{Credentials, ModelError, Models, room::Wish};
 use crate::{
     reconcile::backoff::CrashBackoff,
     warmth::page_cache::{PageCache, StageError, Staged, residency},
@@ -246,6 +246,8 @@ impl Task {
         let credentials: Credentials = given.collect();
         loop {
             let began = Instant::now();
+            let before = in_the_way(&self.shared.models.report().borrow());
+            let mut full = false;
             let reason = if wish.unresolved.is_empty() {
                 match self.shared.models.ensure(&self.uri, &credentials, |_| {}).await {
                     Ok(folder) => {
@@ -257,7 +259,10 @@ impl Task {
                         }
                         "it was removed as soon as it was there".to_owned()
                     }
-                    Err(error) => error.to_string(),
+                    Err(error) => {
+                        full = matches!(error, ModelError::CacheFull { .. });
+                        error.to_string()
+                    }
                 }
             } else {
                 wish.unresolved.clone()
@@ -269,7 +274,12 @@ impl Task {
             if !wish.unresolved.is_empty() {
                 return None;
             }
-            tokio::time::sleep(self.backoff.after(began.elapsed())).await;
+            let mut report = self.shared.models.report();
+            tokio::select! {
+                () = tokio::time::sleep(self.backoff.after(began.elapsed())) => {}
+                // There may be room now.
+                _ = report.wait_for(|report| in_the_way(report) != before), if full => {}
+            }
         }
     }
 
@@ -357,6 +367,11 @@ impl Task {
             self.said = reason;
         }
     }
+}
+
+/// What keeps room from others, and how firmly.
+fn in_the_way(report: &CacheReport) -> HashSet<(String, bool, bool)> {
+    report.models.iter().map(|model| (model.key.clone(), model.in_use, model.pinned)).collect()
 }
 
 fn versions(report: &CacheReport, uri: &str) -> HashSet<String> {

@@ -212,8 +212,13 @@ async fn what_nobody_waits_for_displaces_only_what_is_kept_less() {
     drop(held);
     let error = models.ensure(&first, &none, |_| {}).await.unwrap_err();
     assert_eq!(error.reason(), "CacheFull", "the first does not take it back");
-    shelf.assign(vec![ask(&first, Rung::Cached, 8), ask(&second, Rung::Cached, 7)]);
-    models.ensure(&first, &none, |_| {}).await.unwrap();
+    // It comes back once there is room.
+    shelf.assign(vec![ask(&first, Rung::Cached, 7)]);
+    shelf.evict(&second).await.unwrap();
+    one(&models, &first, "the first is back", |_| true).await;
+    shelf.assign(vec![ask(&first, Rung::Cached, 7), ask(&second, Rung::Cached, 8)]);
+    one(&models, &second, "what is kept more takes its room", |_| true).await;
+    assert!(reported(&models, &first).is_empty());
 }
 
 #[test]
