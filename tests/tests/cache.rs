@@ -138,6 +138,34 @@ async fn a_model_is_staged_on_all_nodes_and_what_is_asked_for_outlives_the_coord
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_model_is_fetched_with_a_services_secrets_once_they_are_there() {
+    let s3 = S3::start().await;
+    for name in ["own", "other"] {
+        s3.put("models", &format!("{name}/model.bin"), b"weights");
+    }
+    let cell = Cell::start(vec![]).await;
+    let _agent = cell.agent("gpu-1", 0).await;
+    let operator = &cell.operator;
+    let service = files("own", "s3://models/own", None)
+        .replace("{name: own}", "{name: own, annotations: {serving.kserve.io/storageSecretName: s3}}");
+    assert_eq!(operator.apply(&service, &[]).code, 0);
+    operator.must(&["cache", "warm", "s3://models/other", "--service", "own"]);
+    eventually("the service misses its secret", || async {
+        let replicas = operator.replicas("own");
+        replicas.first()?["message"].as_str()?.contains("Secret default/s3 is not there").then_some(())
+    })
+    .await;
+    assert!(models(operator, "gpu-1").is_empty());
+    let secret = format!(
+        "apiVersion: v1\nkind: Secret\nmetadata: {{name: s3}}\nstringData: {{AWS_ACCESS_KEY_ID: {KEY}, \
+         AWS_SECRET_ACCESS_KEY: {SECRET}, AWS_REGION: us-east-1, AWS_ENDPOINT_URL: \"{}\"}}\n",
+        s3.endpoint()
+    );
+    assert_eq!(operator.apply(&secret, &[]).code, 0);
+    model_is(operator, "gpu-1", "s3://models/other", |_| true).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_cannot_be_asked_for_is_refused() {
     let s3 = S3::start().await;
     let cell = cell(&s3).await;

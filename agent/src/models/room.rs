@@ -130,6 +130,9 @@ impl Room {
     /// and outlive the process.
     pub(super) fn wish(&self, wishes: BTreeMap<String, Wish>) {
         let mut inner = self.lock();
+        if inner.wishes.as_ref() == Some(&wishes) {
+            return;
+        }
         for (key, tree) in &inner.trees {
             let pinned = wishes.get(&tree.uri).is_some_and(|wish| wish.pinned);
             if let Err(error) = self.cache.pin(key, pinned) {
