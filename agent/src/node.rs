@@ -29,7 +29,7 @@ use crate::{
     config::{Config, RuntimeChoice, Security},
     gateway::{self, Connect, DataPath, GatewayMetrics, PeerStream, Setup},
     inventory::{self, InventoryError},
-    models::Models,
+    models::{Models, Shelf},
     reconcile::Reconciler,
     runtime::{AnyRuntime, DockerRuntime, ProcessRuntime, Runtime, RuntimeError, logs},
     session::{Outbound, Session, Told},
@@ -131,7 +131,8 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), Agen
     let models = Models::open(path.clone(), config.docker.claims.clone(), config.fetch_stall, config.cache_budget)
         .map_err(|error| AgentError::Models { path, error })?;
     let cached = models.report();
-    let reconciler = Reconciler::adopt(runtime, endpoints, egress, models).await?;
+    let shelf = Shelf::new(models.clone(), inventory.warm_memory_bytes);
+    let reconciler = Reconciler::adopt(runtime, endpoints, egress, models, shelf.clone()).await?;
 
     let (connected, is_connected) = watch::channel(false);
     let status = pilotlight_telemetry::http_router(&metrics, move || *is_connected.borrow());
@@ -143,7 +144,8 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), Agen
     serve_peers(&data_path, identity.as_ref(), peers, &stopping)?;
 
     let (_inventory, inventory) = watch::channel(inventory);
-    let told = Node { data_path: Arc::clone(&data_path), reconciler: Arc::clone(&reconciler), logs: Mutex::default() };
+    let (path, replicas) = (Arc::clone(&data_path), Arc::clone(&reconciler));
+    let told = Node { data_path: path, reconciler: replicas, shelf, logs: Mutex::default() };
     let session = Session {
         channel,
         hello: hello(&config, ingress_address, peer_address),
@@ -370,6 +372,7 @@ impl Connect for PlainConnect {
 struct Node {
     data_path: Arc<DataPath>,
     reconciler: Arc<Reconciler>,
+    shelf: Shelf,
     /// Log requests that are being answered.
     logs: Mutex<HashMap<u64, CancellationToken>>,
 }
@@ -388,7 +391,10 @@ impl Told for Node {
             ToAgent::Assignment(assignment) => self.reconciler.assign(assignment),
             ToAgent::Routes(routes) => self.data_path.apply_routes(routes),
             ToAgent::LogRequest(request) => self.log(request, say.clone()),
-            ToAgent::Welcome(_) | ToAgent::EvictModel(_) => {}
+            ToAgent::EvictModel(request) => {
+                tokio::spawn(evict(self.shelf.clone(), request, say.clone()));
+            }
+            ToAgent::Welcome(_) => {}
         }
     }
 
@@ -417,6 +423,14 @@ impl Node {
             }
         });
     }
+}
+
+async fn evict(shelf: Shelf, request: fleet::EvictModel, say: Outbound) {
+    let (freed_bytes, error) = match shelf.evict(&request.uri).await {
+        Ok(freed) => (freed, String::new()),
+        Err(reason) => (0, reason),
+    };
+    say.send(FromAgent::ModelEvicted(fleet::ModelEvicted { request_id: request.request_id, freed_bytes, error })).await;
 }
 
 async fn send_log(path: PathBuf, request: &fleet::LogRequest, say: &Outbound) {

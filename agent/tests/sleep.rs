@@ -7,7 +7,7 @@ use std::{collections::BTreeMap, net::SocketAddr, path::Path, sync::Arc, time::D
 use futures::future::BoxFuture;
 use pilotlight_agent::{
     endpoint::{Egress, EgressListener},
-    models::Models,
+    models::{Models, Shelf},
     reconcile::Reconciler,
     runtime::{DockerRuntime, DockerSettings, ProcessRuntime, Runtime},
     sidecar::Sidecar,
@@ -35,7 +35,8 @@ async fn agent(docker: bool, data: &Path) -> Arc<Reconciler> {
         Arc::new(ProcessRuntime::new(data, "/none".into()))
     };
     let models = Models::open(data.join("models"), BTreeMap::new(), Duration::from_secs(1), None).unwrap();
-    Reconciler::adopt(runtime, Sidecar::new(), Arc::new(NoWayBack), models).await.unwrap()
+    let shelf = Shelf::new(models.clone(), 0);
+    Reconciler::adopt(runtime, Sidecar::new(), Arc::new(NoWayBack), models, shelf).await.unwrap()
 }
 
 async fn phase(agent: &Reconciler, phase: ReplicaPhase) -> ReplicaStatus {

@@ -5,7 +5,7 @@
 
 mod asleep;
 mod awake;
-mod backoff;
+pub(crate) mod backoff;
 mod failure;
 mod health;
 mod models;
@@ -27,7 +27,7 @@ use tokio::{sync::watch, task::JoinHandle};
 
 use crate::{
     endpoint::{Egress, Endpoints},
-    models::Models,
+    models::{Models, Shelf},
     runtime::{Runtime, RuntimeError},
 };
 use replica::{Desired, Life};
@@ -39,6 +39,7 @@ pub struct Reconciler {
     endpoints: Arc<dyn Endpoints>,
     egress: Arc<dyn Egress>,
     models: Models,
+    shelf: Shelf,
     statuses: Statuses,
     inner: Mutex<Inner>,
 }
@@ -101,9 +102,10 @@ impl Reconciler {
         endpoints: Arc<dyn Endpoints>,
         egress: Arc<dyn Egress>,
         models: Models,
+        shelf: Shelf,
     ) -> Result<Arc<Self>, RuntimeError> {
         let (statuses, inner) = (Statuses::new(), Mutex::default());
-        let reconciler = Arc::new(Self { runtime, endpoints, egress, models, statuses, inner });
+        let reconciler = Arc::new(Self { runtime, endpoints, egress, models, shelf, statuses, inner });
         for running in reconciler.runtime.adopt().await? {
             // It goes on as it is, whatever it was started for, until the coordinator is heard.
             let asleep = reconciler.runtime.sleep_mark(&running.replica).is_some();
@@ -178,11 +180,13 @@ impl Reconciler {
                 None => self.spawn(&mut inner, desired, None),
             }
         }
+        // After the replicas: what they have now is not let go of.
+        self.shelf.assign(assignment.models);
     }
 
     fn spawn(&self, inner: &mut Inner, desired: Desired, adopted: Option<crate::runtime::Running>) {
         let name = desired.assignment.replica.clone();
-        let held = self.models.hold(desired.assignment.models.iter().map(|model| model.uri.clone()));
+        let held = self.models.hold(&name, desired.assignment.models.iter().map(|model| model.uri.clone()));
         let (sender, receiver) = watch::channel(desired);
         let life = Life {
             runtime: Arc::clone(&self.runtime),

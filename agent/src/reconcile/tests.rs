@@ -316,7 +316,10 @@ impl Node {
         queue.route(Limits { queue: 10, timeout: TIMEOUT, concurrency: 1 }, BTreeMap::new());
         let runtime: Arc<dyn Runtime> = Arc::clone(&fake) as _;
         let endpoints: Arc<dyn Endpoints> = Arc::clone(&sidecar) as _;
-        let reconciler = Reconciler::adopt(runtime, endpoints, Arc::new(NoWayBack), models).await.unwrap();
+        let reconciler =
+            Reconciler::adopt(runtime, endpoints, Arc::new(NoWayBack), models.clone(), Shelf::new(models, 0))
+                .await
+                .unwrap();
         Self { fake, sidecar, queue, reconciler, _listener: listener }
     }
 

@@ -16,7 +16,7 @@ use super::{
 use crate::{
     autoscaler::ScalerConfig,
     eviction::{Arrivals, Costs, Footprint},
-    model::{ConditionsRecord, NodeRecord, ReplicaRecord, RevisionRecord, ServiceRecord, keys},
+    model::{ConditionsRecord, ModelRecord, NodeRecord, ReplicaRecord, RevisionRecord, ServiceRecord, keys},
     store::{StoreError, StoreExt as _},
 };
 
@@ -51,6 +51,9 @@ impl Reconciler {
             if let Some(revision) = world.revisions.get_mut(&key) {
                 revision.wanted += u32::from(counts);
             }
+        }
+        for record in store.list_json::<ModelRecord>(keys::MODELS).await? {
+            world.asked.insert((record.node.clone(), record.uri.clone()), record);
         }
         resume(&mut world);
         let cursor = store.get_json::<Timestamp>(keys::USAGE_CURSOR).await?.unwrap_or(now);

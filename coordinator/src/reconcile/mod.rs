@@ -25,6 +25,9 @@ mod rolling;
 pub mod routes;
 pub mod run;
 pub mod scale;
+pub mod shelf;
+#[cfg(test)]
+mod shelf_tests;
 mod storage;
 pub mod view;
 mod warmth;

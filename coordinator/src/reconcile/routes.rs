@@ -5,7 +5,7 @@ use std::time::Duration;
 use pilotlight_proto::fleet::v1 as fleet;
 
 use super::{
-    mounted, storage,
+    mounted, shelf, storage,
     world::{NodeState, RevisionState, ServiceState, World},
 };
 use crate::{
@@ -130,19 +130,7 @@ pub fn assignment(world: &World, node: &NodeState) -> fleet::Assignment {
             })
         })
         .collect();
-    fleet::Assignment { version: node.assignment_version, replicas, models: models(node) }
-}
-
-/// What shall become of the models on a node's disk.
-fn models(node: &NodeState) -> Vec<fleet::ModelAssignment> {
-    let model = |(uri, keep): (&String, &u32)| fleet::ModelAssignment {
-        uri: uri.clone(),
-        rung: if node.shelf.staged.contains(uri) { fleet::Rung::Staged } else { fleet::Rung::Unspecified }.into(),
-        keep: *keep,
-        unresolved: "it is not fetched ahead of its replicas".to_owned(),
-        ..Default::default()
-    };
-    node.shelf.keep.iter().map(model).collect()
+    fleet::Assignment { version: node.assignment_version, replicas, models: shelf::models(world, node) }
 }
 
 /// The resolved main container, as agents get it. Secrets are filled in here and nowhere before; one that

@@ -123,6 +123,9 @@ impl Reconciler {
             Input::SetAvailability { node, availability, reply } => {
                 let _ = reply.send(self.set_availability(&node, availability).await);
             }
+            Input::ChangeModel { uri, node, change, reply } => {
+                let _ = reply.send(self.change_model(uri, node, change).await);
+            }
             Input::ValuesChanged { namespace } => self.values_changed(&namespace),
             Input::Usage { reply } => {
                 self.account(now);
@@ -304,7 +307,7 @@ impl Reconciler {
     }
 
     /// Tells agents what has changed: assignments to the nodes concerned, routes to all.
-    fn push(&mut self) {
+    pub(super) fn push(&mut self) {
         // What changes a component changes what is shown of its service.
         let owners: Vec<_> = self.dirty.services.iter().map(|key| owner(key).to_owned()).collect();
         self.dirty.services.extend(owners);

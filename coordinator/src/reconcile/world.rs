@@ -16,8 +16,8 @@ use crate::{
     eviction::{Arrivals, Costs},
     fleet::SessionHandle,
     model::{
-        ConditionRecord, NodeRecord, ReplicaRecord, RevisionKey, RevisionRecord, ServiceKey, ServiceRecord, owner,
-        service_key,
+        ConditionRecord, ModelRecord, NodeRecord, ReplicaRecord, RevisionKey, RevisionRecord, ServiceKey,
+        ServiceRecord, owner, service_key,
     },
     rollout::{self, Policy, Signs, Target, progress},
     spec::{self, ComponentKind, IdleReplicas, PlacementPolicy},
@@ -42,6 +42,8 @@ pub struct World {
     pub replicas: BTreeMap<String, ReplicaState>,
     /// Nodes that have joined, by name.
     pub nodes: BTreeMap<String, NodeState>,
+    /// What operators asked for of models, by node (`None`: all) and address.
+    pub asked: BTreeMap<(Option<String>, String), ModelRecord>,
 }
 
 /// What holds for every service of the cell.
@@ -310,6 +312,7 @@ impl World {
             revisions: BTreeMap::new(),
             replicas: BTreeMap::new(),
             nodes: BTreeMap::new(),
+            asked: BTreeMap::new(),
         }
     }
 
