@@ -42,7 +42,7 @@ pub(super) async fn fetch(
                 status.reason.clear();
             });
         };
-        add(models.ensure(&model.uri, &credentials, tell).await?, &model.mount_path);
+        add(models.ensure_from(&model.uri, &credentials, &model.peers, tell).await?, &model.mount_path);
     }
     Ok(mounts)
 }
