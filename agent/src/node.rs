@@ -129,10 +129,11 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), Agen
     let egress = Arc::new(gateway::Gateway(Arc::clone(&data_path)));
     let path = config.data_dir.join("models");
     let models = Models::open(path.clone(), config.docker.claims.clone(), config.fetch_stall, config.cache_budget)
-        .map_err(|error| AgentError::Models { path, error })?;
+        .map_err(|error| AgentError::Models { path, error })?
+        .with_peers(Arc::clone(&data_path) as _);
     let cached = models.report();
     let shelf = Shelf::new(models.clone(), inventory.warm_memory_bytes);
-    let reconciler = Reconciler::adopt(runtime, endpoints, egress, models, shelf.clone()).await?;
+    let reconciler = Reconciler::adopt(runtime, endpoints, egress, models.clone(), shelf.clone()).await?;
 
     let (connected, is_connected) = watch::channel(false);
     let status = pilotlight_telemetry::http_router(&metrics, move || *is_connected.borrow());
@@ -141,7 +142,7 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), Agen
     if let Some(identity) = &identity {
         tokio::spawn(renew(config.clone(), channel.clone(), Arc::clone(identity), stopping.clone()));
     }
-    serve_peers(&data_path, identity.as_ref(), peers, &stopping)?;
+    serve_peers(&data_path, identity.as_ref(), peers, models, &stopping)?;
 
     let (_inventory, inventory) = watch::channel(inventory);
     let (path, replicas) = (Arc::clone(&data_path), Arc::clone(&reconciler));
@@ -232,6 +233,7 @@ fn serve_peers(
     data_path: &Arc<DataPath>,
     identity: Option<&Arc<LiveIdentity>>,
     listener: TcpListener,
+    models: Models,
     stopping: &CancellationToken,
 ) -> Result<(), AgentError> {
     let (path, stopping) = (Arc::clone(data_path), stopping.clone());
@@ -244,11 +246,11 @@ fn serve_peers(
                     stream.as_ref().is_ok_and(|s| matches!(pilotlight_identity::member_of(s), Ok(Member::Node(_))));
                 std::future::ready(node)
             });
-            tokio::spawn(async move { path.serve_peers(nodes, stopping).await });
+            tokio::spawn(async move { path.serve_peers(nodes, models, stopping).await });
         }
         None => {
             let accepted = TcpListenerStream::new(listener);
-            tokio::spawn(async move { path.serve_peers(accepted, stopping).await });
+            tokio::spawn(async move { path.serve_peers(accepted, models, stopping).await });
         }
     }
     Ok(())

@@ -264,3 +264,30 @@ async fn replicas_go_where_their_model_is() {
     cell.start_coordinator().await;
     eventually("a new coordinator is told", || async { (cached(&cell, &[]).len() == 2).then_some(()) }).await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_one_node_has_the_others_take_from_there() {
+    let s3 = S3::start().await;
+    let weights: Vec<u8> = (0..RANGE + 7).map(|n| b'a' + (n % 23) as u8).collect();
+    s3.put("models", "large/model.bin", &weights);
+    let cell = Cell::start(vec![]).await;
+    let names = ["gpu-1", "gpu-2", "gpu-3"];
+    let mut agents = Vec::new();
+    for name in names {
+        agents.push(cell.agent(name, 0).await);
+    }
+    for (number, node) in names.into_iter().enumerate() {
+        let service = format!("on-{node}");
+        let manifest = from_s3(&service, "s3://models/large", &s3.endpoint()).replace(
+            "    minReplicas: 1\n",
+            &format!("    minReplicas: 1\n    nodeSelector: {{kubernetes.io/hostname: {node}}}\n"),
+        );
+        assert_eq!(cell.operator.apply(&manifest, &[]).code, 0);
+        assert_eq!(cell.operator.replicas_are(&service, 1, "Ready").await[0]["node"], node);
+        assert_eq!(s3.ranges(), 2, "only the first node reads the store");
+        let answer = agents[number].gateway.get(&format!("{service}.default.localhost"), "/model.bin").await.unwrap();
+        assert!(answer.body.as_bytes() == weights, "{node} has the model");
+        eventually("the coordinator knows", || async { (!cached(&cell, &["--node", node]).is_empty()).then_some(()) })
+            .await;
+    }
+}

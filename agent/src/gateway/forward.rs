@@ -1,23 +1,21 @@
 //! Sends a request to a replica on this node, or to the node that has it.
 
-use std::{
-    collections::{BTreeMap, HashMap},
-    io,
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
-};
+use std::{collections::BTreeMap, io, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use http::{HeaderName, HeaderValue, Request, Response, Uri, Version, header};
 use http_body_util::BodyExt as _;
-use hyper::{body::Incoming, client::conn::http2};
+use hyper::body::Incoming;
 use hyper_util::{
     client::legacy::{self, connect::HttpConnector},
-    rt::{TokioExecutor, TokioIo, TokioTimer},
+    rt::{TokioExecutor, TokioTimer},
 };
 use tokio::io::{AsyncRead, AsyncWrite};
 
-use super::answer::{Body, BoxError};
+use super::{
+    answer::{Body, BoxError},
+    nodes::Nodes,
+};
 use crate::sidecar::Target;
 
 /// Names the replica that a request between nodes is for.
@@ -28,7 +26,6 @@ pub const OFFER: HeaderName = HeaderName::from_static("pilotlight-offer");
 pub const UNSEEN: HeaderName = HeaderName::from_static("pilotlight-unseen");
 
 const CONNECT_WITHIN: Duration = Duration::from_secs(2);
-const KEEP_ALIVE: Duration = Duration::from_secs(10);
 /// Headers that concern one hop only (RFC 9110, 7.6.1).
 const HOP_BY_HOP: [&str; 7] = [
     "connection",
@@ -64,13 +61,7 @@ pub enum Failure {
 pub struct Forwarder {
     http1: legacy::Client<HttpConnector, Body>,
     h2c: legacy::Client<HttpConnector, Body>,
-    connect: Arc<dyn Connect>,
-    peers: Mutex<HashMap<String, Arc<PeerConnection>>>,
-}
-
-struct PeerConnection {
-    address: String,
-    sender: tokio::sync::Mutex<Option<http2::SendRequest<Body>>>,
+    nodes: Nodes,
 }
 
 impl Forwarder {
@@ -85,20 +76,13 @@ impl Forwarder {
         Self {
             http1: builder.build(connector.clone()),
             h2c: builder.http2_only(true).build(connector),
-            connect,
-            peers: Mutex::default(),
+            nodes: Nodes::new(connect),
         }
     }
 
     /// Where nodes are now; connections to others are dropped.
     pub fn addresses(&self, nodes: &BTreeMap<String, String>) {
-        let mut peers = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
-        peers.retain(|node, peer| nodes.get(node).is_some_and(|address| *address == peer.address));
-        for (node, address) in nodes {
-            peers
-                .entry(node.clone())
-                .or_insert_with(|| Arc::new(PeerConnection { address: address.clone(), sender: Default::default() }));
-        }
+        self.nodes.addresses(nodes);
     }
 
     /// Sends a request to its target and waits for the head of the answer.
@@ -136,9 +120,7 @@ impl Forwarder {
         offer: Option<u64>,
         mut request: Request<Body>,
     ) -> Result<Response<Body>, Failure> {
-        let peer = self.peers.lock().unwrap_or_else(PoisonError::into_inner).get(node).cloned();
-        let peer = peer.ok_or_else(|| Failure::Unseen(format!("node {node} is not known")))?;
-        let mut sender = peer.sender(self.connect.as_ref(), node).await.map_err(|e| Failure::Unseen(e.to_string()))?;
+        let mut sender = self.nodes.sender(node).await.map_err(|error| Failure::Unseen(error.to_string()))?;
         strip(request.headers_mut(), true);
         readdress(&mut request, "https", &format!("{node}.node.pilotlight.internal"));
         *request.version_mut() = Version::HTTP_2;
@@ -160,33 +142,6 @@ impl Forwarder {
             return Err(Failure::Unseen(format!("node {node} had no slot any more")));
         }
         Ok(answer(response))
-    }
-}
-
-impl PeerConnection {
-    /// The connection to a node, opened where there is none.
-    async fn sender(&self, connect: &dyn Connect, node: &str) -> io::Result<http2::SendRequest<Body>> {
-        let mut slot = self.sender.lock().await;
-        if let Some(sender) = slot.as_ref().filter(|sender| !sender.is_closed()) {
-            return Ok(sender.clone());
-        }
-        let stream = connect.connect(node, &self.address).await?;
-        let (sender, connection) = http2::Builder::new(TokioExecutor::new())
-            .timer(TokioTimer::new())
-            .keep_alive_interval(KEEP_ALIVE)
-            .keep_alive_timeout(KEEP_ALIVE)
-            .adaptive_window(true)
-            .handshake(TokioIo::new(stream))
-            .await
-            .map_err(io::Error::other)?;
-        let name = node.to_owned();
-        tokio::spawn(async move {
-            if let Err(error) = connection.await {
-                tracing::debug!(node = %name, %error, "connection to node ended");
-            }
-        });
-        *slot = Some(sender.clone());
-        Ok(sender)
     }
 }
 
@@ -233,7 +188,7 @@ fn answer(response: Response<Incoming>) -> Response<Body> {
 }
 
 /// An error with its causes.
-fn chain(error: &dyn std::error::Error) -> String {
+pub(super) fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(cause) = source {

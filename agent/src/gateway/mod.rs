@@ -4,7 +4,7 @@
 //! [`split`] (which revision), [`hold`] (waits for a slot, tries again), [`forward`] (to a replica here
 //! or to the node that has it); [`tokens`] counts what answers have. [`peer`] is the other end: requests
 //! that come from other nodes' gateways; [`egress`] is where replicas of this node begin: a transformer's
-//! requests to its predictor.
+//! requests to its predictor. `weights` is models between nodes.
 
 pub mod answer;
 pub mod body;
@@ -13,12 +13,14 @@ pub mod forward;
 pub mod hold;
 pub mod ingress;
 pub mod metrics;
+mod nodes;
 pub mod peer;
 pub mod routes;
 pub mod split;
 #[cfg(test)]
 mod tests;
 pub mod tokens;
+mod weights;
 
 use std::{
     sync::{Arc, Mutex, PoisonError},
@@ -34,6 +36,7 @@ pub use routes::RouteTable;
 
 use crate::sidecar::{Demands, Sidecar};
 use forward::Forwarder;
+use nodes::Nodes;
 
 /// What the data path is made with.
 pub struct Setup {
@@ -58,6 +61,7 @@ pub struct DataPath {
     pub(crate) routes: RouteTable,
     pub(crate) forwarder: Forwarder,
     pub(crate) metrics: GatewayMetrics,
+    weights: Nodes,
     connect: Arc<dyn Connect>,
     bindings: Mutex<std::collections::BTreeMap<String, peer::Binding>>,
     reported: Mutex<Instant>,
@@ -74,6 +78,7 @@ impl DataPath {
             max_request_body: setup.max_request_body,
             demands: setup.demands,
             metrics: setup.metrics,
+            weights: Nodes::new(Arc::clone(&setup.connect)),
             connect: setup.connect,
             bindings: Mutex::default(),
             reported: Mutex::new(Instant::now()),
@@ -90,6 +95,7 @@ impl DataPath {
     pub fn apply_routes(self: &Arc<Self>, routes: pilotlight_proto::fleet::v1::Routes) {
         let nodes = self.routes.apply(&self.node, routes);
         self.forwarder.addresses(&nodes);
+        self.weights.addresses(&nodes);
         let mut bindings = self.bindings.lock().unwrap_or_else(PoisonError::into_inner);
         bindings.retain(|node, binding| nodes.get(node).is_some_and(|address| binding.address() == address));
         for (node, address) in nodes.iter().filter(|(node, _)| **node != self.node) {

@@ -27,9 +27,12 @@ use super::{
     answer::{Answer, Body, BoxError},
     body::Replay,
     forward::{Connect, Failure, OFFER, PeerStream, REPLICA, UNSEEN},
-    hold, tokens,
+    hold, tokens, weights,
 };
-use crate::sidecar::{Grant, Sidecar};
+use crate::{
+    models::{Models, lend},
+    sidecar::{Grant, Sidecar},
+};
 
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
@@ -160,8 +163,9 @@ impl Slots for SlotsService {
 }
 
 impl DataPath {
-    /// Serves other nodes until `stopping`. The streams are authenticated already.
-    pub async fn serve_peers<S, T>(self: Arc<Self>, connections: S, stopping: CancellationToken)
+    /// Serves other nodes until `stopping`, and lends them this node's models. The streams are authenticated
+    /// already.
+    pub async fn serve_peers<S, T>(self: Arc<Self>, connections: S, models: Models, stopping: CancellationToken)
     where
         S: Stream<Item = std::io::Result<T>>,
         T: PeerStream + 'static,
@@ -178,10 +182,10 @@ impl DataPath {
             };
             let Some(connection) = connection else { return };
             let Ok(stream) = connection else { continue };
-            let (path, slots) = (Arc::clone(&self), slots.clone());
+            let (path, slots, models) = (Arc::clone(&self), slots.clone(), models.clone());
             let service = service_fn(move |request: Request<Incoming>| {
-                let (path, slots) = (Arc::clone(&path), slots.clone());
-                async move { Ok::<_, Infallible>(path.serve_peer(request, slots).await) }
+                let (path, slots, models) = (Arc::clone(&path), slots.clone(), models.clone());
+                async move { Ok::<_, Infallible>(path.serve_peer(request, slots, &models).await) }
             });
             let connection = server.serve_connection(TokioIo::new(stream), service).into_owned();
             let stopping = stopping.clone();
@@ -196,8 +200,11 @@ impl DataPath {
         }
     }
 
-    async fn serve_peer(&self, request: Request<Incoming>, slots: Routes) -> Response<Body> {
+    async fn serve_peer(&self, request: Request<Incoming>, slots: Routes, models: &Models) -> Response<Body> {
         if !request.headers().contains_key(REPLICA) {
+            if request.uri().path().starts_with(lend::PREFIX) {
+                return weights::serve(models, &request).await;
+            }
             return match slots.oneshot(request).await {
                 Ok(response) => response.map(|body| body.map_err(|status| Box::new(status) as BoxError).boxed_unsync()),
                 Err(never) => match never {},

@@ -27,6 +27,7 @@ use super::{
 };
 use crate::{
     endpoint::{Endpoints as _, LocalReplica},
+    models::{Models, STALL},
     sidecar::RevisionQueue,
 };
 
@@ -183,6 +184,7 @@ struct Node {
     path: Arc<DataPath>,
     ingress: SocketAddr,
     peers: SocketAddr,
+    _models: tempfile::TempDir,
     _stopping: DropGuard,
 }
 
@@ -192,14 +194,17 @@ impl Node {
         let stopping = CancellationToken::new();
         let ingress = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let peers = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let directory = tempfile::tempdir().unwrap();
+        let models = Models::open(directory.path().to_owned(), BTreeMap::new(), STALL, None).unwrap();
         let node = Self {
             ingress: ingress.local_addr().unwrap(),
             peers: peers.local_addr().unwrap(),
             path: Arc::clone(&path),
+            _models: directory,
             _stopping: stopping.clone().drop_guard(),
         };
         tokio::spawn(Arc::clone(&path).serve_ingress(ingress, stopping.clone()));
-        tokio::spawn(path.serve_peers(TcpListenerStream::new(peers), stopping));
+        tokio::spawn(path.serve_peers(TcpListenerStream::new(peers), models, stopping));
         node
     }
 

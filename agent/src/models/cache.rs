@@ -9,6 +9,7 @@
 //! partial/<key>/uri         which model is being fetched
 //! partial/<key>/<n>.data    file n of a model that is being fetched
 //! partial/<key>/<n>.done    starts of its ranges that are on disk, one a line
+//! partial/<key>/<n>.told    its SHA-256 by another node's word, where bytes may have come from one
 //! ```
 
 use std::{
@@ -315,14 +316,45 @@ pub struct Part {
 }
 
 impl Part {
-    /// Notes that a range is on disk. Its data is synced first, so that the journal never says too much.
+    /// Notes that ranges are on disk. Their data is synced first, so that the journal never says too much.
     ///
     /// # Errors
     /// The disk refuses.
-    pub fn note(&self, start: u64) -> io::Result<()> {
+    pub fn note(&self, starts: &[u64]) -> io::Result<()> {
         self.data.sync_data()?;
-        // One write of one short line: it is there or not.
-        (&self.journal).write_all(format!("{start}\n").as_bytes())
+        // A line that a crash cuts short is without its end, and does not count.
+        let lines: String = starts.iter().map(|start| format!("{start}\n")).collect();
+        (&self.journal).write_all(lines.as_bytes())
+    }
+
+    /// The SHA-256 that another node gave for a file of which bytes may have come from there.
+    pub fn told(&self) -> Option<String> {
+        fs::read_to_string(self.path.with_extension("told")).ok()
+    }
+
+    /// Notes what [`Self::told`] gives, before any such byte counts as being there.
+    ///
+    /// # Errors
+    /// The disk refuses.
+    pub fn tell(&self, sha256: &str) -> io::Result<()> {
+        let path = self.path.with_extension("told");
+        let mut file = File::create(&path)?;
+        file.write_all(sha256.as_bytes())?;
+        file.sync_all()?;
+        path.parent().map_or(Ok(()), |directory| File::open(directory)?.sync_all())
+    }
+
+    /// Forgets all that came of a file.
+    ///
+    /// # Errors
+    /// The disk refuses.
+    pub fn reset(&self) -> io::Result<()> {
+        // In this order: the journal must not vouch for what no one told.
+        fs::remove_file(self.path.with_extension("done"))?;
+        match fs::remove_file(self.path.with_extension("told")) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
     }
 }
 

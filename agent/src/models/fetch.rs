@@ -1,7 +1,19 @@
-//! Fetches one model: ranges in parallel, each tried again where it stalls or breaks.
+//! Fetches one model: ranges in parallel, each tried again where it stalls or breaks, from other nodes where
+//! these have it and from its store otherwise.
 
-use std::{io, ops::Range, os::unix::fs::FileExt as _, sync::Arc, time::Duration};
+use std::{
+    future::Future,
+    io,
+    ops::Range,
+    os::unix::fs::FileExt as _,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
+use backon::{ExponentialBuilder, Retryable as _};
 use futures::{FutureExt as _, StreamExt as _, TryStreamExt as _};
 use tokio::sync::watch;
 use tracing::{info, warn};
@@ -9,17 +21,19 @@ use tracing::{info, warn};
 use super::{
     ModelError,
     archive::{self, ArchiveError},
-    cache::{Cache, Part, TreeRecord},
+    cache::{Cache, TreeRecord},
     checksum::{self, Checksums, Mismatch},
-    plan::{self, Object},
+    landing::{File, Landing},
+    peers::{Ask, PATIENCE, Peers, Refusal},
+    plan::{self, Object, RANGE_BYTES},
     room::{Reserved, Room},
-    source::Source,
+    source::{Content, Source},
 };
 
 /// Ranges fetched at the same time; with the chunks in flight this bounds memory, too.
 const PARALLEL: usize = 16;
-/// Tries of one range, the first included.
-const TRIES: u32 = 6;
+/// Tries of one range at the store, the first included.
+const TRIES: usize = 6;
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
 const LONGEST_PAUSE: Duration = Duration::from_secs(15);
 
@@ -36,11 +50,20 @@ pub struct Progress {
 pub(super) struct Fetch {
     pub(super) uri: String,
     pub(super) source: Arc<dyn Source>,
+    /// Nodes that may have it, and how to ask them.
+    pub(super) peers: Vec<String>,
+    pub(super) ask: Option<Arc<dyn Ask>>,
     pub(super) cache: Cache,
     pub(super) room: Room,
     /// Silence after which a range is asked for again.
     pub(super) stall: Duration,
     pub(super) progress: watch::Sender<Progress>,
+}
+
+/// What is to be fetched, and what is here: the SHA-256 of each file whose content is.
+struct Plan {
+    files: Arc<Vec<File>>,
+    known: Vec<Option<String>>,
 }
 
 impl Fetch {
@@ -62,36 +85,95 @@ impl Fetch {
         }
         // Until it is published, or has failed.
         let _reserved = self.reserve(&key, objects.clone()).await?;
-        let mut blobs = Vec::new();
-        let mut files = Vec::new();
-        for (number, object) in objects.iter().enumerate() {
-            let known = object.sha256.as_ref().filter(|sha256| self.cache.blob(sha256).exists());
-            if known.is_some() {
-                self.add(object.size);
-            } else {
-                let part = self.cache.part(&key, number, object.size).map_err(|error| self.disk(error))?;
-                let left: u64 =
-                    plan::missing(object.size, &part.done).iter().map(|range| range.end - range.start).sum();
-                self.add(object.size - left);
-                files.push((object, Arc::new(part)));
+        let mut peers = match &self.ask {
+            Some(ask) => Peers::find(ask, &self.peers, &key, &objects).await,
+            None => None,
+        };
+        let (plan, found) = loop {
+            let plan = self.plan(&key, &objects, peers.as_ref())?;
+            let begun = tokio::time::Instant::now();
+            let found = self.content(&plan.files, peers.take().as_ref()).await?;
+            if self.fits(&key, &plan.files, &found)? {
+                info!(uri = %self.uri, bytes = total, took = ?begun.elapsed(), "model fetched");
+                break (plan, found);
             }
-            blobs.push(known.cloned());
-        }
-        let mut ranges = Vec::new();
-        for (object, part) in &files {
-            for range in plan::missing(object.size, &part.done) {
-                ranges.push(self.range(object, Arc::clone(part), range).boxed());
-            }
-        }
-        let begun = tokio::time::Instant::now();
-        futures::stream::iter(ranges).buffer_unordered(PARALLEL).try_collect::<()>().await?;
-        info!(uri = %self.uri, bytes = total, took = ?begun.elapsed(), "model fetched; checking it");
+        };
         let (cache, room, uri, name) = (self.cache.clone(), self.room.clone(), self.uri.clone(), key.clone());
-        let paths: Vec<_> = files.into_iter().map(|(_, part)| part.path.clone()).collect();
-        let finished =
-            tokio::task::spawn_blocking(move || finish(&cache, &room, &uri, &name, objects, blobs, paths)).await;
-        finished.unwrap_or_else(|error| Err(self.disk(io::Error::other(error))))?;
+        let published =
+            tokio::task::spawn_blocking(move || publish(&cache, &room, &uri, &name, objects, &plan, found)).await;
+        published.unwrap_or_else(|error| Err(self.disk(io::Error::other(error))))?;
         Ok(key)
+    }
+
+    /// Opens the files that are not here. Once other nodes are asked for one, what they say of it is noted.
+    fn plan(&self, key: &str, objects: &[Object], peers: Option<&Peers>) -> Result<Plan, ModelError> {
+        let (mut files, mut known, mut done) = (Vec::new(), Vec::new(), 0);
+        for (number, object) in objects.iter().enumerate() {
+            let here = object.sha256.as_ref().filter(|sha256| self.cache.blob(sha256).exists());
+            known.push(here.cloned());
+            done += object.size;
+            if here.is_some() {
+                continue;
+            }
+            let part = self.cache.part(key, number, object.size).map_err(|error| self.disk(error))?;
+            let missing = plan::missing(object.size, &part.done);
+            let left: u64 = missing.iter().map(|range| range.end - range.start).sum();
+            done -= left;
+            let mut told = part.told();
+            if let (None, Some(sha256), true) = (&told, peers.and_then(|peers| peers.blob(number)), left > 0) {
+                part.tell(sha256).map_err(|error| self.disk(error))?;
+                told = Some(sha256.to_owned());
+            }
+            files.push(File { number, object: object.clone(), part, told });
+        }
+        self.progress.send_modify(|progress| progress.done = done);
+        Ok(Plan { files: Arc::new(files), known })
+    }
+
+    /// Has all files on disk, and gives their checksums.
+    async fn content(&self, files: &Arc<Vec<File>>, peers: Option<&Peers>) -> Result<Vec<Checksums>, ModelError> {
+        let landing = Landing::start(files);
+        let mut ranges = Vec::new();
+        for (place, file) in files.iter().enumerate() {
+            for range in plan::missing(file.object.size, &file.part.done) {
+                let start = range.start;
+                let landing = &landing;
+                let coming = async move {
+                    self.range(file, range, peers).await?;
+                    if landing.written(place, start).await {
+                        Ok(())
+                    } else {
+                        Err(self.disk(io::Error::other("cannot be synced")))
+                    }
+                };
+                ranges.push(coming.boxed());
+            }
+        }
+        let came = futures::stream::iter(ranges).buffer_unordered(PARALLEL).try_collect::<()>().await;
+        // Where the disk is to blame, it says more.
+        let found = landing.finish().await.map_err(|error| self.disk(error))?;
+        came.map(|()| found)
+    }
+
+    /// Compares what came with what the source says, and with what other nodes said of what came from them.
+    /// False: some of theirs is not right, and is forgotten.
+    fn fits(&self, key: &str, files: &[File], found: &[Checksums]) -> Result<bool, ModelError> {
+        let mut fit = true;
+        for (file, found) in files.iter().zip(found) {
+            let listed = Checksums { sha256: file.object.sha256.clone(), md5: file.object.md5.clone() };
+            let told = Checksums { sha256: file.told.clone(), md5: None };
+            let Some(mismatch) = listed.differ(found).or_else(|| told.differ(found)) else { continue };
+            let Mismatch { kind, expected, found } = mismatch;
+            let path = file.object.path.clone();
+            if file.told.is_none() {
+                self.cache.discard(key);
+                return Err(ModelError::Checksum { uri: self.uri.clone(), file: path, kind, expected, found });
+            }
+            warn!(uri = %self.uri, file = %path, kind, %expected, %found, "another node sent something else; fetching it from the store");
+            file.part.reset().map_err(|error| self.disk(error))?;
+            fit = false;
+        }
+        Ok(fit)
     }
 
     async fn reserve(&self, key: &str, objects: Vec<Object>) -> Result<Reserved, ModelError> {
@@ -100,104 +182,146 @@ impl Fetch {
         reserved.unwrap_or_else(|error| Err(self.disk(io::Error::other(error))))
     }
 
-    fn add(&self, bytes: u64) {
-        self.progress.send_modify(|progress| progress.done += bytes);
-    }
-
     fn disk(&self, error: io::Error) -> ModelError {
         ModelError::Disk { uri: self.uri.clone(), error }
     }
 
-    async fn range(&self, object: &Object, part: Arc<Part>, range: Range<u64>) -> Result<(), ModelError> {
-        let mut pause = FIRST_PAUSE;
-        for attempt in 1.. {
-            let before = self.progress.borrow().done;
-            let reason = match self.range_once(object, &part, range.clone()).await {
-                Ok(()) => break,
-                Err(Trouble::Disk(error)) => return Err(self.disk(error)),
-                Err(Trouble::Source { reason, took }) => {
-                    self.progress.send_modify(|progress| progress.done = progress.done.saturating_sub(took));
-                    reason
-                }
-            };
-            if attempt >= TRIES {
-                let reason = format!("{}: {reason}; tried {TRIES} times", object.path);
-                return Err(ModelError::Source { uri: self.uri.clone(), reason });
-            }
-            warn!(uri = %self.uri, file = %object.path, ?range, %reason, ?pause, before, "range not fetched; trying again");
-            tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(LONGEST_PAUSE);
+    /// Writes one range to its place, from wherever it comes.
+    async fn range(&self, file: &File, range: Range<u64>, peers: Option<&Peers>) -> Result<(), ModelError> {
+        let coming = Coming { file, at: AtomicU64::new(range.start), range };
+        if let Some(peers) = peers {
+            self.from_peers(peers, &coming).await.map_err(|error| self.disk(error))?;
         }
-        let start = range.start;
-        let noted = tokio::task::spawn_blocking(move || part.note(start)).await.map_err(io::Error::other);
-        noted.and_then(|noted| noted).map_err(|error| self.disk(error))
+        if coming.left().is_empty() {
+            return Ok(());
+        }
+        let waits = ExponentialBuilder::default()
+            .with_min_delay(FIRST_PAUSE)
+            .with_max_delay(LONGEST_PAUSE)
+            .with_max_times(TRIES - 1);
+        let path = &file.object.path;
+        let copied = (|| self.copy(self.source.read(&file.object, coming.left()), &coming))
+            .retry(waits)
+            .when(|trouble| matches!(trouble, Trouble::Source(_)))
+            .notify(|trouble, pause| {
+                let left = coming.left();
+                warn!(uri = %self.uri, file = %path, ?left, %trouble, ?pause, "range not fetched; trying again");
+            });
+        copied.await.map_err(|trouble| match trouble {
+            Trouble::Disk(error) => self.disk(error),
+            Trouble::Source(reason) => {
+                let reason = format!("{path}: {reason}; tried {TRIES} times");
+                ModelError::Source { uri: self.uri.clone(), reason }
+            }
+        })
     }
 
-    async fn range_once(&self, object: &Object, part: &Part, range: Range<u64>) -> Result<(), Trouble> {
-        let mut at = range.start;
-        let trouble = |reason: String, at: u64| Trouble::Source { reason, took: at - range.start };
-        let stalled = || format!("no byte came for {:?}", self.stall);
-        let opening = tokio::time::timeout(self.stall, self.source.read(object, range.clone())).await;
-        let mut content = opening.map_err(|_| trouble(stalled(), at))?.map_err(|reason| trouble(reason, at))?;
-        loop {
-            let chunk = tokio::time::timeout(self.stall, content.next()).await.map_err(|_| trouble(stalled(), at))?;
-            let Some(chunk) = chunk else { break };
-            let chunk = chunk.map_err(|reason| trouble(reason, at))?;
-            if at + chunk.len() as u64 > range.end {
-                return Err(trouble("more bytes came than were asked for".to_owned(), at));
-            }
-            // Short writes to the page cache.
-            part.data.write_all_at(&chunk, at).map_err(Trouble::Disk)?;
-            at += chunk.len() as u64;
-            self.add(chunk.len() as u64);
+    /// As much of a range as other nodes give, one after another.
+    async fn from_peers(&self, peers: &Peers, coming: &Coming<'_>) -> io::Result<()> {
+        // Only what is noted as theirs; a file may have been begun by the word of others.
+        let Some(sha256) = peers.blob(coming.file.number) else { return Ok(()) };
+        if coming.file.told.as_deref() != Some(sha256) {
+            return Ok(());
         }
-        if at < range.end {
-            return Err(trouble(format!("the answer ended {} bytes early", range.end - at), at));
+        let first = coming.file.number + usize::try_from(coming.range.start / RANGE_BYTES).unwrap_or_default();
+        for peer in peers.order(first) {
+            let Some(_turn) = peer.turn().await else { continue };
+            let copying = async {
+                match peers.read(peer, sha256, coming.left()).await {
+                    Ok(content) => self.copy(std::future::ready(Ok(content)), coming).await.map(|()| true),
+                    Err(Refusal::Busy) => Ok(false),
+                    Err(Refusal::Unfit(reason)) => Err(Trouble::Source(reason)),
+                }
+            };
+            let patience = PATIENCE.min(self.stall);
+            let copied = tokio::time::timeout(patience, copying).await;
+            match copied.unwrap_or_else(|_| Err(Trouble::Source(format!("not whole within {patience:?}")))) {
+                Ok(true) => return Ok(()),
+                Ok(false) => {}
+                Err(Trouble::Disk(error)) => return Err(error),
+                Err(Trouble::Source(reason)) => {
+                    warn!(uri = %self.uri, node = %peer.name, %reason, left = ?coming.left(), "range not fetched from the node; not asking it any more");
+                    peer.unfit();
+                }
+            }
         }
         Ok(())
     }
+
+    /// Writes what comes to its place, up to the range's end.
+    async fn copy(
+        &self,
+        opening: impl Future<Output = Result<Content, String>>,
+        coming: &Coming<'_>,
+    ) -> Result<(), Trouble> {
+        let stalled = |_| Trouble::Source(format!("no byte came for {:?}", self.stall));
+        let opened = tokio::time::timeout(self.stall, opening).await.map_err(stalled)?;
+        let mut content = opened.map_err(Trouble::Source)?;
+        while let Some(chunk) = tokio::time::timeout(self.stall, content.next()).await.map_err(stalled)? {
+            let chunk = match chunk {
+                Ok(chunk) => chunk,
+                Err(_) if coming.left().is_empty() => break,
+                Err(reason) => return Err(Trouble::Source(reason)),
+            };
+            let left = coming.left();
+            if chunk.len() as u64 > left.end - left.start {
+                self.progress.send_modify(|progress| progress.done -= left.start - coming.range.start);
+                coming.at.store(coming.range.start, Ordering::Relaxed);
+                return Err(Trouble::Source("more bytes came than were asked for".to_owned()));
+            }
+            // Short writes to the page cache.
+            coming.file.part.data.write_all_at(&chunk, left.start).map_err(Trouble::Disk)?;
+            coming.at.fetch_add(chunk.len() as u64, Ordering::Relaxed);
+            self.progress.send_modify(|progress| progress.done += chunk.len() as u64);
+        }
+        let left = coming.left();
+        if left.is_empty() {
+            return Ok(());
+        }
+        Err(Trouble::Source(format!("the answer ended {} bytes early", left.end - left.start)))
+    }
 }
 
+/// A range on its way: what has come of it stays when the next try begins.
+struct Coming<'f> {
+    file: &'f File,
+    range: Range<u64>,
+    at: AtomicU64,
+}
+
+impl Coming<'_> {
+    fn left(&self) -> Range<u64> {
+        self.at.load(Ordering::Relaxed)..self.range.end
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
 enum Trouble {
+    #[error("{0}")]
     Disk(io::Error),
-    Source { reason: String, took: u64 },
+    #[error("{0}")]
+    Source(String),
 }
 
-/// Checks what came, takes it in and makes it visible.
-fn finish(
+/// Takes in what came and makes it visible.
+fn publish(
     cache: &Cache,
     room: &Room,
     uri: &str,
     key: &str,
     objects: Vec<Object>,
-    known: Vec<Option<String>>,
-    paths: Vec<std::path::PathBuf>,
+    plan: &Plan,
+    found: Vec<Checksums>,
 ) -> Result<(), ModelError> {
-    let disk = |error| ModelError::Disk { uri: uri.to_owned(), error };
-    let mut paths = paths.into_iter();
-    let mut blobs = Vec::new();
-    let mut came = Vec::new();
-    for (object, known) in objects.iter().zip(known) {
-        if let Some(known) = known {
-            blobs.push(known);
-            continue;
-        }
-        let Some(path) = paths.next() else { break };
-        let found = checksum::of_file(&path, object.md5.is_some()).map_err(disk)?;
-        let expected = Checksums { sha256: object.sha256.clone(), md5: object.md5.clone() };
-        if let Some(Mismatch { kind, expected, found }) = expected.differ(&found) {
-            cache.discard(key);
-            return Err(ModelError::Checksum { uri: uri.to_owned(), file: object.path.clone(), kind, expected, found });
-        }
-        let sha256 = found.sha256.unwrap_or_default();
-        came.push((path, sha256.clone()));
-        blobs.push(sha256);
-    }
+    let files = plan.files.iter().zip(found);
+    let came: Vec<_> = files.map(|(file, found)| (file.part.path.clone(), found.sha256.unwrap_or_default())).collect();
     if let (Some(kind), [(path, _)]) = (archive::kind(uri), came.as_slice()) {
         return unpack(cache, room, uri, key, kind, path, &objects);
     }
+    let mut new = came.iter().map(|(_, sha256)| sha256.clone());
+    let blobs = plan.known.iter().filter_map(|known| known.clone().or_else(|| new.next())).collect();
     let record = TreeRecord { uri: uri.to_owned(), objects, blobs };
-    room.publish(key, &record, &came).map_err(disk)
+    room.publish(key, &record, &came).map_err(|error| ModelError::Disk { uri: uri.to_owned(), error })
 }
 
 /// The model is what is in the archive.

@@ -10,6 +10,11 @@ mod budget;
 pub mod cache;
 mod checksum;
 mod fetch;
+mod landing;
+pub mod lend;
+pub mod peers;
+#[cfg(test)]
+mod peers_tests;
 pub mod plan;
 mod report;
 mod room;
@@ -35,11 +40,12 @@ use std::{
 
 use futures::FutureExt as _;
 use pilotlight_proto::fleet::v1::CacheReport;
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 
 use cache::Cache;
 use fetch::Fetch;
 pub use fetch::Progress;
+use peers::Ask;
 pub use room::Held;
 use room::{Holder, Room};
 pub use shelf::Shelf;
@@ -133,7 +139,7 @@ impl ModelError {
 type Running = HashMap<(String, Credentials), watch::Sender<Progress>>;
 
 /// A node's models. Cheap to clone.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Models {
     cache: Cache,
     room: Room,
@@ -141,6 +147,10 @@ pub struct Models {
     stall: Duration,
     running: Arc<Mutex<Running>>,
     turns: Arc<Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>>,
+    /// How other nodes are asked; `None`: they are not.
+    ask: Option<Arc<dyn Ask>>,
+    /// Turns of other nodes to have content from here.
+    lent: Arc<Semaphore>,
 }
 
 impl Models {
@@ -157,7 +167,22 @@ impl Models {
     ) -> io::Result<Self> {
         let cache = Cache::open(root)?;
         let room = Room::open(cache.clone(), budget);
-        Ok(Self { cache, room, claims: Arc::new(claims), stall, running: Arc::default(), turns: Arc::default() })
+        Ok(Self {
+            cache,
+            room,
+            claims: Arc::new(claims),
+            stall,
+            running: Arc::default(),
+            turns: Arc::default(),
+            ask: None,
+            lent: Arc::new(Semaphore::new(lend::AT_ONCE)),
+        })
+    }
+
+    /// Takes models from other nodes, too, where these have them.
+    #[must_use]
+    pub fn with_peers(self, ask: Arc<dyn Ask>) -> Self {
+        Self { ask: Some(ask), ..self }
     }
 
     /// What is on this node, now and on each change.
@@ -207,6 +232,20 @@ impl Models {
         credentials: &Credentials,
         progress: impl Fn(Progress) + Send + Sync,
     ) -> Result<PathBuf, ModelError> {
+        self.ensure_from(uri, credentials, &[], progress).await
+    }
+
+    /// As [`Self::ensure`]; the model's bytes may come from these nodes instead of from its store.
+    ///
+    /// # Errors
+    /// As [`Self::ensure`]; nodes that do not have it are no error.
+    pub async fn ensure_from(
+        &self,
+        uri: &str,
+        credentials: &Credentials,
+        peers: &[String],
+        progress: impl Fn(Progress) + Send + Sync,
+    ) -> Result<PathBuf, ModelError> {
         let id = (uri.to_owned(), credentials.clone());
         let sender = {
             let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
@@ -224,6 +263,8 @@ impl Models {
         let fetch = Fetch {
             uri: uri.to_owned(),
             source,
+            peers: peers.to_vec(),
+            ask: self.ask.clone(),
             cache: self.cache.clone(),
             room: self.room.clone(),
             stall: self.stall,

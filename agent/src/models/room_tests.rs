@@ -115,7 +115,7 @@ fn fetches_that_go_on_have_their_room_and_those_that_were_cut_off_give_it_up() {
     assert_eq!(room.reserve("u:2", "k2", &object(60 << 10)).unwrap_err().reason(), "CacheFull");
     let part = cache.part("k1", 0, 60 << 10).unwrap();
     std::os::unix::fs::FileExt::write_all_at(&part.data, &[1; 60 << 10], 0).unwrap();
-    part.note(0).unwrap();
+    part.note(&[0]).unwrap();
     drop(first);
     assert_eq!(cache.partials().len(), 1, "it could go on");
     // Goes on: its own bytes do not stand in its way.

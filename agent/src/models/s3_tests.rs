@@ -101,7 +101,7 @@ async fn a_cut_off_fetch_goes_on_and_equal_content_is_kept_once() {
     let part = first.cache().part(&plan::tree_key("s3://store/m", &listed), 0, listed[0].size).unwrap();
     // As a process leaves it that is killed after its first range.
     std::os::unix::fs::FileExt::write_all_at(&part.data, &weights[..RANGE_BYTES as usize], 0).unwrap();
-    part.note(0).unwrap();
+    part.note(&[0]).unwrap();
     drop((part, first));
     let models = models(&directory);
     let before = s3.ranges();

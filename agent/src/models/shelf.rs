@@ -27,10 +27,9 @@ const LOOK: Duration = Duration::from_secs(30);
 const LOOKS_AT_OTHERS: u32 = 10;
 
 /// Models that are kept on this node. Cheap to clone.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Shelf(Arc<Shared>);
 
-#[derive(Debug)]
 struct Shared {
     models: Models,
     pages: Arc<PageCache>,
@@ -249,7 +248,7 @@ impl Task {
             let before = in_the_way(&self.shared.models.report().borrow());
             let mut full = false;
             let reason = if wish.unresolved.is_empty() {
-                match self.shared.models.ensure(&self.uri, &credentials, |_| {}).await {
+                match self.shared.models.ensure_from(&self.uri, &credentials, &wish.peers, |_| {}).await {
                     Ok(folder) => {
                         self.said.clear();
                         let found = self.shared.models.room.versions(&self.uri);

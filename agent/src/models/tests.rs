@@ -22,9 +22,9 @@ use super::{plan::RANGE_BYTES, *};
 
 /// What the server does to the next requests for content.
 #[derive(Default)]
-struct Store {
-    files: Mutex<BTreeMap<String, (Bytes, String)>>,
-    sent: AtomicU64,
+pub(super) struct Store {
+    pub(super) files: Mutex<BTreeMap<String, (Bytes, String)>>,
+    pub(super) sent: AtomicU64,
     cuts: AtomicU64,
     stalls: AtomicU64,
     down: AtomicBool,
@@ -72,7 +72,7 @@ async fn answer(
     (StatusCode::PARTIAL_CONTENT, body).into_response()
 }
 
-async fn serve(files: &[(&str, Bytes)]) -> (Arc<Store>, SocketAddr) {
+pub(super) async fn serve(files: &[(&str, Bytes)]) -> (Arc<Store>, SocketAddr) {
     let store = Arc::new(Store::default());
     for (name, content) in files {
         store.files.lock().unwrap().insert((*name).to_owned(), (content.clone(), "\"1\"".to_owned()));
@@ -84,7 +84,7 @@ async fn serve(files: &[(&str, Bytes)]) -> (Arc<Store>, SocketAddr) {
     (store, address)
 }
 
-fn content(ranges: u64) -> Bytes {
+pub(super) fn content(ranges: u64) -> Bytes {
     (0..ranges * RANGE_BYTES / 2 + 5).map(|n| (n % 251) as u8).collect::<Vec<_>>().into()
 }
 
@@ -124,7 +124,7 @@ async fn what_is_on_disk_is_not_read_again() {
     // As a process leaves it that is killed after its first range.
     let part = first.cache().part(&key, 0, listed[0].size).unwrap();
     std::os::unix::fs::FileExt::write_all_at(&part.data, &whole[..RANGE_BYTES as usize], 0).unwrap();
-    part.note(0).unwrap();
+    part.note(&[0]).unwrap();
     drop((part, first));
     let again = models(&directory);
     assert!(!again.cache().files(&key).exists(), "a half model is not seen");

@@ -57,7 +57,7 @@ pub(super) async fn fetch(
             });
         };
         let here = whole(models);
-        let folder = models.ensure(&model.uri, &credentials, tell).await?;
+        let folder = models.ensure_from(&model.uri, &credentials, &model.peers, tell).await?;
         add(folder.clone(), &model.mount_path);
         got.fetched |= !here.contains(&folder);
         got.folders.push(folder);

@@ -109,7 +109,7 @@ pub fn assignment(world: &World, node: &NodeState) -> fleet::Assignment {
                 container: Some(container(&world.settings.values, &revision.namespace, &revision.template)),
                 gpu_indices: replica.record.gpu_indices.clone(),
                 mig_devices: replica.record.mig_devices.clone(),
-                models: storage::models(world, revision),
+                models: storage::models_for(world, revision, &node.record.name),
                 container_concurrency: revision.scaling.container_concurrency as u32,
                 timeout: Some(duration(revision.timeout)),
                 draining: replica.record.draining,

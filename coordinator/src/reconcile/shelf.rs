@@ -63,7 +63,9 @@ pub fn check_address(uri: &str) -> Result<(), String> {
 pub fn models(world: &World, node: &NodeState) -> Vec<fleet::ModelAssignment> {
     let mut all = BTreeMap::new();
     for record in asked(world, &node.record.name) {
-        raise(&mut all, of_record(world, record));
+        let model = of_record(world, record);
+        let peers = storage::peers(world, &node.record.name, &model.uri);
+        raise(&mut all, fleet::ModelAssignment { peers, ..model });
     }
     chosen(node, &mut all);
     all.into_values().collect()

@@ -151,6 +151,7 @@ fn replicas_that_sleep_with_a_model_are_named() {
             gpu_class: String::new(),
             created_at: now(),
             draining: false,
+            asleep: false,
         };
         world.insert_replica(record, Default::default());
         let status = fleet::ReplicaStatus { replica: name.into(), phase: phase.into(), ..Default::default() };

@@ -1,6 +1,9 @@
 //! A revision's models as agents get them: addresses, and credentials from the namespace's secrets. Pure.
 
-use std::collections::BTreeMap;
+use std::{
+    collections::BTreeMap,
+    hash::{DefaultHasher, Hash as _, Hasher as _},
+};
 
 use pilotlight_proto::fleet::v1 as fleet;
 use serde_json::{Map, Value};
@@ -28,6 +31,9 @@ const FIELDS: [(&str, &str); 7] = [
     ("region", "AWS_REGION"),
     ("anonymous", "AWS_ANONYMOUS_CREDENTIAL"),
 ];
+
+/// Nodes that an agent is told to take a model from, at most.
+const PEERS: usize = 4;
 
 /// By the names of the tools' environment variables.
 pub(super) type Credentials = BTreeMap<String, String>;
@@ -82,6 +88,40 @@ fn named<'a>(world: &'a World, revision: &'a RevisionRecord) -> Option<&'a Strin
 
 fn of_secret(world: &World, revision: &RevisionRecord, name: Option<&String>) -> Result<Credentials, String> {
     name.map_or_else(|| Ok(Credentials::new()), |name| secret(&world.settings.values, &revision.namespace, name))
+}
+
+/// As [`models`], with the nodes that a replica there may take them from.
+pub(super) fn models_for(world: &World, revision: &RevisionRecord, node: &str) -> Vec<fleet::ModelMount> {
+    let with_peers = |model: fleet::ModelMount| fleet::ModelMount { peers: peers(world, node, &model.uri), ..model };
+    models(world, revision).into_iter().map(with_peers).collect()
+}
+
+/// Connected nodes that have a model of this address whole, but for `node` itself. Which version of it they
+/// have only they can tell.
+pub(super) fn peers(world: &World, node: &str, uri: &str) -> Vec<String> {
+    if uri.starts_with("pvc://") {
+        return Vec::new();
+    }
+    let reachable = world
+        .nodes
+        .values()
+        .filter(|state| state.session.is_some() && !state.hello.peer_address.is_empty() && state.record.name != node);
+    let have = reachable.filter(|state| state.cached.models.iter().any(|model| model.uri == uri));
+    spread(node, have.map(|state| state.record.name.as_str()))
+}
+
+/// At most [`PEERS`] of those that have a model, for one node: always the same ones of the same, and others
+/// for other nodes, so that not all ask one.
+fn spread<'a>(node: &str, have: impl Iterator<Item = &'a str>) -> Vec<String> {
+    let mut ranked: Vec<(u64, &str)> = have
+        .map(|peer| {
+            let mut hasher = DefaultHasher::new();
+            (node, peer).hash(&mut hasher);
+            (hasher.finish(), peer)
+        })
+        .collect();
+    ranked.sort_unstable();
+    ranked.into_iter().take(PEERS).map(|(_, peer)| peer.to_owned()).collect()
 }
 
 /// Address of the first model; `None` where there is none, or it is not known.
@@ -139,7 +179,12 @@ fn address(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::spec::{Auxiliary, Data};
+    use crate::{
+        fleet::SessionHandle,
+        model::NodeRecord,
+        reconcile::world::{NodeState, Settings},
+        spec::{Auxiliary, Data},
+    };
 
     fn values(key: &str, json: &str) -> Values {
         let values = Values::default();
@@ -161,6 +206,47 @@ mod tests {
         assert_eq!(address(&found, "minio", "m", &other).unwrap().0, "s3://c/m");
         let elsewhere = BTreeMap::from([("endpoint_url".to_owned(), "http://thief".to_owned())]);
         assert!(address(&found, "minio", "m", &elsewhere).is_err());
+    }
+
+    fn node(world: &mut World, name: &str, connected: bool, uris: &[&str]) {
+        let now = jiff::Timestamp::UNIX_EPOCH;
+        let record = NodeRecord { name: name.into(), joined_at: now, availability: Default::default() };
+        let mut state = NodeState::unheard(record, now);
+        state.session = connected.then(|| SessionHandle::to_nobody(name));
+        state.hello.peer_address = format!("{name}:7443");
+        let model = |uri: &&str| fleet::CachedModel { uri: (*uri).to_owned(), ..Default::default() };
+        state.cached.models = uris.iter().map(model).collect();
+        world.nodes.insert(name.to_owned(), state);
+    }
+
+    #[test]
+    fn peers_are_others_that_are_connected_and_have_the_model() {
+        let mut world = World::new(Settings::for_tests());
+        node(&mut world, "own", true, &["s3://b/m"]);
+        node(&mut world, "has-it", true, &["s3://b/other", "s3://b/m"]);
+        node(&mut world, "has-another", true, &["s3://b/m2"]);
+        node(&mut world, "gone", false, &["s3://b/m"]);
+        node(&mut world, "unreachable", true, &["s3://b/m", "pvc://claim/m"]);
+        assert_eq!(peers(&world, "unreachable", "pvc://claim/m"), Vec::<String>::new());
+        world.nodes.get_mut("unreachable").unwrap().hello.peer_address.clear();
+        assert_eq!(peers(&world, "own", "s3://b/m"), ["has-it"]);
+        assert_eq!(peers(&world, "has-it", "s3://b/m"), ["own"]);
+        assert_eq!(peers(&world, "own", "s3://b/none"), Vec::<String>::new());
+    }
+
+    #[test]
+    fn many_nodes_do_not_all_ask_the_same_ones() {
+        let have: Vec<String> = (0..10).map(|n| format!("gpu-{n}")).collect();
+        let of = |node: &str| spread(node, have.iter().map(String::as_str));
+        let mut asked: BTreeMap<String, usize> = BTreeMap::new();
+        for node in (10..110).map(|n| format!("gpu-{n}")) {
+            assert_eq!(of(&node).len(), PEERS);
+            assert_eq!(of(&node), spread(&node, have.iter().rev().map(String::as_str)), "the same at each push");
+            of(&node).into_iter().for_each(|peer| *asked.entry(peer).or_default() += 1);
+        }
+        // 40 each on average.
+        assert!(asked.len() == 10 && asked.values().all(|times| (20..=60).contains(times)), "{asked:?}");
+        assert_eq!(spread("a", ["b", "c"].into_iter()).len(), 2);
     }
 
     #[test]

@@ -1,0 +1,174 @@
+//! What becomes of ranges once they are written: synced and noted many at a time, and hashed in order, on
+//! threads of their own, while others are still on their way.
+
+use std::{collections::BTreeSet, io, os::unix::fs::FileExt as _, sync::Arc, thread};
+
+use md5::{Digest as _, Md5};
+use tokio::sync::{mpsc, oneshot};
+
+use super::{
+    cache::Part,
+    checksum::Checksums,
+    plan::{self, Object, RANGE_BYTES},
+};
+
+/// Ranges that wait to be synced, at most: beyond them the disk sets the pace, and not memory.
+const UNSYNCED: usize = 16;
+/// Threads that hash, at most; one does what a fast network brings, unless there is an MD5 to compute, too.
+const HASHERS: usize = 4;
+/// Bytes hashed at once.
+const CHUNK: usize = 256 << 10;
+
+/// One file on its way.
+pub(super) struct File {
+    /// Its place in the listing.
+    pub(super) number: usize,
+    pub(super) object: Object,
+    pub(super) part: Part,
+    /// SHA-256 by another node's word, where bytes may have come from one.
+    pub(super) told: Option<String>,
+}
+
+/// A range that is written: its file, by its place among those that are fetched, and its start.
+type Written = (usize, u64);
+
+/// What a thread's work comes to.
+type Outcome<T> = oneshot::Receiver<io::Result<T>>;
+
+/// Takes care of ranges that are written.
+pub(super) struct Landing {
+    to_sync: mpsc::Sender<Written>,
+    to_hash: Vec<mpsc::UnboundedSender<Written>>,
+    syncing: Outcome<()>,
+    hashing: Vec<Outcome<Vec<(usize, Checksums)>>>,
+}
+
+impl Landing {
+    /// What is on disk of these files already is hashed, too.
+    pub(super) fn start(files: &Arc<Vec<File>>) -> Self {
+        let (to_sync, written) = mpsc::channel(UNSYNCED);
+        let of_sync = Arc::clone(files);
+        let syncing = apart(move || sync(&of_sync, written));
+        let threads = thread::available_parallelism().map_or(1, usize::from).min(HASHERS).min(files.len().max(1));
+        let hashers = (0..threads).map(|thread| {
+            let (to_hash, written) = mpsc::unbounded_channel();
+            let files = Arc::clone(files);
+            (to_hash, apart(move || hash(&files, thread, threads, written)))
+        });
+        let (to_hash, hashing) = hashers.unzip();
+        Self { to_sync, to_hash, syncing, hashing }
+    }
+
+    /// A range is written. Waits while too many are not synced; false: the disk refuses, and
+    /// [`Self::finish`] says why.
+    pub(super) async fn written(&self, file: usize, start: u64) -> bool {
+        let hashes = self.to_hash[file % self.to_hash.len()].send((file, start)).is_ok();
+        self.to_sync.send((file, start)).await.is_ok() && hashes
+    }
+
+    /// Waits until all that was written is synced and noted, and gives each file's checksums: its MD5 only
+    /// where the source gave one. Those of files that are not whole say nothing.
+    ///
+    /// # Errors
+    /// The disk refuses.
+    pub(super) async fn finish(self) -> io::Result<Vec<Checksums>> {
+        drop((self.to_sync, self.to_hash));
+        let synced = self.syncing.await.map_err(io::Error::other)?;
+        let mut all = Vec::new();
+        for hashing in self.hashing {
+            all.extend(hashing.await.map_err(io::Error::other)??);
+        }
+        synced?;
+        all.sort_by_key(|(file, _)| *file);
+        Ok(all.into_iter().map(|(_, checksums)| checksums).collect())
+    }
+}
+
+/// Does work on a thread of its own. Where there can be none, the outcome is an error.
+fn apart<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send + 'static) -> Outcome<T> {
+    let (tell, outcome) = oneshot::channel();
+    let work = move || {
+        // Nobody hears it where the fetch was given up.
+        let _ = tell.send(work());
+    };
+    if let Err(error) = thread::Builder::new().name("landing".to_owned()).spawn(work) {
+        tracing::error!(%error, "no thread for what is fetched");
+    }
+    outcome
+}
+
+fn sync(files: &[File], mut written: mpsc::Receiver<Written>) -> io::Result<()> {
+    let mut batch: Vec<Written> = Vec::new();
+    while written.blocking_recv_many(&mut batch, UNSYNCED) > 0 {
+        batch.sort_unstable();
+        for of_file in batch.chunk_by(|(a, _), (b, _)| a == b) {
+            let starts: Vec<u64> = of_file.iter().map(|(_, start)| *start).collect();
+            files[of_file[0].0].part.note(&starts)?;
+        }
+        batch.clear();
+    }
+    Ok(())
+}
+
+/// Hashes every `threads`th file, beginning with the one of this number.
+fn hash(
+    files: &[File],
+    thread: usize,
+    threads: usize,
+    mut written: mpsc::UnboundedReceiver<Written>,
+) -> io::Result<Vec<(usize, Checksums)>> {
+    let mut buffer = vec![0; CHUNK];
+    let mut running: Vec<Running<'_>> = files.iter().skip(thread).step_by(threads).map(Running::new).collect();
+    for running in &mut running {
+        running.go_on(&mut buffer)?;
+    }
+    while let Some((file, start)) = written.blocking_recv() {
+        let running = &mut running[file / threads];
+        running.ready.insert(start);
+        running.go_on(&mut buffer)?;
+    }
+    let numbers = (thread..).step_by(threads);
+    Ok(numbers.zip(running.into_iter().map(Running::checksums)).collect())
+}
+
+/// The checksums of a file as far as it is there from its start.
+struct Running<'f> {
+    file: &'f File,
+    at: u64,
+    /// Starts of ranges that are written and not hashed.
+    ready: BTreeSet<u64>,
+    sha256: ring::digest::Context,
+    md5: Option<Md5>,
+}
+
+impl<'f> Running<'f> {
+    fn new(file: &'f File) -> Self {
+        let sha256 = ring::digest::Context::new(&ring::digest::SHA256);
+        let md5 = file.object.md5.as_ref().map(|_| Md5::new());
+        Self { file, at: 0, ready: file.part.done.clone(), sha256, md5 }
+    }
+
+    /// Just written, most of it is read from memory.
+    fn go_on(&mut self, buffer: &mut [u8]) -> io::Result<()> {
+        while self.ready.remove(&self.at) {
+            let end = (self.at + RANGE_BYTES).min(self.file.object.size);
+            while self.at < end {
+                let chunk = usize::try_from(end - self.at).unwrap_or(usize::MAX).min(buffer.len());
+                self.file.part.data.read_exact_at(&mut buffer[..chunk], self.at)?;
+                self.sha256.update(&buffer[..chunk]);
+                if let Some(md5) = &mut self.md5 {
+                    md5.update(&buffer[..chunk]);
+                }
+                self.at += chunk as u64;
+            }
+        }
+        Ok(())
+    }
+
+    fn checksums(self) -> Checksums {
+        Checksums {
+            sha256: Some(plan::hex(self.sha256.finish().as_ref())),
+            md5: self.md5.map(|md5| plan::hex(&md5.finalize())),
+        }
+    }
+}

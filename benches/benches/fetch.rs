@@ -1,0 +1,176 @@
+//! How fast a model comes from an S3 store, beside `rclone` from the same server in the same run.
+//!
+//! The server is s3s-fs, with threads of its own in this process. The objects are uploaded in parts by its API, as the
+//! stores' own tools upload large ones: the server then keeps their ETags, and does not hash a whole object for each
+//! range. Such ETags are no MD5, so that neither side has a checksum of the content to compare with: rclone checks
+//! sizes, and does not sync. Pilotlight computes each file's SHA-256, by which it keeps it, syncs all to the disk and
+//! makes the model appear by one rename. Each round fetches into fresh folders of one disk; the server's files are in
+//! the page cache for both.
+//!
+//! `MODEL_MIB` is another size than 2048, `ROUNDS` another number of rounds than 5; `rclone` is Debian's.
+#![allow(clippy::print_stdout, reason = "its table is what a benchmark is for")]
+
+use std::{
+    collections::BTreeMap,
+    fs::File,
+    io::Read as _,
+    path::{Path, PathBuf},
+    process::Command,
+    time::{Duration, Instant},
+};
+
+use object_store::{ObjectStoreExt as _, WriteMultipart, aws::AmazonS3Builder};
+use pilotlight_agent::models::{Models, STALL};
+use pilotlight_tests::s3::{KEY, S3, SECRET};
+
+/// Files of the model, as the shards of a large one.
+const FILES: u64 = 4;
+/// Bytes of one part of an upload, as of the AWS command line.
+const PART: usize = 8 << 20;
+/// As many streams as Pilotlight has, in the two ways that rclone shares them out.
+const FLAGS: [(&str, &[&str]); 2] = [
+    (
+        "rclone, 4 files x 4 streams",
+        &["--transfers", "4", "--multi-thread-streams", "4", "--multi-thread-cutoff", "16M"],
+    ),
+    (
+        "rclone, 4 files x 16 streams",
+        &["--transfers", "4", "--multi-thread-streams", "16", "--multi-thread-cutoff", "16M"],
+    ),
+];
+
+/// Bytes that do not repeat.
+fn block(state: &mut u64, bytes: usize) -> Vec<u8> {
+    let mut block = vec![0_u8; bytes];
+    for word in block.chunks_exact_mut(8) {
+        // xorshift64
+        *state ^= *state << 13;
+        *state ^= *state >> 7;
+        *state ^= *state << 17;
+        word.copy_from_slice(&state.to_le_bytes());
+    }
+    block
+}
+
+async fn upload(server: &S3, shard: u64, bytes: u64) {
+    let store = AmazonS3Builder::new()
+        .with_bucket_name("models")
+        .with_endpoint(server.endpoint())
+        .with_allow_http(true)
+        .with_access_key_id(KEY)
+        .with_secret_access_key(SECRET)
+        .build()
+        .unwrap();
+    let to = store.put_multipart(&format!("large/shard-{shard}.safetensors").into()).await.unwrap();
+    let mut to = WriteMultipart::new_with_chunk_size(to, PART);
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64 ^ (shard + 1);
+    for _ in 0..bytes.div_ceil(PART as u64) {
+        to.wait_for_capacity(4).await.unwrap();
+        to.put(block(&mut state, PART).into());
+    }
+    to.finish().await.unwrap();
+}
+
+async fn ours(server: &S3, directory: &Path) -> (Duration, PathBuf) {
+    let models = Models::open(directory.to_owned(), BTreeMap::new(), STALL, None).unwrap();
+    let credentials = [
+        ("AWS_ACCESS_KEY_ID", KEY.to_owned()),
+        ("AWS_SECRET_ACCESS_KEY", SECRET.to_owned()),
+        ("AWS_ENDPOINT_URL", server.endpoint()),
+        ("AWS_ALLOW_HTTP", "true".to_owned()),
+        ("AWS_REGION", "us-east-1".to_owned()),
+    ];
+    let credentials = credentials.map(|(name, value)| (name.to_owned(), value)).into();
+    let begun = Instant::now();
+    let folder = models.ensure("s3://models/large", &credentials, |_| {}).await.unwrap();
+    (begun.elapsed(), folder)
+}
+
+fn rclone(server: &S3, flags: &[&str], directory: &Path) -> Duration {
+    let mut command = Command::new("rclone");
+    command.args(["copy", ":s3:models/large"]).arg(directory);
+    command.args(["--s3-provider", "Other", "--s3-endpoint", &server.endpoint(), "--s3-region", "us-east-1"]);
+    command.args(["--s3-access-key-id", KEY, "--s3-secret-access-key", SECRET, "--config", "/dev/null"]);
+    // It is for all of rclone's connections, and need not exist here.
+    command.env_remove("AWS_CA_BUNDLE").args(flags);
+    let begun = Instant::now();
+    let output = command.output().expect("rclone starts");
+    let took = begun.elapsed();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    took
+}
+
+/// That both have the same bytes, and all of them.
+fn same(ours: &Path, theirs: &Path, bytes: u64) {
+    let (mut one, mut other) = (vec![0; 1 << 20], vec![0; 1 << 20]);
+    for shard in 0..FILES {
+        let name = format!("shard-{shard}.safetensors");
+        let (mut a, mut b) = (File::open(ours.join(&name)).unwrap(), File::open(theirs.join(&name)).unwrap());
+        assert_eq!((a.metadata().unwrap().len(), b.metadata().unwrap().len()), (bytes, bytes), "{name}");
+        for _ in 0..bytes >> 20 {
+            a.read_exact(&mut one).unwrap();
+            b.read_exact(&mut other).unwrap();
+            assert!(one == other, "{name} differs");
+        }
+    }
+}
+
+/// What a round left to write back must not be on the next one's account.
+fn settle() {
+    assert!(Command::new("sync").status().expect("sync starts").success());
+}
+
+fn median(times: &[Duration]) -> Duration {
+    let mut times = times.to_vec();
+    times.sort();
+    times[times.len() / 2]
+}
+
+fn from_environment(name: &str, otherwise: u64) -> u64 {
+    std::env::var(name).ok().and_then(|value| value.parse().ok()).unwrap_or(otherwise)
+}
+
+fn main() {
+    let Ok(version) = Command::new("rclone").arg("version").output() else {
+        println!("rclone is not installed: there is nothing to compare with (apt install rclone)");
+        return;
+    };
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let (mib, rounds) = (from_environment("MODEL_MIB", 2048), from_environment("ROUNDS", 5));
+    let bytes = (mib << 20) / FILES;
+    let serving = tokio::runtime::Runtime::new().unwrap();
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let server = serving.block_on(S3::start());
+    server.bucket("models");
+    for shard in 0..FILES {
+        runtime.block_on(upload(&server, shard, bytes));
+    }
+    let mut own = Vec::new();
+    let mut others = FLAGS.map(|_| Vec::new());
+    for round in 0..rounds {
+        let fresh = tempfile::tempdir().unwrap();
+        settle();
+        let (took, folder) = runtime.block_on(ours(&server, &fresh.path().join("pilotlight")));
+        own.push(took);
+        for (number, (_, flags)) in FLAGS.iter().enumerate() {
+            let directory = fresh.path().join(format!("rclone-{number}"));
+            settle();
+            others[number].push(rclone(&server, flags, &directory));
+            same(&folder, &directory, bytes);
+        }
+        println!(
+            "round {round}: pilotlight {took:.2?}, rclone {:.2?}",
+            others.each_ref().map(|all| all[all.len() - 1])
+        );
+    }
+    println!("\n{}", String::from_utf8_lossy(&version.stdout).lines().next().unwrap_or_default());
+    println!("{mib} MiB in {FILES} files from s3s-fs on loopback, median of {rounds} interleaved rounds:\n");
+    println!("| | s | MiB/s | of rclone's rate |\n| --- | ---: | ---: | ---: |");
+    let base = median(&own);
+    let rate = |took: Duration| mib as f64 / took.as_secs_f64();
+    println!("| pilotlight | {:.2} | {:.0} | |", base.as_secs_f64(), rate(base));
+    for ((name, _), times) in FLAGS.iter().zip(&others) {
+        let took = median(times);
+        println!("| {name} | {:.2} | {:.0} | {:.2} |", took.as_secs_f64(), rate(took), rate(base) / rate(took));
+    }
+}
