@@ -2,6 +2,8 @@
 //!
 //! Without a Docker Engine the container part is left out, as in `runtime_conformance`.
 
+#![allow(clippy::print_stdout, reason = "it measures, too")]
+
 use std::{collections::BTreeMap, net::SocketAddr, path::Path, sync::Arc, time::Duration};
 
 use futures::future::BoxFuture;

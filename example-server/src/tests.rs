@@ -356,3 +356,31 @@ async fn asleep_it_predicts_nothing_until_it_is_woken() {
     let message = "level: expected 1, the only level of this server, got \"2\"";
     assert_eq!((status, said), (StatusCode::BAD_REQUEST, json!({ "error": message, "field": "level" })));
 }
+
+#[tokio::test]
+async fn what_is_to_be_loaded_is_loaded_before_it_is_ready_or_named() {
+    let folder = std::env::temp_dir().join(format!("pilotlight-load-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    std::fs::write(folder.join("weights"), vec![7; 3 << 20]).unwrap();
+    let start = async |path| {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let options = Options { load: Some(path), ..Options::default() };
+        (address, tokio::spawn(serve(listener, options, std::future::pending())))
+    };
+    let client = hyper_util::client::legacy::Client::builder(hyper_util::rt::TokioExecutor::new()).build_http::<Body>();
+    let (address, server) = start(folder.clone()).await;
+    let get = async |path: &str| client.get(format!("http://{address}{path}").parse().unwrap()).await.unwrap();
+    while get("/v2/health/ready").await.status() != StatusCode::OK {
+        tokio::task::yield_now().await;
+    }
+    let stats = get("/stats").await.into_body().collect().await.unwrap().to_bytes();
+    let stats: Value = serde_json::from_slice(&stats).unwrap();
+    assert_eq!(stats["weightBytes"], 3 << 20);
+    server.abort();
+
+    let (_, server) = start(folder.join("none")).await;
+    let message = server.await.unwrap().unwrap_err().to_string();
+    assert!(message.starts_with("cannot load ") && message.contains("/none: No such file"), "{message}");
+    std::fs::remove_dir_all(folder).unwrap();
+}

@@ -210,7 +210,7 @@ async fn one_that_is_told_to_leave_does_so_from_sleep_and_on_the_way_there() {
 #[tokio::test(start_paused = true)]
 async fn one_that_is_to_sleep_before_it_has_started_is_loaded_first_and_never_offered() {
     let node = Node::empty().await;
-    let _waiting = node.waits().await;
+    let waiting = node.waits().await;
     let loaded = closed_port().await;
     let readiness_probe = listens(loaded);
     let container = ContainerSpec { readiness_probe, ..Default::default() };
@@ -226,14 +226,15 @@ async fn one_that_is_to_sleep_before_it_has_started_is_loaded_first_and_never_of
         seen.push(statuses.borrow_and_update().replicas[0].phase());
     }
     assert!(seen.iter().all(|phase| matches!(phase, ReplicaPhase::Starting | ReplicaPhase::Asleep)), "{seen:?}");
-    assert!(!node.queue.report(Instant::now()).is_some_and(|load| load.running > 0));
+    let load = node.queue.report(Instant::now()).unwrap();
+    assert_eq!((load.running, load.queue_depth), (0, 1), "the request still waits");
     let (from, to, took) = way(node.status().transition);
     assert_eq!((from, to), (Rung::Cached, Rung::Asleep));
     assert!(took >= Duration::from_secs(20), "from the start on: {took:?}");
 
     node.tell([replica(false)]);
     node.phases(&[ReplicaPhase::Ready]).await;
-    _waiting.await;
+    waiting.await;
     let (from, to, _) = way(node.status().transition);
     assert_eq!((from, to), (Rung::Asleep, Rung::Serving));
 }
