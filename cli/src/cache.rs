@@ -157,6 +157,7 @@ async fn list(mut client: Client, node: Option<String>, output: Format) -> Resul
 fn value(model: &CachedModel) -> Value {
     json!({
         "node": model.node, "uri": model.uri, "key": model.key, "bytes": model.bytes, "inUse": model.in_use,
+        "fetchSeconds": model.fetch_took.map(|took| json::seconds(&Some(took))),
         "rung": model.rung, "residentBytes": model.resident_bytes, "pinned": model.pinned, "lastUsed": moment(model.last_used),
     })
 }

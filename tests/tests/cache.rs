@@ -183,3 +183,31 @@ async fn what_cannot_be_asked_for_is_refused() {
     refused(&["warm", "s3://b/m", "--service", "a/b/c"], 1, "expected <namespace>/<name>");
     refused(&["warm", "s3://b/m", "--rung", "asleep"], 2, "possible values: cached, staged");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sleeper_leaves_where_its_model_is_evicted_unless_it_is_promised() {
+    let s3 = S3::start().await;
+    s3.put("models", "slept/model.bin", &vec![7; MIB]);
+    let cell = cell(&s3).await;
+    let agent = cell.agent("gpu-1", 0).await;
+    let (operator, uri) = (&cell.operator, "s3://models/slept");
+    let manifest = |warm: &str| {
+        let windows = "autoscaling.knative.dev/initial-scale: \"0\", autoscaling.knative.dev/window: 6s, \
+                       autoscaling.knative.dev/scale-to-zero-pod-retention-period: 0s, \
+                       autoscaling.knative.dev/scale-down-delay: 0s";
+        let metadata = format!("{{name: slept, annotations: {{{windows}{warm}}}}}");
+        files("slept", uri, None).replace("{name: slept}", &metadata).replace("minReplicas: 1", "minReplicas: 0")
+    };
+    assert_eq!(operator.apply(&manifest(""), &[]).code, 0);
+    assert_eq!(agent.gateway.get("slept.default.localhost", "/").await.unwrap().status, 200);
+    operator.replicas_are("slept", 1, "Asleep").await;
+    operator.must(&["cache", "evict", uri]);
+    operator.replicas_are("slept", 0, "").await;
+    assert!(model(operator, "gpu-1", uri).is_none());
+
+    assert_eq!(operator.apply(&manifest(", pilotlight.dev/warm-replicas: \"1\""), &[]).code, 0);
+    let promised = operator.replicas_are("slept", 1, "Asleep").await.remove(0);
+    let refused = operator.run(&["cache", "evict", uri]);
+    assert_eq!(refused.code, 1);
+    assert!(refused.err.contains(promised["name"].as_str().unwrap()), "{refused:?}");
+}

@@ -19,9 +19,11 @@ use crate::{
     runtime::{Running, probe::Prober},
 };
 
-/// After a wake, between the first question and the second; then twice as long each time, to the probe's
-/// own period. It has loaded long ago, so that it is ready any moment.
-const FIRST_PAUSE: Duration = Duration::from_millis(5);
+/// Until it is ready it is asked again after one part in so many of the time that it has taken so far: what
+/// the questions add to its start is small beside it.
+const PART_OF_START: u32 = 100;
+/// But not sooner than this.
+const SHORTEST_PAUSE: Duration = Duration::from_millis(5);
 
 /// How a replica came to be awake.
 pub(super) enum Begin {
@@ -59,34 +61,32 @@ struct Readiness {
     answers: (u32, u32),
     /// Successes that it needs to become ready.
     needed: u32,
-    /// Before the next question, while it is not ready after a wake.
-    short: Option<Duration>,
+    /// True where it has loaded before.
+    has_loaded: bool,
+    /// When it was first asked, or would have been.
+    since: Instant,
 }
 
 impl Readiness {
     fn new(prober: Prober, begin: &Begin) -> Self {
         // It was ready until it was told to sleep.
         let needed = if matches!(begin, Begin::Kept) { 1 } else { prober.success_threshold() };
-        let short = begin.has_loaded().then_some(FIRST_PAUSE);
-        Self { prober, ready: false, answers: (0, 0), needed, short }
+        let has_loaded = begin.has_loaded();
+        Self { prober, ready: false, answers: (0, 0), needed, has_loaded, since: Instant::now() }
     }
 
     /// Before the first question.
     fn first_pause(&self) -> Duration {
-        if self.short.is_some() { Duration::ZERO } else { self.prober.initial_delay() }
+        if self.has_loaded { Duration::ZERO } else { self.prober.initial_delay() }
     }
 
     /// Before the next one.
-    fn pause(&mut self) -> Duration {
+    fn pause(&self) -> Duration {
         let period = self.prober.period(self.ready);
-        match &mut self.short {
-            Some(short) if !self.ready => {
-                let pause = period.min(*short);
-                *short *= 2;
-                pause
-            }
-            _ => period,
+        if self.ready {
+            return period;
         }
+        (self.since.elapsed() / PART_OF_START).max(SHORTEST_PAUSE).min(period)
     }
 
     /// True where it has become ready.
@@ -96,7 +96,6 @@ impl Readiness {
         if becomes {
             self.ready = true;
             self.needed = self.prober.success_threshold();
-            self.short = None;
         }
         becomes
     }
@@ -107,6 +106,7 @@ impl Readiness {
         let ends = self.ready && self.answers.1 >= self.prober.failure_threshold();
         if ends {
             self.ready = false;
+            self.since = Instant::now();
         }
         ends
     }

@@ -13,13 +13,15 @@ use crate::{
     fleet::{EvictHub, SessionHandle},
     model::WarmRung,
     reconcile::{
-        Handle,
+        Handle, World,
         shelf::{self, ModelChange},
     },
 };
 
 /// How long agents have to remove a model.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// Between looks whether those that were to leave have left.
+const LOOK: Duration = Duration::from_millis(50);
 
 /// Keeps a model on nodes.
 pub(super) async fn warm(
@@ -58,6 +60,7 @@ pub(super) async fn evict(
 ) -> Result<control::EvictModelResponse, Status> {
     let control::EvictModelRequest { uri, node } = request;
     let asked = change(handle, uri.clone(), node.clone(), ModelChange::Forget).await?;
+    let_sleepers_go(handle, &uri, &given(node.clone())).await?;
     let address = uri.clone();
     let places = handle
         .read(move |world, _| {
@@ -77,6 +80,22 @@ pub(super) async fn evict(
     let removing = places.into_iter().map(|place| remove(place, &uri, hub));
     let nodes = futures::future::join_all(removing).await;
     Ok(control::EvictModelResponse { nodes: nodes.into_iter().flatten().collect() })
+}
+
+/// Replicas that sleep and have the model leave first; those that are promised stay, and so does the model.
+async fn let_sleepers_go(handle: &Handle, uri: &str, node: &Option<String>) -> Result<(), Status> {
+    let began = tokio::time::Instant::now();
+    loop {
+        let (address, node) = (uri.to_owned(), node.clone());
+        let look = move |world: &World, _| shelf::evictable(world, node.as_deref(), &address);
+        let sleepers = handle.read(look).await.map_err(status)?;
+        // What has not left by then is named in the answer.
+        if sleepers.is_empty() || began.elapsed() > PATIENCE {
+            return Ok(());
+        }
+        handle.let_go(sleepers).await.map_err(status)?;
+        tokio::time::sleep(LOOK).await;
+    }
 }
 
 /// A node that may have a model.

@@ -164,7 +164,9 @@ impl Reconciler {
             }
             let nodes = revision.replicas.iter().filter_map(|name| self.world.replicas.get(name));
             self.dirty.nodes.extend(nodes.map(|replica| replica.record.node.clone()));
-            self.dirty.urgent.insert(key);
+            self.dirty.urgent.insert(key.clone());
+            // How many of its replicas sleep may have changed, though as many serve.
+            self.dirty.revisions.insert(key);
         }
     }
 

@@ -33,6 +33,7 @@ fn of(node: &NodeState, model: &fleet::CachedModel) -> control::CachedModel {
         pinned: model.pinned,
         last_used: model.last_used,
         resident_bytes: model.resident_bytes,
+        fetch_took: model.fetch_took,
         rung: if model.staged { "Staged" } else { "Cached" }.to_owned(),
     }
 }

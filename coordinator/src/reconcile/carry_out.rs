@@ -4,6 +4,7 @@ use jiff::Timestamp;
 use tracing::{Instrument as _, info_span};
 
 use super::{
+    commands::CommandError,
     plan::{Create, Gone, Leaving, Plan},
     run::{Reconciler, WRITES_AT_ONCE},
     warmth,
@@ -72,6 +73,16 @@ impl Reconciler {
             }
         }
         self.carry_out(plan, now).await
+    }
+
+    /// Has sleepers leave.
+    pub(super) async fn let_go(&mut self, replicas: Vec<String>, now: Timestamp) -> Result<(), CommandError> {
+        let sleeps = |name: &String| {
+            // One that leaves already is not told again.
+            self.world.replicas.get(name).is_some_and(|replica| replica.record.asleep && !replica.record.draining)
+        };
+        let plan = Plan { cool: replicas.into_iter().filter(sleeps).collect(), ..Plan::default() };
+        Ok(self.carry_out(plan, now).await?)
     }
 
     /// Writes who sleeps and who wakes.

@@ -83,6 +83,13 @@ pub enum Input {
         /// Where the answer goes: nodes that are concerned.
         reply: oneshot::Sender<Result<BTreeSet<String>, CommandError>>,
     },
+    /// Sleepers are to leave, so that what they hold can be removed.
+    LetGo {
+        /// Names of replicas; those that do not sleep any more stay.
+        replicas: Vec<String>,
+        /// Where the answer goes.
+        reply: oneshot::Sender<Result<(), CommandError>>,
+    },
     /// Values of secrets or config maps of a namespace have changed.
     ValuesChanged {
         /// Which.
@@ -207,6 +214,16 @@ impl Handle {
     ) -> Result<BTreeSet<String>, CommandError> {
         let (reply, answer) = oneshot::channel();
         self.send(Input::ChangeModel { uri, node, change, reply }).await?;
+        answer.await.map_err(|_| CommandError::Stopping)?
+    }
+
+    /// Has replicas that sleep leave; they are gone some time later.
+    ///
+    /// # Errors
+    /// The store could not be reached, or the loop has ended.
+    pub async fn let_go(&self, replicas: Vec<String>) -> Result<(), CommandError> {
+        let (reply, answer) = oneshot::channel();
+        self.send(Input::LetGo { replicas, reply }).await?;
         answer.await.map_err(|_| CommandError::Stopping)?
     }
 

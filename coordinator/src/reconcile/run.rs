@@ -126,6 +126,9 @@ impl Reconciler {
             Input::ChangeModel { uri, node, change, reply } => {
                 let _ = reply.send(self.change_model(uri, node, change).await);
             }
+            Input::LetGo { replicas, reply } => {
+                let _ = reply.send(self.let_go(replicas, now).await);
+            }
             Input::ValuesChanged { namespace } => self.values_changed(&namespace),
             Input::Usage { reply } => {
                 self.account(now);

@@ -141,6 +141,16 @@ pub fn holders(world: &World, uri: &str, node: Option<&str>) -> BTreeSet<String>
     nodes.filter(has).map(|state| state.record.name.clone()).collect()
 }
 
+/// Replicas that sleep only as long as nobody needs their room, and have a model, on one node or on all.
+pub fn evictable(world: &World, node: Option<&str>, uri: &str) -> Vec<String> {
+    let nodes = world.nodes.keys().filter(|name| node.is_none_or(|node| node == name.as_str()));
+    let promised = |name: &String| {
+        let replica = &world.replicas[name];
+        world.revisions.get(&replica.record.revision).is_some_and(|revision| world.keeps_promise(revision, replica))
+    };
+    nodes.flat_map(|node| sleepers(world, node, uri)).filter(|name| !promised(name)).collect()
+}
+
 /// Replicas of a node that sleep and have a model: they have to leave before it can be removed.
 pub fn sleepers(world: &World, node: &str, uri: &str) -> Vec<String> {
     let Some(node) = world.nodes.get(node) else { return Vec::new() };
