@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds Pilotlight, starts `pilotlight dev`, applies the iris example, asks it for two predictions while
-# it is at zero replicas, and watches it go back to zero. Needs Rust, a C compiler and curl; leaves
+# it is at zero replicas, watches it go back to zero, where it sleeps, and wakes it. Needs Rust, a C compiler and curl; leaves
 # nothing running. State lies in a temporary folder, ports are given by variables.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -44,9 +44,16 @@ echo "$answer"
 "$pilotlight" get
 "$pilotlight" get replicas
 
-say "Nobody asks any more; it goes back to zero"
+say "Nobody asks any more; it goes back to zero, and its last replica sleeps"
 until "$pilotlight" get | grep -q ' 0/0 '; do sleep 1; done
+until "$pilotlight" get replicas | grep -q Asleep; do sleep 0.2; done
 "$pilotlight" get
+"$pilotlight" get replicas
+
+say "The next request wakes it"
+answer=$(curl --silent --show-error --fail -H 'Host: iris.default.localhost' "$url" -d "$flowers")
+echo "$answer"
+"$pilotlight" get replicas
 
 say "Why: pilotlight describe isvc iris"
 "$pilotlight" describe isvc iris

@@ -24,7 +24,7 @@ pub struct LocalReplica {
 
 /// The data path's side of a replica's life. Calls are idempotent.
 pub trait Endpoints: Send + Sync + 'static {
-    /// The replica is ready: give it requests.
+    /// The replica is ready: give it requests, even if it was to drain.
     fn ready(&self, replica: LocalReplica);
     /// Its probe fails: it gives no new slots until it is ready again.
     fn not_ready(&self, replica: &str);

@@ -29,7 +29,7 @@ use crate::{
     config::{Config, RuntimeChoice, Security},
     gateway::{self, Connect, DataPath, GatewayMetrics, PeerStream, Setup},
     inventory::{self, InventoryError},
-    models::Models,
+    models::{Models, Shelf},
     reconcile::Reconciler,
     runtime::{AnyRuntime, DockerRuntime, ProcessRuntime, Runtime, RuntimeError, logs},
     session::{Outbound, Session, Told},
@@ -132,7 +132,8 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), Agen
         .map_err(|error| AgentError::Models { path, error })?
         .with_peers(Arc::clone(&data_path) as _);
     let cached = models.report();
-    let reconciler = Reconciler::adopt(runtime, endpoints, egress, models.clone()).await?;
+    let shelf = Shelf::new(models.clone(), inventory.warm_memory_bytes);
+    let reconciler = Reconciler::adopt(runtime, endpoints, egress, models.clone(), shelf.clone()).await?;
 
     let (connected, is_connected) = watch::channel(false);
     let status = pilotlight_telemetry::http_router(&metrics, move || *is_connected.borrow());
@@ -144,7 +145,8 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), Agen
     serve_peers(&data_path, identity.as_ref(), peers, models, &stopping)?;
 
     let (_inventory, inventory) = watch::channel(inventory);
-    let told = Node { data_path: Arc::clone(&data_path), reconciler: Arc::clone(&reconciler), logs: Mutex::default() };
+    let (path, replicas) = (Arc::clone(&data_path), Arc::clone(&reconciler));
+    let told = Node { data_path: path, reconciler: replicas, shelf, logs: Mutex::default() };
     let session = Session {
         channel,
         hello: hello(&config, ingress_address, peer_address),
@@ -372,6 +374,7 @@ impl Connect for PlainConnect {
 struct Node {
     data_path: Arc<DataPath>,
     reconciler: Arc<Reconciler>,
+    shelf: Shelf,
     /// Log requests that are being answered.
     logs: Mutex<HashMap<u64, CancellationToken>>,
 }
@@ -390,7 +393,10 @@ impl Told for Node {
             ToAgent::Assignment(assignment) => self.reconciler.assign(assignment),
             ToAgent::Routes(routes) => self.data_path.apply_routes(routes),
             ToAgent::LogRequest(request) => self.log(request, say.clone()),
-            ToAgent::Welcome(_) | ToAgent::EvictModel(_) => {}
+            ToAgent::EvictModel(request) => {
+                tokio::spawn(evict(self.shelf.clone(), request, say.clone()));
+            }
+            ToAgent::Welcome(_) => {}
         }
     }
 
@@ -419,6 +425,14 @@ impl Node {
             }
         });
     }
+}
+
+async fn evict(shelf: Shelf, request: fleet::EvictModel, say: Outbound) {
+    let (freed_bytes, error) = match shelf.evict(&request.uri).await {
+        Ok(freed) => (freed, String::new()),
+        Err(reason) => (0, reason),
+    };
+    say.send(FromAgent::ModelEvicted(fleet::ModelEvicted { request_id: request.request_id, freed_bytes, error })).await;
 }
 
 async fn send_log(path: PathBuf, request: &fleet::LogRequest, say: &Outbound) {

@@ -6,11 +6,12 @@
 use std::{path::Path, process::Command, sync::Arc, time::Duration};
 
 use pilotlight_agent::runtime::{
-    DockerRuntime, DockerSettings, Mount, ProcessRuntime, Running, Runtime, RuntimeError, probe::Prober,
+    DockerRuntime, DockerSettings, Mount, ProcessRuntime, Running, Runtime, RuntimeError, SleepMark, probe::Prober,
 };
+use pilotlight_agent::warmth::{fall_asleep, wake};
 use pilotlight_proto::fleet::v1::{
-    ContainerSpec, EmptyDir, EnvVar, Files, Limits, Probe, ReplicaAssignment, SecurityContext, Volume, VolumeMount,
-    probe::Handler, volume::Source,
+    ContainerSpec, EmptyDir, EnvVar, Files, Limits, Probe, ReplicaAssignment, SecurityContext, SleepPaths, Volume,
+    VolumeMount, probe::Handler, volume::Source,
 };
 use pilotlight_tests::{
     container::{IMAGE, image, labelled, server},
@@ -266,6 +267,54 @@ async fn one_that_is_paused_answers_nothing_until_it_goes_on() {
         let (exit, ()) = tokio::join!(exited, bench.runtime.stop(&running, DEADLINE));
         assert_eq!(exit.code, Some(3));
         bench.runtime.remove(&running.replica).await;
+    }
+}
+
+/// Puts it to sleep as the reconciler does.
+async fn put_to_sleep(bench: &Bench, running: &Running, paths: Option<&SleepPaths>) {
+    let mark = |settled| SleepMark { paths: paths.cloned(), settled };
+    bench.runtime.mark_sleep(&running.replica, Some(&mark(false))).unwrap();
+    let slept = fall_asleep(&*bench.runtime, running, paths, DEADLINE).await.unwrap();
+    assert_eq!(slept.holds_gpu_memory, paths.is_none());
+    bench.runtime.mark_sleep(&running.replica, Some(&mark(true))).unwrap();
+}
+
+#[tokio::test]
+async fn a_sleeper_is_found_by_a_later_agent_woken_twice_and_stopped_in_its_sleep() {
+    // A server that takes every path and says nothing of sleep: its word is taken.
+    let [sleep, wake_up] = ["/sleep", "/wake_up"].map(str::to_owned);
+    let own = SleepPaths { sleep, wake: wake_up, is_sleeping: String::new() };
+    for paths in [None, Some(own)] {
+        for mut bench in Bench::all().await {
+            let (running, _) = bench.serve(&bench.assignment("sleeper", &[])).await;
+            assert_eq!(bench.runtime.sleep_mark(&running.replica), None);
+            put_to_sleep(&bench, &running, paths.as_ref()).await;
+            // Again does no harm.
+            put_to_sleep(&bench, &running, paths.as_ref()).await;
+            let memory = bench.runtime.memory(&running).await;
+            assert!((64 << 10..1 << 30).contains(&memory), "docker: {}: {memory} bytes", bench.docker);
+
+            let adopted = bench.anew().await;
+            assert_eq!(adopted, std::slice::from_ref(&running));
+            let mark = bench.runtime.sleep_mark(&running.replica);
+            assert_eq!(mark, Some(SleepMark { paths: paths.clone(), settled: true }));
+            let exited = tokio::time::timeout(Duration::from_millis(300), bench.runtime.exited(&running)).await;
+            assert!(exited.is_err(), "it lives: {exited:?}");
+            for _ in 0..2 {
+                wake(&*bench.runtime, &running, paths.as_ref(), DEADLINE).await.unwrap();
+            }
+            bench.runtime.mark_sleep(&running.replica, None).unwrap();
+            ask(&running).await.unwrap();
+
+            put_to_sleep(&bench, &running, paths.as_ref()).await;
+            let exited = bench.runtime.exited(&running);
+            let (_, ()) = tokio::join!(exited, bench.runtime.stop(&running, DEADLINE));
+            let error = wake(&*bench.runtime, &running, paths.as_ref(), DEADLINE).await.unwrap_err().to_string();
+            assert!(error.contains(if paths.is_some() { "/wake_up" } else { "cannot resume" }), "{error}");
+            bench.runtime.remove(&running.replica).await;
+            assert_eq!(bench.runtime.sleep_mark(&running.replica), None);
+            assert_eq!(bench.anew().await, []);
+        }
     }
 }
 

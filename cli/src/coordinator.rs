@@ -4,7 +4,7 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use pilotlight_coordinator::{
     config::{Config, EtcdConfig, Security, StoreConfig},
-    spec::PlacementPolicy,
+    spec::{IdleReplicas, PlacementPolicy},
 };
 use tokio_util::sync::CancellationToken;
 
@@ -78,6 +78,10 @@ pub struct ServingArgs {
     /// How replicas are placed unless annotation pilotlight.dev/placement-policy says otherwise: binpack or spread.
     #[arg(long, env = "PILOTLIGHT_PLACEMENT_POLICY", default_value_t = PlacementPolicy::BinPack, value_name = "POLICY")]
     placement_policy: PlacementPolicy,
+    /// What becomes of a service's last replica once nobody needs it, unless annotation
+    /// pilotlight.dev/warm-replicas says: sleep or stop.
+    #[arg(long, env = "PILOTLIGHT_IDLE_REPLICAS", default_value_t, value_name = "WHAT")]
+    idle_replicas: IdleReplicas,
     /// Services are reached as <service>.<namespace>.<domain>.
     #[arg(long, env = "PILOTLIGHT_DOMAIN", default_value = "localhost")]
     domain: String,
@@ -102,6 +106,7 @@ impl ServingArgs {
             node_lease: self.node_lease,
             queue_limit: self.queue_limit,
             placement_policy: self.placement_policy,
+            idle_replicas: self.idle_replicas,
             record: self.record,
             scaling: self.scaling.defaults(),
             ..Default::default()

@@ -1,6 +1,6 @@
 //! `pilotlight example-server`.
 
-use std::{net::IpAddr, time::Duration};
+use std::{net::IpAddr, path::PathBuf, time::Duration};
 
 use anyhow::Context as _;
 use pilotlight_example_server::{Around, AroundOptions, Options};
@@ -32,6 +32,10 @@ pub struct IrisArgs {
     /// Time that loading takes at least.
     #[arg(long, default_value = "0s", value_parser = humantime::parse_duration)]
     load_time: Duration,
+    /// File or folder, such as /mnt/models, all of which is read into memory before the model is ready, and
+    /// kept there, also while it sleeps (POST /sleep?level=1, POST /wake_up, GET /is_sleeping).
+    #[arg(long, value_name = "PATH")]
+    load: Option<PathBuf>,
     /// Time that each answer takes at least.
     #[arg(long, default_value = "0s", value_parser = humantime::parse_duration)]
     request_time: Duration,
@@ -77,6 +81,7 @@ fn iris(args: IrisArgs) -> anyhow::Result<Options> {
         port: args.port,
         model_name: args.model_name,
         load_time: args.load_time,
+        load: args.load,
         request_time: args.request_time,
         served_by: args.served_by.map(|name| name.parse()).transpose().context("served-by")?,
     })

@@ -333,10 +333,29 @@ pub fn replica_table(replicas: &[control::Replica]) -> String {
             paint(&replica.phase, mood),
             replica.restarts.to_string(),
             age(replica.created_at),
-            replica.message.clone(),
+            if replica.message.is_empty() { rung(replica) } else { replica.message.clone() },
         ]);
     }
     table.text()
+}
+
+/// How a replica came to be where it is, and what it holds while it sleeps.
+fn rung(replica: &control::Replica) -> String {
+    if replica.rung.is_empty() {
+        return String::new();
+    }
+    let took = std::time::Duration::try_from(replica.rung_took.unwrap_or_default()).unwrap_or_default();
+    let millis = std::time::Duration::from_millis(took.as_millis() as u64);
+    let way = format!("{} to {} in {}", replica.rung_before, replica.rung, humantime::format_duration(millis));
+    if replica.phase != "Asleep" {
+        return way;
+    }
+    let gpu = match (replica.gpu_indices.is_empty(), replica.holds_gpu_memory) {
+        (true, _) => "",
+        (false, true) => ", keeps its GPU memory",
+        (false, false) => ", without GPU memory",
+    };
+    format!("{way}; {} of main memory{gpu}", bytesize::ByteSize(replica.memory_bytes))
 }
 
 async fn decisions(mut client: Client, args: &Args) -> Result<(), Failure> {

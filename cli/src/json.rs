@@ -66,7 +66,8 @@ pub fn replica(replica: &Replica) -> Value {
         "migDevices": replica.mig_devices,
         "phase": replica.phase, "message": replica.message, "restarts": replica.restarts,
         "createdAt": moment(replica.created_at), "readyAt": moment(replica.ready_at), "pid": replica.pid,
-        "adopted": replica.adopted,
+        "adopted": replica.adopted, "holdsGpuMemory": replica.holds_gpu_memory, "memoryBytes": replica.memory_bytes,
+        "rung": replica.rung, "rungBefore": replica.rung_before, "rungSeconds": seconds(&replica.rung_took),
     })
 }
 

@@ -80,7 +80,7 @@ enum Command {
     /// Take nodes out of use and back.
     #[command(subcommand)]
     Node(node::Command),
-    /// Look at the models on the nodes' disks.
+    /// Look at the models on the nodes' disks; warm, pin and evict them.
     #[command(subcommand)]
     Cache(cache::Command),
     /// Make join tokens for nodes.

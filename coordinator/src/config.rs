@@ -2,7 +2,10 @@
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
-use crate::{autoscaler::Defaults, spec::PlacementPolicy};
+use crate::{
+    autoscaler::Defaults,
+    spec::{IdleReplicas, PlacementPolicy},
+};
 
 /// Settings of one coordinator process. `Default` is a single machine with mutual TLS.
 #[derive(Debug, Clone)]
@@ -33,6 +36,8 @@ pub struct Config {
     pub queue_limit: u32,
     /// How replicas are placed unless their annotations say otherwise.
     pub placement_policy: PlacementPolicy,
+    /// What becomes of a service's last replica once nobody needs it, unless its annotations say.
+    pub idle_replicas: IdleReplicas,
     /// File with the key that secrets are sealed with, 32 bytes in base64; all coordinators of a cell need
     /// the same. `None`: `secrets.key` below `data_dir`, made where missing.
     pub secrets_key: Option<PathBuf>,
@@ -94,6 +99,7 @@ impl Default for Config {
             node_lease: Duration::from_secs(20),
             queue_limit: 1000,
             placement_policy: PlacementPolicy::BinPack,
+            idle_replicas: IdleReplicas::Sleep,
             secrets_key: None,
             record: None,
             // A service may be born at zero, since GPUs are dear.

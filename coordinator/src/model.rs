@@ -279,6 +279,9 @@ pub struct ReplicaRecord {
     pub created_at: Timestamp,
     /// True: it takes no new request, finishes, and stops.
     pub draining: bool,
+    /// True: it takes no new request, finishes, and sleeps.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub asleep: bool,
 }
 
 impl ReplicaRecord {
@@ -312,6 +315,34 @@ pub enum Availability {
     Draining,
 }
 
+/// What operators asked for of one model, on one node or on all.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ModelRecord {
+    /// Such as `s3://bucket/prefix`.
+    pub uri: String,
+    /// `None`: all nodes that there are, and those that join.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node: Option<String>,
+    /// Where it is to be at least; `None`: that was not asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rung: Option<WarmRung>,
+    /// True: it is not removed from the disk.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub pinned: bool,
+    /// Whose secrets it is fetched with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub service: Option<ServiceKey>,
+}
+
+/// A rung that a model without replicas can be kept at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum WarmRung {
+    /// On the disk.
+    Cached,
+    /// In the page cache, too.
+    Staged,
+}
+
 /// An applied ServingRuntime or ClusterServingRuntime.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct RuntimeRecord {
@@ -343,6 +374,8 @@ pub mod keys {
     pub const RUNTIMES: &str = "runtimes/";
     /// Sealed values of secrets and config maps.
     pub const VALUES: &str = "values/";
+    /// What operators asked for of models.
+    pub const MODELS: &str = "models/";
     /// The cell's certificate authority.
     pub const AUTHORITY: &str = "authority";
 
@@ -373,6 +406,10 @@ pub mod keys {
     /// One node.
     pub fn node(name: &str) -> String {
         format!("{NODES}{name}")
+    }
+    /// What was asked for of one model; `None` is on all nodes, and no node can be called so.
+    pub fn model(node: Option<&str>, uri: &str) -> String {
+        format!("{MODELS}{}/{uri}", node.unwrap_or("_all"))
     }
     /// One join token.
     pub fn token(id: &str) -> String {

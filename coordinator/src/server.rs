@@ -17,7 +17,7 @@ use tracing::{error, info, warn};
 use crate::{
     api::{ControlService, Objects, access::Access},
     config::{Config, Security, StoreConfig},
-    fleet::{FleetService, LogHub, enrollment::EnrollmentService},
+    fleet::{EvictHub, FleetService, LogHub, enrollment::EnrollmentService},
     leader,
     model::keys,
     reconcile::{Handle, Reconciler, record::Recorder, run::Setup, world::Settings},
@@ -198,7 +198,7 @@ async fn services(
     authority: Option<Arc<Authority>>,
     ending: &CancellationToken,
 ) -> Routes {
-    let logs = Arc::new(LogHub::default());
+    let (logs, evictions) = (Arc::new(LogHub::default()), Arc::new(EvictHub::default()));
     let control = ControlService {
         handle: handle.clone(),
         store: Arc::clone(store),
@@ -208,8 +208,9 @@ async fn services(
         scaling: config.scaling.clone(),
         cell: config.cell.clone(),
         logs: Arc::clone(&logs),
+        evictions: Arc::clone(&evictions),
     };
-    let fleet = FleetService::new(handle, logs, access, ending.clone());
+    let fleet = FleetService::new(handle, logs, evictions, access, ending.clone());
     let (health, health_service) = tonic_health::server::health_reporter();
     health.set_serving::<ControlServer<ControlService>>().await;
     health.set_serving::<FleetServer<FleetService>>().await;
@@ -241,6 +242,7 @@ fn settings(config: &Config, values: &Arc<Values>) -> Settings {
         scaling: config.scaling.clone(),
         node_lease: config.node_lease,
         placement_policy: config.placement_policy,
+        idle_replicas: config.idle_replicas,
         values: Arc::clone(values),
     }
 }

@@ -107,6 +107,7 @@ fn built_in_runtimes_are_as_documented() {
         "torchserve",
         "triton",
         "vllm",
+        "vllm-sleep",
         "xgboost",
     ];
     assert_eq!(names, expected);

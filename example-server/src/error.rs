@@ -32,6 +32,12 @@ impl Refusal {
         let message = format!("model {model} is loading");
         Self { status: StatusCode::SERVICE_UNAVAILABLE, field: String::new(), message }
     }
+
+    /// 503: the model sleeps until it is woken.
+    pub(crate) fn asleep(model: &str) -> Self {
+        let message = format!("model {model} sleeps");
+        Self { status: StatusCode::SERVICE_UNAVAILABLE, field: String::new(), message }
+    }
 }
 
 impl IntoResponse for Refusal {

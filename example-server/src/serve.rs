@@ -3,6 +3,7 @@
 use std::{
     future::Future,
     net::{IpAddr, Ipv4Addr, SocketAddr},
+    path::PathBuf,
     sync::Arc,
     time::Duration,
 };
@@ -18,7 +19,7 @@ use axum::{
 use tokio::net::TcpListener;
 use tracing::info;
 
-use crate::{Classifier, Server, Stats, error::Refusal, grpc, openai, stream, v1, v2};
+use crate::{Classifier, Server, Stats, error::Refusal, grpc, openai, sleep, stream, v1, v2, weights::Weights};
 
 /// Settings of one server.
 #[derive(Debug, Clone)]
@@ -31,6 +32,8 @@ pub struct Options {
     pub model_name: String,
     /// Time that loading takes at least; the server listens meanwhile and answers 503.
     pub load_time: Duration,
+    /// A file, or a folder with all below it, that is read into memory before the model is ready, and kept.
+    pub load: Option<PathBuf>,
     /// Time that each answer takes at least.
     pub request_time: Duration,
     /// Value of the header `x-served-by` of each answer, so that callers can tell versions apart.
@@ -44,6 +47,7 @@ impl Default for Options {
             port: 8080,
             model_name: "iris".into(),
             load_time: Duration::ZERO,
+            load: None,
             request_time: Duration::ZERO,
             served_by: None,
         }
@@ -64,6 +68,14 @@ pub enum ServerError {
     /// The model cannot be fitted.
     #[error("cannot load the model: {0}")]
     Load(#[from] linfa_logistic::error::Error),
+    /// What is to be loaded cannot be read.
+    #[error("cannot load {}: {error}", path.display())]
+    Weights {
+        /// Which file or folder.
+        path: PathBuf,
+        /// Why.
+        error: std::io::Error,
+    },
     /// Loading ended without a result.
     #[error("loading the model was cut off: {0}")]
     LoadCutOff(#[from] tokio::task::JoinError),
@@ -106,15 +118,21 @@ pub async fn serve(
     tokio::pin!(serving);
     tokio::select! {
         ended = &mut serving => return ended,
-        loaded = load(&server, options.load_time) => loaded?,
+        loaded = load(&server, options.load_time, options.load) => loaded?,
     }
     info!(model = options.model_name, "ready");
     serving.await
 }
 
-/// Fits the model off the threads that answer requests.
-async fn load(server: &Server, load_time: Duration) -> Result<(), ServerError> {
+/// Reads weights and fits the model off the threads that answer requests.
+async fn load(server: &Server, load_time: Duration, weights: Option<PathBuf>) -> Result<(), ServerError> {
     tokio::time::sleep(load_time).await;
+    if let Some(path) = weights {
+        let begun = std::time::Instant::now();
+        let weights = tokio::task::spawn_blocking(move || Weights::read(&path)).await??;
+        info!(bytes = weights.bytes(), took = ?begun.elapsed(), "weights read");
+        server.keep(weights);
+    }
     server.loaded(tokio::task::spawn_blocking(Classifier::train).await??);
     Ok(())
 }
@@ -128,6 +146,7 @@ pub fn router(server: Arc<Server>) -> Router {
         .merge(v2::routes())
         .merge(stream::routes())
         .merge(openai::routes())
+        .merge(sleep::routes())
         .route_service(grpc::PATHS, grpc::service(Arc::clone(&server)))
         .fallback(
             |request: Request| async move { Refusal::not_found(format!("no path {:?} here", request.uri().path())) },

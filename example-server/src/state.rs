@@ -3,14 +3,14 @@
 use std::{
     sync::{
         Arc, OnceLock,
-        atomic::{AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     },
     time::Duration,
 };
 
 use serde::Serialize;
 
-use crate::{Classifier, error::Refusal};
+use crate::{Classifier, error::Refusal, weights::Weights};
 
 /// One model server.
 #[derive(Debug)]
@@ -18,6 +18,8 @@ pub struct Server {
     pub(crate) model_name: String,
     pub(crate) request_time: Duration,
     classifier: OnceLock<Classifier>,
+    weights: OnceLock<Weights>,
+    asleep: AtomicBool,
     counts: Arc<Counts>,
 }
 
@@ -41,6 +43,8 @@ pub struct Stats {
     pub in_flight: u64,
     /// The most that were ever worked on at the same time.
     pub max_in_flight: u64,
+    /// Bytes of the weights that were loaded into memory.
+    pub weight_bytes: u64,
     /// Process id, so that a caller behind a proxy can tell servers apart.
     pub pid: u32,
 }
@@ -48,7 +52,14 @@ pub struct Stats {
 impl Server {
     /// A server whose model is still to come. `request_time` is how long each answer takes at least.
     pub fn new(model_name: impl Into<String>, request_time: Duration) -> Self {
-        Self { model_name: model_name.into(), request_time, classifier: OnceLock::new(), counts: Arc::default() }
+        Self {
+            model_name: model_name.into(),
+            request_time,
+            classifier: OnceLock::new(),
+            weights: OnceLock::new(),
+            asleep: AtomicBool::new(false),
+            counts: Arc::default(),
+        }
     }
 
     /// The model is there. A second one is ignored.
@@ -57,9 +68,29 @@ impl Server {
         let _ = self.classifier.set(classifier);
     }
 
-    /// True once the model is there.
+    /// Keeps weights in memory, asleep or not. Second ones are ignored.
+    pub(crate) fn keep(&self, weights: Weights) {
+        // As with the model.
+        let _ = self.weights.set(weights);
+    }
+
+    /// True once the model is there, and while it does not sleep.
     pub fn ready(&self) -> bool {
+        self.loading_done() && !self.asleep()
+    }
+
+    pub(crate) fn loading_done(&self) -> bool {
         self.classifier.get().is_some()
+    }
+
+    /// True while it sleeps.
+    pub fn asleep(&self) -> bool {
+        self.asleep.load(Relaxed)
+    }
+
+    /// Puts it to sleep, or wakes it; what it loaded stays in memory.
+    pub(crate) fn set_asleep(&self, asleep: bool) {
+        self.asleep.store(asleep, Relaxed);
     }
 
     /// What was asked so far.
@@ -69,12 +100,14 @@ impl Server {
             answered: self.counts.answered.load(Relaxed),
             in_flight: self.counts.in_flight.load(Relaxed),
             max_in_flight: self.counts.max_in_flight.load(Relaxed),
+            weight_bytes: self.weights.get().map_or(0, Weights::bytes),
             pid: std::process::id(),
         }
     }
 
     pub(crate) fn classifier(&self) -> Result<&Classifier, Refusal> {
-        self.classifier.get().ok_or_else(|| Refusal::loading(&self.model_name))
+        let classifier = self.classifier.get().ok_or_else(|| Refusal::loading(&self.model_name))?;
+        if self.asleep() { Err(Refusal::asleep(&self.model_name)) } else { Ok(classifier) }
     }
 
     /// Refuses a name that is not this server's model.

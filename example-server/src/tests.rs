@@ -182,7 +182,10 @@ async fn counts_what_is_in_flight_at_the_same_time() {
     let (_, stats) = get(&slow, "/stats").await;
     assert_eq!(
         stats,
-        json!({ "received": 4, "answered": 3, "inFlight": 0, "maxInFlight": 3, "pid": std::process::id() })
+        json!({
+            "received": 4, "answered": 3, "inFlight": 0, "maxInFlight": 3,
+            "weightBytes": 0, "pid": std::process::id(),
+        })
     );
 }
 
@@ -328,4 +331,56 @@ async fn stops_once_what_is_in_flight_is_answered() {
     });
     assert!(answer.contains(r#"{"predictions":[1,1]}"#), "{answer}");
     server.await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn asleep_it_predicts_nothing_until_it_is_woken() {
+    let loading = Arc::new(Server::new("iris", Duration::ZERO));
+    assert_eq!(send(&loading, Method::POST, "/sleep", "").await.status(), StatusCode::SERVICE_UNAVAILABLE);
+    let server = loaded();
+    let status = async |method, path| send(&server, method, path, "").await.status();
+    assert_eq!(get(&server, "/is_sleeping").await.1, json!({ "is_sleeping": false }));
+    assert_eq!(status(Method::POST, "/sleep?level=1").await, StatusCode::OK);
+    assert_eq!(status(Method::POST, "/sleep").await, StatusCode::OK, "again");
+    assert_eq!(get(&server, "/is_sleeping").await.1, json!({ "is_sleeping": true }));
+    for path in ["/v1/models/iris", "/v2/health/ready", "/v2/models/iris/ready"] {
+        assert_eq!(status(Method::GET, path).await, StatusCode::SERVICE_UNAVAILABLE, "{path}");
+    }
+    assert_eq!(status(Method::GET, "/v2/health/live").await, StatusCode::OK);
+    let (refused, said) = post(&server, "/v1/models/iris:predict", TWO_FLOWERS).await;
+    assert_eq!((refused, said), (StatusCode::SERVICE_UNAVAILABLE, json!({ "error": "model iris sleeps" })));
+    assert_eq!(status(Method::POST, "/wake_up").await, StatusCode::OK);
+    assert_eq!(status(Method::POST, "/wake_up").await, StatusCode::OK, "again");
+    assert_eq!(post(&server, "/v1/models/iris:predict", TWO_FLOWERS).await.0, StatusCode::OK);
+    let (status, said) = json_of(send(&server, Method::POST, "/sleep?level=2", "").await).await;
+    let message = "level: expected 1, the only level of this server, got \"2\"";
+    assert_eq!((status, said), (StatusCode::BAD_REQUEST, json!({ "error": message, "field": "level" })));
+}
+
+#[tokio::test]
+async fn what_is_to_be_loaded_is_loaded_before_it_is_ready_or_named() {
+    let folder = std::env::temp_dir().join(format!("pilotlight-load-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    std::fs::write(folder.join("weights"), vec![7; 3 << 20]).unwrap();
+    let start = async |path| {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let options = Options { load: Some(path), ..Options::default() };
+        (address, tokio::spawn(serve(listener, options, std::future::pending())))
+    };
+    let client = hyper_util::client::legacy::Client::builder(hyper_util::rt::TokioExecutor::new()).build_http::<Body>();
+    let (address, server) = start(folder.clone()).await;
+    let get = async |path: &str| client.get(format!("http://{address}{path}").parse().unwrap()).await.unwrap();
+    while get("/v2/health/ready").await.status() != StatusCode::OK {
+        tokio::task::yield_now().await;
+    }
+    let stats = get("/stats").await.into_body().collect().await.unwrap().to_bytes();
+    let stats: Value = serde_json::from_slice(&stats).unwrap();
+    assert_eq!(stats["weightBytes"], 3 << 20);
+    server.abort();
+
+    let (_, server) = start(folder.join("none")).await;
+    let message = server.await.unwrap().unwrap_err().to_string();
+    assert!(message.starts_with("cannot load ") && message.contains("/none: No such file"), "{message}");
+    std::fs::remove_dir_all(folder).unwrap();
 }

@@ -63,7 +63,7 @@ pub fn labelled(label: &str) -> Vec<String> {
 }
 
 /// Runs a command of Docker's client: whether it succeeded, and what it said.
-fn docker(args: &[&str]) -> (bool, String) {
+pub fn docker(args: &[&str]) -> (bool, String) {
     let Ok(output) = Command::new("docker").args(args).output() else { return (false, "there is no docker".into()) };
     let said = if output.status.success() { output.stdout } else { output.stderr };
     (output.status.success(), String::from_utf8_lossy(&said).into_owned())

@@ -111,7 +111,7 @@ async fn what_was_decided_live_is_decided_again_in_the_simulator() {
     many.end().await;
     println!("{} replicas at the top, on nodes {nodes:?}", replicas.len());
     // Nobody: down, and to zero.
-    cell.operator.replicas_are("iris", 0, "").await;
+    cell.operator.replicas_are("iris", 1, "Asleep").await;
 
     let decisions = cell.operator.json(&["get", "decisions", "iris"]);
     let recording = cell.directory().join("autoscaler.jsonl");

@@ -56,7 +56,9 @@ async fn requests_pass_the_transformer_and_explanations_come_from_the_explainer(
     assert_eq!(components.keys().collect::<Vec<_>>(), ["explainer", "predictor", "transformer"]);
     assert_eq!(components["transformer"]["latestReadyRevision"], "iris-chain-transformer-00001");
 
-    dev.operator.replicas_are("iris-chain", 0, "").await;
+    dev.operator.replicas_are("iris-chain", 3, "Asleep").await;
+    let again = dev.gateway.post(HOST, PREDICT, NAMED).await.unwrap();
+    assert_eq!(again.json(), json!({"predictions": ["versicolor"]}), "the whole chain wakes");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use pilotlight_tests::{
     cell::Dev,
-    container::{IMAGE, image, labelled},
+    container::{IMAGE, docker, image, labelled},
     eventually,
 };
 use serde_json::Value;
@@ -65,8 +65,42 @@ async fn a_container_wakes_for_a_request_and_goes() {
     assert_eq!(containers(&name).len(), 1);
     assert!(dev.operator.must(&["logs", &name]).contains("listening"));
 
+    dev.operator.replicas_are(&name, 1, "Asleep").await;
+    let container = containers(&name);
+    assert_eq!(docker(&["inspect", "--format", "{{.State.Status}}", &container[0]]).1.trim(), "paused");
+    let answer = dev.gateway.get(&format!("{name}.default.localhost"), "/").await.unwrap();
+    assert_eq!(answer.status, 200, "{}", answer.body);
+    assert_eq!(containers(&name), container, "it was woken, not started again");
+
+    dev.operator.replicas_are(&name, 1, "Asleep").await;
+    dev.operator.must(&["delete", "isvc", &name]);
     dev.operator.replicas_are(&name, 0, "").await;
     assert!(containers(&name).is_empty(), "nothing is left of it");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_container_that_sleeps_outlives_its_agent() {
+    if image().is_none() {
+        return;
+    }
+    let mut dev = Dev::start(&["--runtime=docker"], vec![]).await;
+    let name = unique("sleeps");
+    let host = format!("{name}.default.localhost");
+    assert_eq!(dev.operator.apply(&manifest(&name, 0, &format!("image: {IMAGE}")), &[]).code, 0);
+    assert_eq!(dev.gateway.get(&host, "/").await.unwrap().status, 200);
+    dev.operator.replicas_are(&name, 1, "Asleep").await;
+    let container = containers(&name);
+    dev.kill_9();
+    dev.restart().await;
+    eventually("it is adopted, and still sleeps", || async {
+        let replica = replica(&dev, &name);
+        (replica["adopted"] == true && replica["phase"] == "Asleep").then_some(())
+    })
+    .await;
+    assert_eq!(dev.gateway.get(&host, "/").await.unwrap().status, 200);
+    assert_eq!(containers(&name), container);
+    dev.operator.must(&["delete", "isvc", &name]);
+    eventually("its container is gone", || async { containers(&name).is_empty().then_some(()) }).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

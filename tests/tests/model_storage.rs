@@ -111,6 +111,46 @@ async fn a_fetch_goes_on_after_a_crash_and_is_not_repeated() {
     assert_eq!(web.sent.load(Ordering::SeqCst), RANGE, "another service finds it on the node");
 }
 
+/// All files below a directory.
+fn below(directory: &std::path::Path) -> Vec<std::path::PathBuf> {
+    let entries = std::fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path());
+    entries.flat_map(|path| if path.is_dir() { below(&path) } else { vec![path] }).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_model_that_is_warmed_goes_on_after_its_agent_was_killed() {
+    let bytes = 3 * RANGE + 7;
+    let (web, address) = serve(bytes, 2 * RANGE + 7).await;
+    let cell = Cell::start(vec![("PILOTLIGHT_FETCH_STALL", "1s".to_owned())]).await;
+    let mut agent = cell.agent("gpu-1", 0).await;
+    let uri = format!("http://{address}/m/model.bin");
+    cell.operator.must(&["cache", "warm", &uri]);
+    let store = cell.directory().join("gpu-1/models");
+    eventually("three ranges are noted", || async {
+        let partial = std::fs::read_dir(store.join("partial")).ok()?.next()?.ok()?.path();
+        (std::fs::read_to_string(partial.join("0.done")).ok()?.lines().count() == 3).then_some(())
+    })
+    .await;
+    agent.kill_9();
+    assert_eq!(below(&store.join("trees")).len() + below(&store.join("blobs")).len(), 0, "a half model is not seen");
+    assert!(cached(&cell, &[]).is_empty());
+
+    web.sent.store(0, Ordering::SeqCst);
+    web.limit.store(u64::MAX, Ordering::SeqCst);
+    agent.restart(&cell.operator).await;
+    eventually("it is whole", || async { (cached(&cell, &[]).len() == 1).then_some(()) }).await;
+    assert_eq!(web.sent.load(Ordering::SeqCst), RANGE, "what was on disk is not read again");
+    let [blob] = below(&store.join("blobs")).try_into().unwrap();
+    assert!(std::fs::read(blob).unwrap() == web.content[..]);
+    let left: Vec<_> = below(&store)
+        .into_iter()
+        .filter(|path| !path.starts_with(store.join("blobs")) && !path.starts_with(store.join("trees")))
+        .collect();
+    assert_eq!(left, [""; 0].map(std::path::PathBuf::from), "nothing is left of the fetch");
+    cell.operator.must(&["cache", "evict", &uri]);
+    assert!(below(&store).is_empty());
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_claim_is_served_in_place_and_what_is_missing_is_named() {
     let weights = tempfile::tempdir().unwrap();

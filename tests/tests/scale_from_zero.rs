@@ -14,7 +14,7 @@ const HOST: &str = "iris.default.localhost";
 const PREDICT: &str = "/v1/models/iris:predict";
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_request_wakes_a_service_and_silence_lets_it_go() {
+async fn a_request_wakes_a_service_and_silence_lets_it_sleep() {
     let dev = Dev::start(&[], vec![]).await;
     assert_eq!(
         dev.operator.apply(&Iris::default().yaml(), &[]).out,
@@ -41,7 +41,7 @@ async fn a_request_wakes_a_service_and_silence_lets_it_go() {
     let inferred = dev.gateway.post(HOST, "/v2/models/iris/infer", tensor).await.unwrap().json();
     assert_eq!(inferred["outputs"][0]["data"], json!([0]), "{inferred}");
 
-    dev.operator.replicas_are("iris", 0, "").await;
+    dev.operator.replicas_are("iris", 1, "Asleep").await;
     let described = dev.operator.must(&["describe", "isvc", "iris"]);
     assert!(described.contains("inactive from now on"), "describe says why: {described}");
     let again = dev.gateway.post(HOST, PREDICT, TWO_FLOWERS).await.unwrap();

@@ -9,9 +9,11 @@ pub struct Entry {
     pub key: String,
     /// Its contents and their bytes. One that several models have takes its bytes once.
     pub blobs: BTreeMap<String, u64>,
+    /// Of those that may go, the one of the least goes first.
+    pub keep: u32,
     /// When it was last used; any unit that grows.
     pub last_used: u64,
-    /// A replica has it, or it is being fetched: it stays.
+    /// A replica has it, it is being fetched, or it goes before the one that needs room: it stays.
     pub in_use: bool,
     /// An operator keeps it: it stays.
     pub pinned: bool,
@@ -30,8 +32,9 @@ pub struct Full {
     pub kept: u64,
 }
 
-/// Keys of the models that go so that `need` bytes more fit into `budget` bytes, the one that was used
-/// longest ago first (by key where that is equal). None that stays, none in vain: each of them is needed.
+/// Keys of the models that go so that `need` bytes more fit into `budget` bytes: the one of the least
+/// `keep` first, then the one that was used longest ago (by key where that is equal). None that stays, none
+/// in vain: each of them is needed.
 ///
 /// # Errors
 /// What stays and `need` are together more than `budget`.
@@ -43,7 +46,7 @@ pub fn victims(entries: &[Entry], need: u64, budget: u64) -> Result<Vec<String>,
     let mut taken: u64 = holders.values().map(|(bytes, _)| bytes).sum();
     let fits = |taken: u64| taken.saturating_add(need) <= budget;
     let mut going: Vec<&Entry> = entries.iter().filter(|entry| !entry.stays()).collect();
-    going.sort_by_key(|entry| (entry.last_used, &entry.key));
+    going.sort_by_key(|entry| (entry.keep, entry.last_used, &entry.key));
     let mut gone = Vec::new();
     for entry in going {
         if fits(taken) {
@@ -60,7 +63,7 @@ pub fn victims(entries: &[Entry], need: u64, budget: u64) -> Result<Vec<String>,
     if !fits(taken) {
         return Err(Full { kept: taken });
     }
-    // Small ones that went before a large one may not have been needed; the newest of them stay first.
+    // Small ones that went before a large one may not have been needed; those that went last stay first.
     let mut needed = BTreeSet::new();
     for entry in gone.iter().rev() {
         let back =
@@ -110,6 +113,15 @@ mod tests {
     }
 
     #[test]
+    fn what_is_kept_least_goes_before_what_was_used_longest_ago() {
+        let mut all = [entry("old", 1, &[("a", 10)]), entry("mid", 2, &[("b", 10)]), entry("new", 3, &[("c", 10)])];
+        all[0].keep = 2;
+        all[1].keep = 1;
+        assert_eq!(victims(&all, 10, 30).unwrap(), ["new"]);
+        assert_eq!(victims(&all, 30, 30).unwrap(), ["new", "mid", "old"]);
+    }
+
+    #[test]
     fn a_small_one_does_not_go_in_vain() {
         let all = [entry("small", 1, &[("a", 1)]), entry("large", 2, &[("b", 100)])];
         assert_eq!(victims(&all, 50, 101).unwrap(), ["large"]);
@@ -125,13 +137,14 @@ mod tests {
 
     fn entries() -> impl Strategy<Value = Vec<Entry>> {
         let blobs = prop::collection::btree_set(0_u64..12, 1..4);
-        let one = (blobs, 0_u64..6, prop::bool::weighted(0.2), prop::bool::weighted(0.2));
+        let one = (blobs, 0_u32..3, 0_u64..6, prop::bool::weighted(0.2), prop::bool::weighted(0.2));
         prop::collection::vec(one, 0..9).prop_map(|all| {
             let named = all.into_iter().enumerate();
             named
-                .map(|(number, (blobs, last_used, in_use, pinned))| Entry {
+                .map(|(number, (blobs, keep, last_used, in_use, pinned))| Entry {
                     key: format!("k{number}"),
                     blobs: blobs.into_iter().map(|n| (format!("b{n}"), n * n + 1)).collect(),
+                    keep,
                     last_used,
                     in_use,
                     pinned,
@@ -159,8 +172,9 @@ mod tests {
                         fewer.remove(at);
                         prop_assert!(taken(&all, &fewer) + need > budget, "one goes in vain");
                     }
-                    let when = |key: &String| all.iter().find(|entry| entry.key == *key).map(|entry| entry.last_used);
-                    prop_assert!(gone.is_sorted_by_key(when));
+                    let entry = |key: &String| all.iter().find(|entry| entry.key == *key);
+                    let turn = |key: &String| entry(key).map(|entry| (entry.keep, entry.last_used));
+                    prop_assert!(gone.is_sorted_by_key(turn));
                 }
             }
             // The order in which they are given makes no difference.

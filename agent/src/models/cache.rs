@@ -5,7 +5,8 @@
 //! blobs/<sha256>            each content once
 //! trees/<key>/files/…       a whole model; appears by one rename
 //! trees/<key>/tree.json     what it is; its time of change is when it was last used
-//! trees/<key>/pinned        made by an operator: it is not removed
+//! trees/<key>/pinned        where an operator keeps it: it is not removed
+//! partial/<key>/uri         which model is being fetched
 //! partial/<key>/<n>.data    file n of a model that is being fetched
 //! partial/<key>/<n>.done    starts of its ranges that are on disk, one a line
 //! partial/<key>/<n>.told    its SHA-256 by another node's word, where bytes may have come from one
@@ -23,6 +24,9 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use super::plan::Object;
+
+/// Name of the file with a model's address beside what came of it.
+const ORIGIN: &str = "uri";
 
 /// What lies in a model's folder.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -145,13 +149,18 @@ impl Cache {
         if blob.exists() { fs::remove_file(path) } else { fs::rename(path, blob) }
     }
 
-    /// Removes a blob that no model links to.
+    /// Removes a blob that no model links to; bytes that the disk has back.
     ///
     /// # Errors
     /// The disk refuses.
-    pub fn drop_unused(&self, sha256: &str) -> io::Result<()> {
+    pub fn drop_unused(&self, sha256: &str) -> io::Result<u64> {
         let blob = self.blob(sha256);
-        if fs::metadata(&blob)?.nlink() == 1 { fs::remove_file(blob) } else { Ok(()) }
+        let about = fs::metadata(&blob)?;
+        if about.nlink() > 1 {
+            return Ok(0);
+        }
+        fs::remove_file(blob)?;
+        Ok(about.len())
     }
 
     /// Makes a model visible, whole: a folder of links is staged, synced, and renamed into place.
@@ -205,6 +214,44 @@ impl Cache {
         self.tree(key).join("pinned").exists()
     }
 
+    /// Makes or removes that file.
+    ///
+    /// # Errors
+    /// The disk refuses.
+    pub fn pin(&self, key: &str, pinned: bool) -> io::Result<()> {
+        let mark = self.tree(key).join("pinned");
+        match (pinned, mark.exists()) {
+            (true, false) => File::create(mark)?.sync_all(),
+            (false, true) => fs::remove_file(mark),
+            _ => Ok(()),
+        }
+    }
+
+    /// Notes which model it is that is about to be fetched.
+    ///
+    /// # Errors
+    /// The disk refuses.
+    pub fn begin(&self, key: &str, uri: &str) -> io::Result<()> {
+        let directory = self.partial(key);
+        fs::create_dir_all(&directory)?;
+        fs::write(directory.join(ORIGIN), uri)
+    }
+
+    /// True where there is something of a model that is not whole.
+    pub fn begun(&self, key: &str) -> bool {
+        self.partial(key).exists()
+    }
+
+    /// Forgets a fetch of which nothing has come.
+    pub fn tidy(&self, key: &str) {
+        let directory = self.partial(key);
+        let Ok(entries) = fs::read_dir(&directory) else { return };
+        if entries.flatten().all(|entry| entry.file_name() == ORIGIN) {
+            // What cannot be removed now is when the next fetch of it ends.
+            let _ = fs::remove_dir_all(directory);
+        }
+    }
+
     /// Removes a whole model; its blobs stay, see [`Self::drop_unused`]. Processes that have its files
     /// open keep them.
     ///
@@ -222,14 +269,16 @@ impl Cache {
     pub fn partials(&self) -> Vec<Partial> {
         let Ok(entries) = fs::read_dir(self.root.join("partial")) else { return Vec::new() };
         let of = |entry: fs::DirEntry| {
-            let files = fs::read_dir(entry.path()).ok()?.flatten().filter_map(|file| file.metadata().ok());
+            let files = fs::read_dir(entry.path()).ok()?.flatten().filter(|file| file.file_name() != ORIGIN);
+            let files = files.filter_map(|file| file.metadata().ok());
             let (mut bytes, mut changed) = (0, SystemTime::UNIX_EPOCH);
             for file in files {
                 // Files have holes: what counts is what the disk has given.
                 bytes += file.blocks() * 512;
                 changed = changed.max(file.modified().unwrap_or(SystemTime::UNIX_EPOCH));
             }
-            Some(Partial { key: entry.file_name().into_string().ok()?, bytes, changed })
+            let uri = fs::read_to_string(entry.path().join(ORIGIN)).ok();
+            Some(Partial { key: entry.file_name().into_string().ok()?, uri, bytes, changed })
         };
         entries.flatten().filter_map(of).collect()
     }
@@ -246,6 +295,8 @@ impl Cache {
 pub struct Partial {
     /// Of the model.
     pub key: String,
+    /// Its address, where it was noted.
+    pub uri: Option<String>,
     /// Bytes on disk.
     pub bytes: u64,
     /// When something of it last came.

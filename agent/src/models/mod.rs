@@ -16,12 +16,16 @@ pub mod peers;
 #[cfg(test)]
 mod peers_tests;
 pub mod plan;
+mod report;
 mod room;
 #[cfg(test)]
 mod room_tests;
 mod s3_head;
 #[cfg(test)]
 mod s3_tests;
+mod shelf;
+#[cfg(test)]
+mod shelf_tests;
 pub mod source;
 #[cfg(test)]
 mod tests;
@@ -43,7 +47,8 @@ use fetch::Fetch;
 pub use fetch::Progress;
 use peers::Ask;
 pub use room::Held;
-use room::Room;
+use room::{Holder, Room};
+pub use shelf::Shelf;
 use source::Credentials;
 
 /// Silence after which a range is asked for again.
@@ -84,8 +89,8 @@ pub enum ModelError {
     },
     /// The cache's budget has no room for it.
     #[error(
-        "{uri}: the model has {bytes} bytes, and the node's model cache a budget of {budget}, of which {kept} are in use \
-         or pinned; see --cache-budget"
+        "{uri}: the model has {bytes} bytes, and the node's model cache a budget of {budget}, of which {kept} are in use, \
+         pinned or to be kept before it; see --cache-budget"
     )]
     CacheFull {
         /// Which model.
@@ -185,9 +190,10 @@ impl Models {
         self.room.report()
     }
 
-    /// Keeps the models of these addresses on the node for as long as the answer lives, here or yet to come.
-    pub fn hold(&self, uris: impl IntoIterator<Item = String>) -> Held {
-        self.room.hold(uris)
+    /// Keeps the models of these addresses on the node for a replica, for as long as the answer lives, here or
+    /// yet to come.
+    pub fn hold(&self, replica: &str, uris: impl IntoIterator<Item = String>) -> Held {
+        self.room.hold(Holder::Replica(replica.to_owned()), uris)
     }
 
     /// What is on disk.
@@ -253,7 +259,7 @@ impl Models {
             Arc::clone(turns.entry(uri.to_owned()).or_default())
         };
         let source = source::open(uri, credentials)?;
-        let _held = self.hold([uri.to_owned()]);
+        let _held = self.room.hold(Holder::Fetch, [uri.to_owned()]);
         let fetch = Fetch {
             uri: uri.to_owned(),
             source,

@@ -6,8 +6,9 @@
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     io,
+    path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::{SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use pilotlight_proto::fleet::v1 as fleet;
@@ -19,6 +20,7 @@ use super::{
     budget::{Entry, Full, victims},
     cache::{Cache, TreeRecord},
     plan::Object,
+    report::worth_telling,
 };
 
 /// The node's models and the bytes they may take. Cheap to clone.
@@ -33,10 +35,41 @@ pub(super) struct Room {
 #[derive(Debug, Default)]
 struct Inner {
     trees: BTreeMap<String, Tree>,
-    /// Replicas and fetches that have a model, by its address.
-    held: HashMap<String, usize>,
+    /// Who has a model, by its address.
+    held: HashMap<String, Vec<Holder>>,
     /// What goes on, by the key of its model.
     fetching: HashMap<String, Fetching>,
+    /// What is to become of models, by address; `None` before the coordinator has said so.
+    wishes: Option<BTreeMap<String, Wish>>,
+}
+
+/// Who has a model.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Holder {
+    /// A replica, by name.
+    Replica(String),
+    /// A fetch that goes on.
+    Fetch,
+}
+
+/// What is to become of a model on disk, whoever uses it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Wish {
+    /// It stays.
+    pub(super) pinned: bool,
+    /// Of those that may go, the one of the least goes first.
+    pub(super) keep: u32,
+}
+
+/// A model's pages, as last measured.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Pages {
+    /// Bytes in the page cache.
+    pub(super) resident: u64,
+    /// True while they are kept there.
+    pub(super) staged: bool,
+    /// How long reading them took the last time.
+    pub(super) took: Option<Duration>,
 }
 
 #[derive(Debug)]
@@ -45,10 +78,15 @@ struct Tree {
     bytes: u64,
     blobs: BTreeMap<String, u64>,
     last_used: SystemTime,
+    fetch_took: Option<Duration>,
+    pages: Pages,
 }
 
 #[derive(Debug, Default)]
 struct Fetching {
+    uri: String,
+    /// When it began; `None` where some of it was here before.
+    began: Option<Instant>,
     /// Contents that are here already and that it counts on.
     known: BTreeMap<String, u64>,
     /// Bytes still to come.
@@ -78,14 +116,91 @@ impl Room {
     }
 
     /// Keeps the models of these addresses for as long as the answer lives.
-    pub(super) fn hold(&self, uris: impl IntoIterator<Item = String>) -> Held {
+    pub(super) fn hold(&self, holder: Holder, uris: impl IntoIterator<Item = String>) -> Held {
         let uris: BTreeSet<String> = uris.into_iter().collect();
         let mut inner = self.lock();
         for uri in &uris {
-            *inner.held.entry(uri.clone()).or_default() += 1;
+            inner.held.entry(uri.clone()).or_default().push(holder.clone());
         }
         self.touch(&mut inner, &uris);
-        Held { room: self.clone(), uris }
+        Held { room: self.clone(), holder, uris }
+    }
+
+    /// Takes in what is to become of models; those that are not named may go. Pins are marks on the disk,
+    /// and outlive the process.
+    pub(super) fn wish(&self, wishes: BTreeMap<String, Wish>) {
+        let mut inner = self.lock();
+        if inner.wishes.as_ref() == Some(&wishes) {
+            return;
+        }
+        for (key, tree) in &inner.trees {
+            let pinned = wishes.get(&tree.uri).is_some_and(|wish| wish.pinned);
+            if let Err(error) = self.cache.pin(key, pinned) {
+                warn!(uri = %tree.uri, %error, "the model's pin cannot be changed");
+            }
+        }
+        inner.wishes = Some(wishes);
+        self.tell(&inner);
+    }
+
+    /// Folders of the whole versions of a model, by key, the one that was used last at the end.
+    pub(super) fn versions(&self, uri: &str) -> Vec<(String, PathBuf)> {
+        let inner = self.lock();
+        let mut found: Vec<_> = inner.trees.iter().filter(|(_, tree)| tree.uri == uri).collect();
+        found.sort_by_key(|(_, tree)| tree.last_used);
+        found.into_iter().map(|(key, _)| (key.clone(), self.cache.files(key))).collect()
+    }
+
+    /// Folders of all whole models whose pages are not kept, by key.
+    pub(super) fn unstaged(&self) -> Vec<(String, PathBuf)> {
+        let inner = self.lock();
+        let found = inner.trees.iter().filter(|(_, tree)| !tree.pages.staged);
+        found.map(|(key, _)| (key.clone(), self.cache.files(key))).collect()
+    }
+
+    /// Notes what has become of a model's pages.
+    pub(super) fn note_pages(&self, key: &str, change: impl FnOnce(&mut Pages)) {
+        let mut inner = self.lock();
+        if let Some(tree) = inner.trees.get_mut(key) {
+            change(&mut tree.pages);
+            self.tell(&inner);
+        }
+    }
+
+    /// Removes all versions of a model, and what fetches of it have left. Bytes that the disk has back.
+    /// Blocks.
+    ///
+    /// # Errors
+    /// Why it stays: replicas that have it, by name, a fetch, a pin, or the disk.
+    pub(super) fn evict(&self, uri: &str) -> Result<u64, String> {
+        let mut inner = self.lock();
+        let replicas = inner.replicas(uri);
+        if !replicas.is_empty() {
+            return Err(format!("in use by {}", replicas.join(", ")));
+        }
+        if inner.held.contains_key(uri) || inner.fetching.values().any(|fetching| fetching.uri == uri) {
+            return Err("it is being fetched".to_owned());
+        }
+        let keys = inner.trees.iter().filter(|(_, tree)| tree.uri == uri).map(|(key, _)| key.clone());
+        let keys: Vec<String> = keys.collect();
+        if keys.iter().any(|key| self.cache.pinned(key)) {
+            return Err("it is pinned".to_owned());
+        }
+        let left = self.cache.partials().into_iter().filter(|left| left.uri.as_deref() == Some(uri));
+        let mut freed = 0;
+        for left in left {
+            self.cache.discard(&left.key);
+            freed += left.bytes;
+        }
+        let mut removed = Ok(());
+        for key in keys {
+            match self.remove(&mut inner, &key, "it is evicted") {
+                Ok(bytes) => freed += bytes,
+                Err(error) => removed = Err(format!("the disk: {error}")),
+            }
+        }
+        self.tell(&inner);
+        removed.map(|()| freed)
     }
 
     /// Notes that these are used now.
@@ -111,26 +226,37 @@ impl Room {
     /// It does not fit; or the disk refuses.
     pub(super) fn reserve(&self, uri: &str, key: &str, objects: &[Object]) -> Result<Reserved, ModelError> {
         let mut inner = self.lock();
-        let mut fetching = Fetching::default();
+        // One that is unpacked has been fetched before.
+        let before = inner.fetching.get(key).map(|fetching| fetching.began);
+        let mut fetching = Fetching { uri: uri.to_owned(), ..Fetching::default() };
         for object in objects {
             match object.sha256.as_ref().filter(|sha256| self.cache.blob(sha256).exists()) {
                 Some(sha256) => drop(fetching.known.insert(sha256.clone(), object.size)),
                 None => fetching.missing += object.size,
             }
         }
+        let fresh = fetching.known.is_empty() && !self.cache.begun(key);
+        fetching.began = before.unwrap_or_else(|| fresh.then(Instant::now));
         let missing = fetching.missing;
         inner.fetching.insert(key.to_owned(), fetching);
         // Gives it back where it does not fit.
         let reserved = Reserved { room: self.clone(), key: key.to_owned() };
-        let Some(budget) = self.budget else { return Ok(reserved) };
+        let disk = |error| ModelError::Disk { uri: uri.to_owned(), error };
+        let Some(budget) = self.budget else {
+            // The lock is free before what is given back takes it.
+            drop(inner);
+            self.cache.begin(key, uri).map_err(disk)?;
+            return Ok(reserved);
+        };
         let known: u64 = inner.fetching.get(key).map(|fetching| fetching.known.values().sum()).unwrap_or_default();
-        let entries = self.entries(&inner, key);
+        let entries = self.entries(&inner, uri, key);
         match victims(&entries, missing, budget) {
             Ok(gone) => {
-                let removed = gone.iter().try_for_each(|name| self.remove(&mut inner, name));
+                let why = "another one needs its room";
+                let removed = gone.iter().try_for_each(|name| self.remove(&mut inner, name, why).map(drop));
                 self.tell(&inner);
                 drop(inner);
-                removed.map_err(|error| ModelError::Disk { uri: uri.to_owned(), error })?;
+                removed.and_then(|()| self.cache.begin(key, uri)).map_err(disk)?;
                 Ok(reserved)
             }
             Err(Full { kept }) => {
@@ -147,12 +273,19 @@ impl Room {
     }
 
     /// All that takes room. Bytes to come of `key` itself are what is asked for.
-    fn entries(&self, inner: &Inner, key: &str) -> Vec<Entry> {
+    ///
+    /// A model that no replica waits for displaces only what is to be kept less: two that are both asked
+    /// for, and do not fit together, would displace each other for ever.
+    fn entries(&self, inner: &Inner, uri: &str, key: &str) -> Vec<Entry> {
+        let keep = |uri: &str| Some(inner.wishes.as_ref()?.get(uri)?.keep);
+        let own = keep(uri).filter(|_| inner.replicas(uri).is_empty());
+        let before = |other: &str| own.is_some_and(|own| keep(other).unwrap_or_default() >= own);
         let whole = inner.trees.iter().map(|(key, tree)| Entry {
             key: key.clone(),
             blobs: tree.blobs.clone(),
+            keep: keep(&tree.uri).unwrap_or_default(),
             last_used: millis(tree.last_used),
-            in_use: inner.held.contains_key(&tree.uri),
+            in_use: inner.held.contains_key(&tree.uri) || before(&tree.uri),
             pinned: self.cache.pinned(key),
         });
         let coming = inner.fetching.iter().map(|(name, fetching)| {
@@ -172,16 +305,18 @@ impl Room {
         whole.chain(coming).chain(left).collect()
     }
 
-    fn remove(&self, inner: &mut Inner, name: &str) -> io::Result<()> {
+    /// Removes what an entry stands for; bytes of whole contents that the disk has back.
+    fn remove(&self, inner: &mut Inner, name: &str, why: &str) -> io::Result<u64> {
         if let Some(key) = name.strip_prefix(PARTIAL) {
             self.cache.discard(key);
-            return Ok(());
+            return Ok(0);
         }
-        let Some(tree) = inner.trees.remove(name) else { return Ok(()) };
-        info!(uri = %tree.uri, bytes = tree.bytes, "model removed: another one needs its room");
+        let Some(tree) = inner.trees.remove(name) else { return Ok(0) };
+        info!(uri = %tree.uri, bytes = tree.bytes, "model removed: {why}");
         self.cache.remove_tree(name)?;
         let counted_on = |blob: &String| inner.fetching.values().any(|fetching| fetching.known.contains_key(blob));
-        tree.blobs.keys().filter(|blob| !counted_on(blob)).try_for_each(|blob| self.cache.drop_unused(blob))
+        let unused = tree.blobs.keys().filter(|blob| !counted_on(blob));
+        unused.map(|blob| self.cache.drop_unused(blob)).sum()
     }
 
     /// Takes in finished files, by path and SHA-256, and makes the model visible. Blocks.
@@ -199,7 +334,16 @@ impl Room {
             self.cache.adopt(path, sha256)?;
         }
         self.cache.publish(key, record)?;
-        inner.trees.insert(key.to_owned(), Tree::of(record, SystemTime::now()));
+        let began = inner.fetching.get(key).and_then(|fetching| fetching.began);
+        let tree = Tree { fetch_took: began.map(|began| began.elapsed()), ..Tree::of(record, SystemTime::now()) };
+        let pinned = match &inner.wishes {
+            Some(wishes) => wishes.get(&tree.uri).is_some_and(|wish| wish.pinned),
+            // A new version is as the former ones are, until the coordinator says what is to become of it.
+            None => inner.trees.iter().any(|(key, other)| other.uri == tree.uri && self.cache.pinned(key)),
+        };
+        // One that was there already keeps what is known of it.
+        inner.trees.entry(key.to_owned()).or_insert(tree);
+        self.cache.pin(key, pinned)?;
         self.tell(&inner);
         Ok(())
     }
@@ -209,17 +353,30 @@ impl Room {
             key: key.clone(),
             uri: tree.uri.clone(),
             bytes: tree.bytes,
-            in_use: inner.held.contains_key(&tree.uri),
+            in_use: !inner.replicas(&tree.uri).is_empty(),
             pinned: self.cache.pinned(key),
             last_used: Some(tree.last_used.into()),
-            ..Default::default()
+            resident_bytes: tree.pages.resident,
+            staged: tree.pages.staged,
+            fetch_took: tree.fetch_took.and_then(|took| took.try_into().ok()),
+            stage_took: tree.pages.took.and_then(|took| took.try_into().ok()),
         });
         let report = fleet::CacheReport { models: models.collect() };
         self.report.send_if_modified(|last| {
-            let changed = *last != report;
-            *last = report;
+            let changed = worth_telling(last, &report);
+            if changed {
+                *last = report;
+            }
             changed
         });
+    }
+}
+
+impl Inner {
+    fn replicas(&self, uri: &str) -> Vec<String> {
+        let holders = self.held.get(uri).into_iter().flatten();
+        let names = holders.filter_map(|holder| if let Holder::Replica(name) = holder { Some(name) } else { None });
+        names.cloned().collect::<BTreeSet<_>>().into_iter().collect()
     }
 }
 
@@ -227,7 +384,8 @@ impl Tree {
     fn of(record: &TreeRecord, last_used: SystemTime) -> Self {
         let sizes = record.objects.iter().map(|object| object.size);
         let blobs = record.blobs.iter().cloned().zip(sizes).collect();
-        Self { uri: record.uri.clone(), bytes: record.bytes(), blobs, last_used }
+        let (uri, bytes) = (record.uri.clone(), record.bytes());
+        Self { uri, bytes, blobs, last_used, fetch_took: None, pages: Pages::default() }
     }
 }
 
@@ -246,6 +404,7 @@ fn millis(time: SystemTime) -> u64 {
 #[derive(Debug)]
 pub struct Held {
     room: Room,
+    holder: Holder,
     uris: BTreeSet<String>,
 }
 
@@ -253,11 +412,12 @@ impl Drop for Held {
     fn drop(&mut self) {
         let mut inner = self.room.lock();
         for uri in &self.uris {
-            if let Some(count) = inner.held.get_mut(uri) {
-                *count -= 1;
-                if *count == 0 {
-                    inner.held.remove(uri);
-                }
+            let Some(holders) = inner.held.get_mut(uri) else { continue };
+            if let Some(at) = holders.iter().position(|holder| *holder == self.holder) {
+                holders.swap_remove(at);
+            }
+            if holders.is_empty() {
+                inner.held.remove(uri);
             }
         }
         self.room.touch(&mut inner, &self.uris);
@@ -273,6 +433,8 @@ pub(super) struct Reserved {
 
 impl Drop for Reserved {
     fn drop(&mut self) {
-        self.room.lock().fetching.remove(&self.key);
+        let mut inner = self.room.lock();
+        inner.fetching.remove(&self.key);
+        self.room.cache.tidy(&self.key);
     }
 }

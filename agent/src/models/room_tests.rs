@@ -40,7 +40,7 @@ async fn what_nobody_uses_goes_for_what_is_asked_for() {
     let models = models(directory.path(), Some(100));
     let none = Credentials::new();
     let get = async |name: &str, bytes: u32| models.ensure(&uri(name, bytes), &none, |_| {}).await;
-    let held = models.hold([uri("used", 40)]);
+    let held = models.hold("r", [uri("used", 40)]);
     get("used", 40).await.unwrap();
     get("old", 30).await.unwrap();
     get("mid", 20).await.unwrap();
@@ -61,7 +61,7 @@ async fn what_nobody_uses_goes_for_what_is_asked_for() {
     get("large", 61).await.unwrap();
     assert_eq!(there(&models).len(), 2, "one of 30 or 25 has stayed with it: {:?}", there(&models));
 
-    // Pinned: by a file beside it, as an operator makes it.
+    // Pinned: by a file beside it.
     let key = models.report().borrow().models.iter().find(|m| m.uri == uri("large", 61)).unwrap().key.clone();
     std::fs::write(directory.path().join("trees").join(key).join("pinned"), "").unwrap();
     assert_eq!(get("other", 40).await.unwrap_err().reason(), "CacheFull");
@@ -77,7 +77,7 @@ async fn equal_content_counts_once_and_survives_the_other_model() {
     let none = Credentials::new();
     models.ensure(&format!("{server}/a/60"), &none, |_| {}).await.unwrap();
     let folder = models.ensure(&format!("{server}/b/40"), &none, |_| {}).await.unwrap();
-    let _held = models.hold([format!("{server}/b/40")]);
+    let _held = models.hold("r", [format!("{server}/b/40")]);
     // "c" is equal to "b", which its server does not say: room for it is made, and not needed after all.
     models.ensure(&format!("{server}/c/40"), &none, |_| {}).await.unwrap();
     assert_eq!(there(&models), ["b", "c"]);
@@ -121,8 +121,11 @@ fn fetches_that_go_on_have_their_room_and_those_that_were_cut_off_give_it_up() {
     // Goes on: its own bytes do not stand in its way.
     drop(room.reserve("u:1", "k1", &object(60 << 10)).unwrap());
     assert_eq!(cache.partials().len(), 1);
-    let _second = room.reserve("u:2", "k2", &object(60 << 10)).unwrap();
-    assert!(cache.partials().is_empty(), "nobody went on with it, and its room is needed");
+    let second = room.reserve("u:2", "k2", &object(60 << 10)).unwrap();
+    let left: Vec<_> = cache.partials().into_iter().map(|left| left.key).collect();
+    assert_eq!(left, ["k2"], "nobody went on with the first, and its room is needed");
+    drop(second);
+    assert!(cache.partials().is_empty(), "nothing of the second has come");
 }
 
 /// Unmounts, whatever becomes of the test.

@@ -1,4 +1,5 @@
-//! Pauses before a failed replica is started again, as Kubernetes' kubelet makes them.
+//! Pauses before a failed replica is started again, as Kubernetes' kubelet makes them; models that nobody
+//! waits for are fetched with the same.
 
 use std::time::Duration;
 
@@ -9,13 +10,13 @@ const FORGIVEN: Duration = Duration::from_secs(600);
 
 /// Nothing the first time, then 10 s, doubling to 5 min.
 #[derive(Debug, Default)]
-pub(super) struct CrashBackoff {
+pub(crate) struct CrashBackoff {
     failures: u32,
 }
 
 impl CrashBackoff {
     /// The pause after a replica has failed that ran for `ran`.
-    pub(super) fn after(&mut self, ran: Duration) -> Duration {
+    pub(crate) fn after(&mut self, ran: Duration) -> Duration {
         if ran >= FORGIVEN {
             self.failures = 0;
         }

@@ -28,6 +28,11 @@ impl Health {
         Self { startup: prober(&container.startup_probe), liveness: prober(&container.liveness_probe) }
     }
 
+    /// Of one that has started before, and need not show that again.
+    pub(super) fn of_started(self) -> Self {
+        Self { startup: None, ..self }
+    }
+
     /// Resolves when the container is to be restarted; never, where nothing asks for that. `started` becomes
     /// true once the startup probe has passed: nothing else is to be asked before.
     pub(super) async fn fails(self, started: watch::Sender<bool>) -> Unhealthy {

@@ -3,10 +3,16 @@
 //! One task per replica ([`replica`]) brings it to where the last assignment wants it. Before the first
 //! assignment nothing is stopped: replicas of a former agent process are adopted and go on serving.
 
-mod backoff;
+mod asleep;
+mod awake;
+pub(crate) mod backoff;
+mod failure;
 mod health;
 mod models;
 mod replica;
+mod rung;
+#[cfg(test)]
+mod sleep_tests;
 #[cfg(test)]
 mod tests;
 mod way_back;
@@ -21,7 +27,7 @@ use tokio::{sync::watch, task::JoinHandle};
 
 use crate::{
     endpoint::{Egress, Endpoints},
-    models::Models,
+    models::{Models, Shelf},
     runtime::{Runtime, RuntimeError},
 };
 use replica::{Desired, Life};
@@ -33,6 +39,7 @@ pub struct Reconciler {
     endpoints: Arc<dyn Endpoints>,
     egress: Arc<dyn Egress>,
     models: Models,
+    shelf: Shelf,
     statuses: Statuses,
     inner: Mutex<Inner>,
 }
@@ -95,11 +102,15 @@ impl Reconciler {
         endpoints: Arc<dyn Endpoints>,
         egress: Arc<dyn Egress>,
         models: Models,
+        shelf: Shelf,
     ) -> Result<Arc<Self>, RuntimeError> {
         let (statuses, inner) = (Statuses::new(), Mutex::default());
-        let reconciler = Arc::new(Self { runtime, endpoints, egress, models, statuses, inner });
+        let reconciler = Arc::new(Self { runtime, endpoints, egress, models, shelf, statuses, inner });
         for running in reconciler.runtime.adopt().await? {
-            let desired = Desired { assignment: running.assignment.clone(), leave: false };
+            // It goes on as it is, whatever it was started for, until the coordinator is heard.
+            let asleep = reconciler.runtime.sleep_mark(&running.replica).is_some();
+            let assignment = ReplicaAssignment { asleep, ..running.assignment.clone() };
+            let desired = Desired { assignment, leave: false };
             reconciler.spawn(&mut reconciler.lock(), desired, Some(running));
         }
         Ok(reconciler)
@@ -169,11 +180,13 @@ impl Reconciler {
                 None => self.spawn(&mut inner, desired, None),
             }
         }
+        // After the replicas: what they have now is not let go of.
+        self.shelf.assign(assignment.models);
     }
 
     fn spawn(&self, inner: &mut Inner, desired: Desired, adopted: Option<crate::runtime::Running>) {
         let name = desired.assignment.replica.clone();
-        let held = self.models.hold(desired.assignment.models.iter().map(|model| model.uri.clone()));
+        let held = self.models.hold(&name, desired.assignment.models.iter().map(|model| model.uri.clone()));
         let (sender, receiver) = watch::channel(desired);
         let life = Life {
             runtime: Arc::clone(&self.runtime),

@@ -1,5 +1,7 @@
 //! A replica's models: fetched before it starts, with progress in its status.
 
+use std::{collections::HashSet, path::PathBuf};
+
 use pilotlight_proto::fleet::v1::{ReplicaAssignment, ReplicaPhase};
 
 use super::Statuses;
@@ -8,27 +10,39 @@ use crate::{
     runtime::Mount,
 };
 
-/// Has all models of a replica in place, one after another, and says where it sees them.
+/// A replica's models, in place.
+#[derive(Debug, Default)]
+pub(super) struct Got {
+    /// Where the replica sees them.
+    pub(super) mounts: Vec<Mount>,
+    /// Where each is on this node.
+    pub(super) folders: Vec<PathBuf>,
+    /// True where one was not here whole before.
+    pub(super) fetched: bool,
+}
+
+/// Has all models of a replica in place, one after another.
 pub(super) async fn fetch(
     models: &Models,
     assignment: &ReplicaAssignment,
     statuses: &Statuses,
-) -> Result<Vec<Mount>, ModelError> {
-    let mut mounts = Vec::new();
+) -> Result<Got, ModelError> {
+    let mut got = Got::default();
     for model in &assignment.models {
         if !model.unresolved.is_empty() {
             return Err(ModelError::Source { uri: model.uri.clone(), reason: model.unresolved.clone() });
         }
         let mut add = |source, target: &str| {
             let target = target.trim_end_matches('/').to_owned();
-            mounts.push(Mount { source, target, read_only: model.read_only });
+            got.mounts.push(Mount { source, target, read_only: model.read_only });
         };
         if model.uri.starts_with("pvc://") {
             let (root, below) = models.volume(&assignment.namespace, &model.uri)?;
-            add(below, &model.mount_path);
+            add(below.clone(), &model.mount_path);
             if !model.claim_root.is_empty() {
                 add(root, &model.claim_root);
             }
+            got.folders.push(below);
             continue;
         }
         let credentials: Credentials =
@@ -42,9 +56,18 @@ pub(super) async fn fetch(
                 status.reason.clear();
             });
         };
-        add(models.ensure_from(&model.uri, &credentials, &model.peers, tell).await?, &model.mount_path);
+        let here = whole(models);
+        let folder = models.ensure_from(&model.uri, &credentials, &model.peers, tell).await?;
+        add(folder.clone(), &model.mount_path);
+        got.fetched |= !here.contains(&folder);
+        got.folders.push(folder);
     }
-    Ok(mounts)
+    Ok(got)
+}
+
+/// Folders of all models that are here whole.
+fn whole(models: &Models) -> HashSet<PathBuf> {
+    models.report().borrow().models.iter().map(|model| models.cache().files(&model.key)).collect()
 }
 
 /// In whole percent: each new one is a sign of progress, and there are at most a hundred.

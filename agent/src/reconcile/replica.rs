@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use pilotlight_proto::fleet::v1::{ReplicaAssignment, ReplicaPhase, ReplicaStatus};
+use pilotlight_proto::fleet::v1::{ReplicaAssignment, ReplicaPhase, ReplicaStatus, SleepPaths};
 use pilotlight_telemetry::TraceContext;
 use prost_types::Timestamp;
 use tokio::{sync::watch, time::Instant};
@@ -10,23 +10,24 @@ use tracing::{Instrument as _, Span, info, info_span, warn};
 
 use super::{
     Statuses,
+    asleep::Tired,
+    awake::Begin,
     backoff::CrashBackoff,
-    health::{Health, Unhealthy},
+    failure::{Failure, SLEEP_FAILED, in_backoff},
     models,
+    rung::{self, Cold},
     way_back::WayBack,
 };
 use crate::{
-    endpoint::{Endpoints, LocalReplica},
-    models::{Held, ModelError, Models},
-    runtime::{Exit, Running, Runtime, RuntimeError, probe::Prober, unix_now},
+    endpoint::Endpoints,
+    models::{Held, Models},
+    runtime::{Exit, Running, Runtime, SleepMark, unix_now},
 };
 
 /// Grace where the assignment names none; Kubernetes' default.
 const GRACE: Duration = Duration::from_secs(30);
-/// Reason of a replica that a probe has had restarted; the name of Kubernetes' event.
-const UNHEALTHY: &str = "Unhealthy";
 /// Longest request where the assignment names none; Knative's default.
-const TIMEOUT: Duration = Duration::from_secs(300);
+pub(super) const TIMEOUT: Duration = Duration::from_secs(300);
 
 /// What a replica shall be.
 #[derive(Debug, Clone, PartialEq)]
@@ -48,11 +49,22 @@ pub(super) struct Life {
     pub(super) desired: watch::Receiver<Desired>,
 }
 
+/// Where a replica is whose process lives.
+pub(super) enum Stage {
+    /// It loads, or takes requests. The span ends when it is ready.
+    Awake(Begin, Span),
+    /// It is loaded, and is to sleep.
+    Tired(Tired),
+    /// It sleeps, by its server's own endpoints or else paused.
+    Asleep(Option<SleepPaths>),
+}
+
 /// Why a running replica is not tended any more.
-enum Turn {
-    Ended(Exit),
-    Unhealthy(Unhealthy),
+pub(super) enum End {
+    /// It is to leave.
     Leave,
+    /// Nothing runs any more.
+    Failed(Failure),
 }
 
 impl Life {
@@ -70,33 +82,60 @@ impl Life {
         while !self.leaving() {
             let span = self.start_span();
             let started = match present.take() {
-                Some(running) => Ok(running),
+                Some(running) => Ok((running, Begin::Adopted)),
                 None => match self.start(&span).await {
-                    Some(started) => started,
+                    Some(started) => started.map(|(running, cold)| (running, Begin::Started(cold))),
                     None => break,
                 },
             };
             // An adopted one has run for longer than this process has known it.
-            let before = started.as_ref().map_or(Duration::ZERO, ran_before);
+            let before = started.as_ref().map_or(Duration::ZERO, |(running, _)| ran_before(running));
             let begun = Instant::now();
             let failure = match started {
-                Ok(running) => match self.tend(&running, span).await {
-                    Turn::Leave => return self.leave(&running).await,
-                    Turn::Unhealthy(why) => self.restart(&running, why).await,
-                    Turn::Ended(exit) => {
-                        self.endpoints.remove(&running.replica);
-                        Failure::of_exit(exit)
-                    }
+                Ok((running, begin)) => match self.tend(&running, begin, span).await {
+                    End::Leave => return self.leave(&running).await,
+                    End::Failed(failure) => failure,
                 },
                 Err(failure) => failure,
             };
-            self.failed(failure, backoff.after(before + begun.elapsed())).await;
+            if failure.reason == SLEEP_FAILED {
+                self.refused_to_sleep(failure).await;
+            } else {
+                self.failed(failure, backoff.after(before + begun.elapsed())).await;
+            }
         }
         self.stopped().await;
     }
 
+    /// Sees a replica whose process lives from one stage to the next, until it ends or is to leave.
+    async fn tend(&mut self, running: &Running, begin: Begin, span: Span) -> End {
+        self.update(|status| {
+            status.pid = running.pid;
+            status.started_at = Some(Timestamp { seconds: running.started_at, nanos: 0 });
+        });
+        let mark = self.runtime.sleep_mark(&running.replica).filter(|_| matches!(begin, Begin::Adopted));
+        let mut stage = match mark {
+            None => Ok(Stage::Awake(begin, span)),
+            Some(SleepMark { paths, settled: true }) => {
+                // At once: nobody shall take it for one that is to come.
+                self.update(|status| status.set_phase(ReplicaPhase::Asleep));
+                self.sleeps(running, paths, |_| {}).await
+            }
+            Some(SleepMark { paths, settled: false }) => Ok(Stage::Tired(Tired::of_former(paths))),
+        };
+        loop {
+            stage = match stage {
+                Ok(Stage::Awake(begin, span)) => self.awake(running, begin, span).await,
+                Ok(Stage::Tired(tired)) => self.fall_asleep(running, tired).await,
+                Ok(Stage::Asleep(paths)) => self.sleep(running, paths).await,
+                Err(end) => return end,
+            };
+        }
+    }
+
     /// Gets what it needs, image and models, and starts it. `None`: it is to leave instead.
-    async fn start(&mut self, span: &Span) -> Option<Result<Running, Failure>> {
+    async fn start(&mut self, span: &Span) -> Option<Result<(Running, Cold), Failure>> {
+        let began = Instant::now();
         let mut assignment = self.assignment();
         let (runtime, models, statuses) = (Arc::clone(&self.runtime), self.models.clone(), self.statuses.clone());
         let say = |message: String| {
@@ -107,25 +146,31 @@ impl Life {
             });
         };
         let getting = async {
-            runtime.prepare(&assignment, &say).await.map_err(|error| Failure::of_error(&error))?;
-            models::fetch(&models, &assignment, &statuses).await.map_err(|error| Failure::of_model(&error))
+            let pulled = runtime.prepare(&assignment, &say).await.map_err(|error| Failure::of_error(&error))?;
+            let got = models::fetch(&models, &assignment, &statuses).await;
+            let got = got.map_err(|error| Failure::of_model(&error))?;
+            let rung = rung::before_start(pulled || got.fetched, &got.folders).await;
+            Ok((got.mounts, Cold { rung, began }))
         };
-        let mounts = tokio::select! {
-            mounts = getting.instrument(span.clone()) => mounts,
+        let got = tokio::select! {
+            got = getting.instrument(span.clone()) => got,
             () = left(&mut self.desired) => return None,
         };
-        let mounts = match mounts {
-            Ok(mounts) => mounts,
+        let (mounts, cold) = match got {
+            Ok(got) => got,
             Err(failure) => return Some(Err(failure)),
         };
         // The runtime keeps the assignment on disk, where credentials have no business.
         assignment.models.iter_mut().for_each(|model| model.credentials.clear());
         let ip = runtime.host_address(&assignment);
-        let started = match self.way_back.prepare(assignment, ip).await {
-            Ok(assignment) => runtime.start(&assignment, &mounts).instrument(span.clone()).await,
-            Err(error) => Err(error),
+        let starting = async {
+            let assignment = self.way_back.prepare(assignment, ip).await?;
+            // A former process of it may have ended in its sleep.
+            runtime.mark_sleep(&assignment.replica, None)?;
+            runtime.start(&assignment, &mounts).instrument(span.clone()).await
         };
-        Some(started.map_err(|error| Failure::of_error(&error)))
+        let started = starting.await;
+        Some(started.map(|running| (running, cold)).map_err(|error| Failure::of_error(&error)))
     }
 
     /// An adopted replica goes on, unless what it calls cannot be given back to it: then it starts anew.
@@ -137,7 +182,7 @@ impl Life {
         None
     }
 
-    fn assignment(&self) -> ReplicaAssignment {
+    pub(super) fn assignment(&self) -> ReplicaAssignment {
         self.desired.borrow().assignment.clone()
     }
 
@@ -145,132 +190,62 @@ impl Life {
         self.desired.borrow().leave
     }
 
-    fn update(&self, change: impl FnOnce(&mut ReplicaStatus)) {
-        let name = self.desired.borrow().assignment.replica.clone();
-        self.statuses.update(&name, change);
+    pub(super) fn name(&self) -> String {
+        self.desired.borrow().assignment.replica.clone()
+    }
+
+    pub(super) fn update(&self, change: impl FnOnce(&mut ReplicaStatus)) {
+        self.statuses.update(&self.name(), change);
     }
 
     /// From the start to ready, as part of the trace of the request that asked for it.
     fn start_span(&self) -> Span {
-        let assignment = self.desired.borrow().assignment.clone();
-        let span = info_span!("replica.start", otel.kind = "internal", pilotlight.replica = %assignment.replica);
-        let context = TraceContext { traceparent: assignment.traceparent, tracestate: assignment.tracestate };
-        pilotlight_telemetry::set_parent(&span, &context);
+        let span = info_span!("replica.start", otel.kind = "internal", pilotlight.replica = %self.name());
+        self.join_trace(span)
+    }
+
+    /// The same, from the moment it is told to wake.
+    pub(super) fn wake_span(&self) -> Span {
+        let span = info_span!("replica.wake", otel.kind = "internal", pilotlight.replica = %self.name());
+        self.join_trace(span)
+    }
+
+    fn join_trace(&self, span: Span) -> Span {
+        let ReplicaAssignment { traceparent, tracestate, .. } = self.assignment();
+        pilotlight_telemetry::set_parent(&span, &TraceContext { traceparent, tracestate });
         span
     }
 
-    /// Probes a running replica, and tells the data path, until it ends or is to leave.
-    async fn tend(&mut self, running: &Running, span: Span) -> Turn {
-        self.update(|status| {
-            status.set_phase(ReplicaPhase::Starting);
-            status.pid = running.pid;
-            status.started_at = Some(Timestamp { seconds: running.started_at, nanos: 0 });
-            status.ready_at = None;
-            status.message.clear();
-            status.reason.clear();
-        });
-        let mut loading = Some(info_span!(parent: &span, "replica.load", otel.kind = "internal"));
-        let mut starting = Some(span);
-        let container = running.assignment.container.clone().unwrap_or_default();
-        let (started, mut has_started) = watch::channel(false);
-        let unhealthy = Health::new(&container, running, &self.runtime).fails(started);
-        tokio::pin!(unhealthy);
-        let prober = Prober::new(container.readiness_probe.unwrap_or_default(), running, Arc::clone(&self.runtime));
-        let runtime = Arc::clone(&self.runtime);
-        let exited = runtime.exited(running);
-        tokio::pin!(exited);
-        let (mut ready, mut successes, mut failures) = (false, 0, 0);
-        let mut pause = prober.initial_delay();
-        loop {
-            let answer = tokio::select! {
-                exit = &mut exited => return Turn::Ended(exit),
-                () = left(&mut self.desired) => return Turn::Leave,
-                why = &mut unhealthy => return Turn::Unhealthy(why),
-                answer = ask(&prober, pause, &mut has_started) => answer,
-            };
-            match answer {
-                Ok(()) => {
-                    (successes, failures) = (successes + 1, 0);
-                    if !ready && successes >= prober.success_threshold() {
-                        ready = true;
-                        // The spans end here: what follows is no part of the start.
-                        loading.take();
-                        starting.take();
-                        self.ready(running);
-                    }
-                }
-                Err(reason) => {
-                    (successes, failures) = (0, failures + 1);
-                    if ready && failures >= prober.failure_threshold() {
-                        ready = false;
-                        self.endpoints.not_ready(&running.replica);
-                        warn!(replica = %running.replica, %reason, "not ready any more");
-                        self.update(|status| status.set_phase(ReplicaPhase::Starting));
-                    }
-                    if !ready {
-                        self.not_yet(&reason);
-                    }
-                }
-            }
-            pause = prober.period(ready);
-        }
-    }
-
-    /// Ends a container that a probe has found unhealthy. It gets nothing new, and may end what it has.
-    async fn restart(&self, running: &Running, why: Unhealthy) -> Failure {
-        warn!(replica = %running.replica, message = %why.message, "is restarted");
-        self.endpoints.not_ready(&running.replica);
-        self.update(|status| {
-            status.set_phase(ReplicaPhase::Starting);
-            status.reason = UNHEALTHY.to_owned();
-            status.message.clone_from(&why.message);
-        });
-        let container = self.assignment().container.unwrap_or_default();
-        let grace = why.grace.or_else(|| duration(container.termination_grace_period)).unwrap_or(GRACE);
-        self.runtime.stop(running, grace).await;
+    /// It has ended by itself: nothing more is sent there.
+    pub(super) fn ended(&self, running: &Running, exit: Exit) -> End {
         self.endpoints.remove(&running.replica);
-        Failure { reason: UNHEALTHY, message: why.message, exit_code: None }
+        End::Failed(Failure::of_exit(exit))
     }
 
-    fn ready(&self, running: &Running) {
-        let assignment = self.assignment();
-        self.endpoints.ready(LocalReplica {
-            name: running.replica.clone(),
-            revision: assignment.revision.clone(),
-            address: running.address,
-            h2c: assignment.container.as_ref().is_some_and(|container| container.h2c),
-            container_concurrency: assignment.container_concurrency,
-            timeout: duration(assignment.timeout).unwrap_or(TIMEOUT),
-        });
-        info!(replica = %running.replica, "ready");
+    /// Stops a running replica that has failed. `grace` as the manifest says, where it is not given.
+    pub(super) async fn give_up(&self, running: &Running, failure: Failure, grace: Option<Duration>) -> Failure {
+        warn!(replica = %running.replica, reason = failure.reason, message = %failure.message, "is stopped");
         self.update(|status| {
-            status.set_phase(ReplicaPhase::Ready);
-            status.ready_at = Some(Timestamp::from(std::time::SystemTime::now()));
-            status.message.clear();
-            status.reason.clear();
+            status.reason = failure.reason.to_owned();
+            status.message.clone_from(&failure.message);
         });
+        self.runtime.stop(running, grace.unwrap_or_else(|| self.grace())).await;
+        self.endpoints.remove(&running.replica);
+        failure
     }
 
-    /// Says what the probe said, where that is new.
-    fn not_yet(&self, reason: &str) {
-        let message = format!("not ready yet: {reason}");
-        let name = self.desired.borrow().assignment.replica.clone();
-        let told = self.statuses.0.borrow().replicas.iter().any(|s| s.replica == name && s.message == message);
-        if !told {
-            self.update(|status| {
-                status.message = message;
-                status.reason = "ProbeFailed".to_owned();
-            });
-        }
+    fn grace(&self) -> Duration {
+        let container = self.assignment().container;
+        container.and_then(|container| duration(container.termination_grace_period)).unwrap_or(GRACE)
     }
 
     async fn failed(&mut self, failure: Failure, pause: Duration) {
-        let name = self.desired.borrow().assignment.replica.clone();
-        warn!(replica = %name, reason = failure.reason, message = %failure.message, ?pause, "replica failed");
+        warn!(replica = %self.name(), reason = failure.reason, message = %failure.message, ?pause, "replica failed");
         let looping = !pause.is_zero();
         self.update(|status| {
             status.set_phase(ReplicaPhase::Failed);
             status.pid = 0;
+            status.holds_gpu_memory = false;
             status.exit_code = failure.exit_code;
             status.restarts += 1;
             status.reason = if looping { in_backoff(failure.reason) } else { failure.reason }.to_owned();
@@ -283,107 +258,61 @@ impl Life {
         }
     }
 
+    /// It was to sleep, did not, and is stopped: whether it is worth another start is not for its node to
+    /// say. One that is to be awake is started again.
+    async fn refused_to_sleep(&mut self, failure: Failure) {
+        self.update(|status| {
+            status.set_phase(ReplicaPhase::Failed);
+            status.pid = 0;
+            status.reason = failure.reason.to_owned();
+            status.message = failure.message;
+        });
+        told(&mut self.desired, |desired| desired.leave || !desired.assignment.asleep).await;
+    }
+
     /// Drains, stops and forgets.
     async fn leave(self, running: &Running) {
         self.endpoints.drain(&running.replica);
         self.update(|status| status.set_phase(ReplicaPhase::Draining));
-        let assignment = self.assignment();
-        let timeout = duration(assignment.timeout).unwrap_or(TIMEOUT);
+        let timeout = duration(self.assignment().timeout).unwrap_or(TIMEOUT);
         tokio::select! {
             () = self.endpoints.drained(&running.replica) => {}
             () = tokio::time::sleep(timeout) => warn!(replica = %running.replica, "not drained in time"),
             _ = self.runtime.exited(running) => {}
         }
-        let grace = assignment.container.and_then(|container| duration(container.termination_grace_period));
-        self.runtime.stop(running, grace.unwrap_or(GRACE)).await;
+        self.runtime.stop(running, self.grace()).await;
         self.endpoints.remove(&running.replica);
         info!(replica = %running.replica, "stopped");
         self.stopped().await;
     }
 
     async fn stopped(&self) {
-        let name = self.desired.borrow().assignment.replica.clone();
-        self.runtime.remove(&name).await;
+        self.runtime.remove(&self.name()).await;
         self.update(|status| {
             status.set_phase(ReplicaPhase::Stopped);
             status.pid = 0;
+            status.holds_gpu_memory = false;
         });
     }
 }
 
-/// Resolves when the replica is to leave, or nobody is there any more to say so.
-async fn left(desired: &mut watch::Receiver<Desired>) {
-    // An error means that the reconciler is gone; then the task is about to be ended.
-    if desired.wait_for(|desired| desired.leave).await.is_err() {
-        std::future::pending::<()>().await;
+/// What the replica shall be, as soon as that is `enough`.
+pub(super) async fn told(desired: &mut watch::Receiver<Desired>, enough: impl FnMut(&Desired) -> bool) -> Desired {
+    let now = desired.wait_for(enough).await.map(|desired| desired.clone());
+    match now {
+        Ok(now) => now,
+        // The reconciler is gone, and the task about to be ended.
+        Err(_) => std::future::pending().await,
     }
 }
 
-async fn ask(prober: &Prober, pause: Duration, has_started: &mut watch::Receiver<bool>) -> Result<(), String> {
-    // An error means that the container is about to be restarted.
-    if has_started.wait_for(|started| *started).await.is_err() {
-        std::future::pending::<()>().await;
-    }
-    tokio::time::sleep(pause).await;
-    prober.ask().await
+/// Resolves when the replica is to leave.
+pub(super) async fn left(desired: &mut watch::Receiver<Desired>) {
+    told(desired, |desired| desired.leave).await;
 }
 
-fn duration(given: Option<prost_types::Duration>) -> Option<Duration> {
+pub(super) fn duration(given: Option<prost_types::Duration>) -> Option<Duration> {
     Duration::try_from(given?).ok()
-}
-
-/// Why a replica failed.
-struct Failure {
-    reason: &'static str,
-    message: String,
-    exit_code: Option<i32>,
-}
-
-impl Failure {
-    fn of_exit(exit: Exit) -> Self {
-        let (reason, message) = match (exit.code, exit.signal) {
-            _ if exit.oom_killed => {
-                ("OOMKilled", "the container was killed: it used more memory than its limit".to_owned())
-            }
-            (Some(0), _) => ("Completed", "the process ended with exit code 0".to_owned()),
-            (Some(code), Some(signal)) => {
-                ("Error", format!("the process ended with exit code {code}, that is by signal {signal}"))
-            }
-            (Some(code), None) => ("Error", format!("the process ended with exit code {code}")),
-            (None, Some(signal)) => ("Error", format!("the process was ended by signal {signal}")),
-            (None, None) => ("Error", "the process ended".to_owned()),
-        };
-        Self { reason, message, exit_code: exit.code }
-    }
-
-    fn of_model(error: &ModelError) -> Self {
-        Self { reason: error.reason(), message: error.to_string(), exit_code: None }
-    }
-
-    fn of_error(error: &RuntimeError) -> Self {
-        Self { reason: error.reason(), message: error.to_string(), exit_code: None }
-    }
-}
-
-/// What Kubernetes calls the pause after this reason: images have a name of their own for it, and what
-/// cannot be created or fetched stays what it is.
-fn in_backoff(reason: &'static str) -> &'static str {
-    match reason {
-        "ErrImagePull" => "ImagePullBackOff",
-        "InvalidImageName"
-        | "ErrImageNeverPull"
-        | "ImageInspectError"
-        | "CreateContainerConfigError"
-        | "CreateContainerError"
-        | "ModelNotFound"
-        | "ModelFetchFailed"
-        | "ModelChecksumMismatch"
-        | "ModelCacheFailed"
-        | "CacheFull"
-        | "DiskFull"
-        | "VolumeNotFound" => reason,
-        _ => "CrashLoopBackOff",
-    }
 }
 
 /// How long it ran before this process knew it, to the second.

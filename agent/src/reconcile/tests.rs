@@ -16,16 +16,26 @@ use tokio_util::sync::CancellationToken;
 use super::*;
 use crate::{
     endpoint::EgressListener,
-    runtime::{Exit, Mount, Running},
+    runtime::{Exit, Mount, Running, SleepMark},
     sidecar::{Grant, Limits, RevisionQueue, Sidecar},
 };
 
-const KEY: &str = "default/iris-00001";
-const TIMEOUT: Duration = Duration::from_secs(60);
-const GRACE: Duration = Duration::from_secs(7);
+pub(super) const KEY: &str = "default/iris-00001";
+pub(super) const TIMEOUT: Duration = Duration::from_secs(60);
+pub(super) const GRACE: Duration = Duration::from_secs(7);
+/// Main memory of each "process", bytes.
+pub(super) const MEMORY: u64 = 5 << 20;
+
+/// What comes of pausing a "process", and of letting it go on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Pausing {
+    Works,
+    Fails,
+    NeverEnds,
+}
 
 /// "Processes" that run until they are stopped, or until the test ends them.
-struct Fake {
+pub(super) struct Fake {
     address: SocketAddr,
     ends: Mutex<HashMap<String, CancellationToken>>,
     /// Replica, time since the start of the test, and grace of each stop.
@@ -33,6 +43,10 @@ struct Fake {
     began: Instant,
     /// What a former agent has left running.
     former: Vec<ReplicaAssignment>,
+    pub(super) marks: Mutex<HashMap<String, SleepMark>>,
+    pub(super) pausing: Mutex<Pausing>,
+    /// What has been done, in order: "start", "pause", "resume", and the marks in between.
+    pub(super) done: Mutex<Vec<&'static str>>,
 }
 
 impl Fake {
@@ -48,8 +62,25 @@ impl Fake {
         }
     }
 
-    fn end(&self, replica: &str) -> CancellationToken {
+    pub(super) fn end(&self, replica: &str) -> CancellationToken {
         self.ends.lock().unwrap().entry(replica.to_owned()).or_default().clone()
+    }
+
+    fn did(&self, what: &'static str) {
+        self.done.lock().unwrap().push(what);
+    }
+
+    async fn halt(&self, running: &Running, what: &'static str) -> Result<(), RuntimeError> {
+        self.did(what);
+        let pausing = *self.pausing.lock().unwrap();
+        match pausing {
+            Pausing::Works => Ok(()),
+            Pausing::Fails => {
+                let (replica, reason) = (running.replica.clone(), "it refuses".to_owned());
+                Err(RuntimeError::Pause { what, replica, reason })
+            }
+            Pausing::NeverEnds => std::future::pending().await,
+        }
     }
 }
 
@@ -57,6 +88,7 @@ impl Fake {
 impl Runtime for Fake {
     async fn start(&self, assignment: &ReplicaAssignment, _: &[Mount]) -> Result<Running, RuntimeError> {
         let assignment = assignment.clone();
+        self.did("start");
         self.ends.lock().unwrap().insert(assignment.replica.clone(), CancellationToken::new());
         Ok(self.running(assignment))
     }
@@ -77,6 +109,36 @@ impl Runtime for Fake {
         self.end(&running.replica).cancel();
     }
 
+    async fn pause(&self, running: &Running) -> Result<(), RuntimeError> {
+        self.halt(running, "pause").await
+    }
+
+    async fn resume(&self, running: &Running) -> Result<(), RuntimeError> {
+        self.halt(running, "resume").await
+    }
+
+    async fn memory(&self, _: &Running) -> u64 {
+        MEMORY
+    }
+
+    fn mark_sleep(&self, replica: &str, mark: Option<&SleepMark>) -> Result<(), RuntimeError> {
+        let mut marks = self.marks.lock().unwrap();
+        let former = marks.remove(replica);
+        match mark {
+            Some(mark) => {
+                self.did(if mark.settled { "settled" } else { "unsettled" });
+                marks.insert(replica.to_owned(), mark.clone());
+            }
+            None if former.is_some() => self.did("unmarked"),
+            None => {}
+        }
+        Ok(())
+    }
+
+    fn sleep_mark(&self, replica: &str) -> Option<SleepMark> {
+        self.marks.lock().unwrap().get(replica).cloned()
+    }
+
     async fn remove(&self, _: &str) {}
 
     fn log_file(&self, _: &str) -> PathBuf {
@@ -85,7 +147,7 @@ impl Runtime for Fake {
 }
 
 /// Asks each ten seconds whether something listens at `port`; the third failure is one too many.
-fn listens(port: u16) -> Option<fleet::Probe> {
+pub(super) fn listens(port: u16) -> Option<fleet::Probe> {
     Some(fleet::Probe {
         handler: Some(fleet::probe::Handler::TcpSocket(fleet::TcpSocket { port: port.into() })),
         termination_grace_period: prost_types::Duration::try_from(Duration::from_secs(2)).ok(),
@@ -94,7 +156,7 @@ fn listens(port: u16) -> Option<fleet::Probe> {
 }
 
 /// A port at which nothing listens.
-async fn closed_port() -> u16 {
+pub(super) async fn closed_port() -> u16 {
     TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap().local_addr().unwrap().port()
 }
 
@@ -173,7 +235,7 @@ async fn a_replicas_models_are_held_until_it_has_stopped() {
     report.wait_for(|report| !in_use(report)).await.unwrap();
 }
 
-fn node_models(root: &std::path::Path) -> Models {
+pub(super) fn node_models(root: &std::path::Path) -> Models {
     Models::open(root.to_owned(), BTreeMap::new(), Duration::from_secs(1), None).unwrap()
 }
 
@@ -186,13 +248,13 @@ impl Egress for NoWayBack {
     }
 }
 
-struct Node {
-    fake: Arc<Fake>,
+pub(super) struct Node {
+    pub(super) fake: Arc<Fake>,
     sidecar: Arc<Sidecar>,
-    queue: Arc<RevisionQueue>,
-    reconciler: Arc<Reconciler>,
+    pub(super) queue: Arc<RevisionQueue>,
+    pub(super) reconciler: Arc<Reconciler>,
     /// Answers the probes.
-    _listener: TcpListener,
+    _listener: Option<TcpListener>,
 }
 
 impl Node {
@@ -205,23 +267,59 @@ impl Node {
     }
 
     /// A node without replicas.
-    async fn empty() -> Self {
+    pub(super) async fn empty() -> Self {
         let cache = tempfile::tempdir().unwrap();
         Self::with(node_models(cache.path()), Vec::new()).await
     }
 
+    /// A node whose replicas all serve at this address.
+    pub(super) async fn empty_at(address: SocketAddr) -> Self {
+        let cache = tempfile::tempdir().unwrap();
+        Self::at(address, node_models(cache.path()), Vec::new(), HashMap::new(), None).await
+    }
+
     /// A node with these models and what a former agent has left running.
-    async fn with(models: Models, former: Vec<ReplicaAssignment>) -> Self {
+    pub(super) async fn with(models: Models, former: Vec<ReplicaAssignment>) -> Self {
+        Self::with_asleep(models, former, HashMap::new()).await
+    }
+
+    /// The same; some of what runs sleeps.
+    pub(super) async fn with_asleep(
+        models: Models,
+        former: Vec<ReplicaAssignment>,
+        marks: HashMap<String, SleepMark>,
+    ) -> Self {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
         let address = listener.local_addr().unwrap();
-        let (ends, stops) = (Mutex::default(), Mutex::default());
-        let fake = Arc::new(Fake { address, ends, stops, began: Instant::now(), former });
+        Self::at(address, models, former, marks, Some(listener)).await
+    }
+
+    async fn at(
+        address: SocketAddr,
+        models: Models,
+        former: Vec<ReplicaAssignment>,
+        marks: HashMap<String, SleepMark>,
+        listener: Option<TcpListener>,
+    ) -> Self {
+        let fake = Arc::new(Fake {
+            address,
+            ends: Mutex::default(),
+            stops: Mutex::default(),
+            began: Instant::now(),
+            former,
+            marks: Mutex::new(marks),
+            pausing: Mutex::new(Pausing::Works),
+            done: Mutex::default(),
+        });
         let sidecar = Sidecar::new();
         let queue = sidecar.revision(KEY);
         queue.route(Limits { queue: 10, timeout: TIMEOUT, concurrency: 1 }, BTreeMap::new());
         let runtime: Arc<dyn Runtime> = Arc::clone(&fake) as _;
         let endpoints: Arc<dyn Endpoints> = Arc::clone(&sidecar) as _;
-        let reconciler = Reconciler::adopt(runtime, endpoints, Arc::new(NoWayBack), models).await.unwrap();
+        let reconciler =
+            Reconciler::adopt(runtime, endpoints, Arc::new(NoWayBack), models.clone(), Shelf::new(models, 0))
+                .await
+                .unwrap();
         Self { fake, sidecar, queue, reconciler, _listener: listener }
     }
 
@@ -246,14 +344,14 @@ impl Node {
     }
 
     /// Waits until the replicas, by name, are in these phases.
-    async fn phases(&self, phases: &[ReplicaPhase]) {
+    pub(super) async fn phases(&self, phases: &[ReplicaPhase]) {
         let mut statuses = self.reconciler.statuses();
         let reached = |all: &ReplicaStatuses| all.replicas.iter().map(ReplicaStatus::phase).eq(phases.iter().copied());
         statuses.wait_for(reached).await.unwrap();
     }
 
     /// Waits until the first replica has been started again so many times; what was last said of it.
-    async fn restarted(&self, times: u32) -> ReplicaStatus {
+    pub(super) async fn restarted(&self, times: u32) -> ReplicaStatus {
         let mut statuses = self.reconciler.statuses();
         let restarted = |all: &ReplicaStatuses| all.replicas.iter().any(|status| status.restarts == times);
         statuses.wait_for(restarted).await.unwrap().replicas[0].clone()
@@ -267,14 +365,14 @@ impl Node {
     }
 
     /// A request that runs, and on which replica.
-    async fn request(&self) -> (String, Grant) {
+    pub(super) async fn request(&self) -> (String, Grant) {
         let grant = self.queue.enter(false).unwrap().granted().await.unwrap();
         let crate::sidecar::Target::Local { replica, .. } = &grant.target else { panic!("{grant:?}") };
         (replica.clone(), grant)
     }
 
     /// Stops so far, and the time since `since` of each.
-    fn stops(&self, since: Instant) -> Vec<(String, Duration, Duration)> {
+    pub(super) fn stops(&self, since: Instant) -> Vec<(String, Duration, Duration)> {
         let before = since.duration_since(self.fake.began);
         let stops = self.fake.stops.lock().unwrap();
         stops.iter().map(|(replica, at, grace)| (replica.clone(), *at - before, *grace)).collect()

@@ -5,7 +5,7 @@ use std::{net::IpAddr, path::PathBuf, time::Duration};
 use async_trait::async_trait;
 use pilotlight_proto::fleet::v1::ReplicaAssignment;
 
-use super::{DockerRuntime, Exit, Mount, ProcessRuntime, Running, Runtime, RuntimeError, Say};
+use super::{DockerRuntime, Exit, Mount, ProcessRuntime, Running, Runtime, RuntimeError, Say, SleepMark};
 
 /// Processes and containers side by side: an image is run as a container. A command without an image,
 /// and the command `pilotlight`, which is this very program, are run as processes.
@@ -37,7 +37,7 @@ fn contained(assignment: &ReplicaAssignment) -> bool {
 
 #[async_trait]
 impl Runtime for AnyRuntime {
-    async fn prepare(&self, assignment: &ReplicaAssignment, say: Say<'_>) -> Result<(), RuntimeError> {
+    async fn prepare(&self, assignment: &ReplicaAssignment, say: Say<'_>) -> Result<bool, RuntimeError> {
         self.of(assignment).prepare(assignment, say).await
     }
 
@@ -65,6 +65,19 @@ impl Runtime for AnyRuntime {
 
     async fn resume(&self, running: &Running) -> Result<(), RuntimeError> {
         self.tending(running).resume(running).await
+    }
+
+    async fn memory(&self, running: &Running) -> u64 {
+        self.tending(running).memory(running).await
+    }
+
+    // Both keep it in the directory that they share.
+    fn mark_sleep(&self, replica: &str, mark: Option<&SleepMark>) -> Result<(), RuntimeError> {
+        self.process.mark_sleep(replica, mark)
+    }
+
+    fn sleep_mark(&self, replica: &str) -> Option<SleepMark> {
+        self.process.sleep_mark(replica)
     }
 
     async fn remove(&self, replica: &str) {

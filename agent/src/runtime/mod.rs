@@ -24,6 +24,7 @@ use tokio::process::Command;
 pub use auto::AnyRuntime;
 pub use docker::{DockerRuntime, DockerSettings, GpuMode};
 pub use process::ProcessRuntime;
+pub use state::SleepMark;
 
 /// A replica that runs.
 #[derive(Debug, Clone, PartialEq)]
@@ -153,9 +154,10 @@ pub type Say<'a> = &'a (dyn Fn(String) + Send + Sync);
 /// Runs replicas. What it starts outlives this process and is found again by [`Runtime::adopt`].
 #[async_trait]
 pub trait Runtime: Send + Sync + 'static {
-    /// Gets what the replica needs before it can be started, such as its image; may take long.
-    async fn prepare(&self, _assignment: &ReplicaAssignment, _say: Say<'_>) -> Result<(), RuntimeError> {
-        Ok(())
+    /// Gets what the replica needs before it can be started, such as its image; may take long. True where
+    /// something had to be fetched.
+    async fn prepare(&self, _assignment: &ReplicaAssignment, _say: Say<'_>) -> Result<bool, RuntimeError> {
+        Ok(false)
     }
     /// Starts a replica that sees `mounts`.
     async fn start(&self, assignment: &ReplicaAssignment, mounts: &[Mount]) -> Result<Running, RuntimeError>;
@@ -165,16 +167,26 @@ pub trait Runtime: Send + Sync + 'static {
     async fn exited(&self, running: &Running) -> Exit;
     /// Asks it to end, and makes it after `grace`. Returns when it has.
     async fn stop(&self, running: &Running, grace: Duration);
-    /// Halts it where it is; it keeps all its memory, that of GPUs too. [`Runtime::stop`] works on it as ever.
+    /// Halts it where it is, if it is not halted yet; it keeps all its memory, that of GPUs too.
+    /// [`Runtime::stop`] works on it as ever.
     async fn pause(&self, running: &Running) -> Result<(), RuntimeError> {
         let (replica, reason) = (running.replica.clone(), "this runtime cannot".to_owned());
         Err(RuntimeError::Pause { what: "pause", replica, reason })
     }
-    /// Lets it go on where it was.
+    /// Lets it go on where it was, if it is halted.
     async fn resume(&self, running: &Running) -> Result<(), RuntimeError> {
         let (replica, reason) = (running.replica.clone(), "this runtime cannot".to_owned());
         Err(RuntimeError::Pause { what: "resume", replica, reason })
     }
+    /// Main memory that its processes have now, bytes; 0 where unknown. What processes share counts for each.
+    async fn memory(&self, running: &Running) -> u64;
+    /// Notes how a replica sleeps for a later agent process; `None`: it does not.
+    ///
+    /// # Errors
+    /// The note cannot be written.
+    fn mark_sleep(&self, replica: &str, mark: Option<&SleepMark>) -> Result<(), RuntimeError>;
+    /// What was noted last; `None`: it does not sleep.
+    fn sleep_mark(&self, replica: &str) -> Option<SleepMark>;
     /// Forgets a replica that has ended, with its files.
     async fn remove(&self, replica: &str);
     /// Where its output is.

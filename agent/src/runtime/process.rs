@@ -18,14 +18,12 @@ use nix::{
     unistd::Pid,
 };
 use pilotlight_proto::fleet::v1::ReplicaAssignment;
-use tokio::{
-    process::{Child, Command},
-    sync::watch,
-};
+use process_wrap::tokio::{ChildWrapper, CommandWrap, ProcessSession};
+use tokio::{process::Command, sync::watch};
 use tracing::{info, warn};
 
 use super::{
-    Exit, Mount, Running, Runtime, RuntimeError,
+    Exit, Mount, Running, Runtime, RuntimeError, SleepMark,
     expand::expand,
     mounts::rewrite,
     resolved,
@@ -88,14 +86,19 @@ impl ProcessRuntime {
         })?;
         let program = if program == "pilotlight" { self.own_binary.clone() } else { PathBuf::from(program) };
         let mut command = Command::new(program);
-        command.args(words).env_clear().envs(passed_on()).envs(variables).process_group(0).stdin(Stdio::null());
+        command.args(words).env_clear().envs(passed_on()).envs(variables).stdin(Stdio::null());
         if !container.working_dir.is_empty() {
             command.current_dir(&container.working_dir);
         }
         Ok(command)
     }
 
-    fn spawn(&self, assignment: &ReplicaAssignment, mounts: &[Mount], port: u16) -> Result<Child, RuntimeError> {
+    fn spawn(
+        &self,
+        assignment: &ReplicaAssignment,
+        mounts: &[Mount],
+        port: u16,
+    ) -> Result<Box<dyn ChildWrapper>, RuntimeError> {
         let mut command = self.command(assignment, mounts, port)?;
         let directory = self.directories.make(&assignment.replica)?;
         let path = directory.join(LOG);
@@ -104,11 +107,16 @@ impl ProcessRuntime {
         let log = log.map_err(|error| RuntimeError::File { path: path.clone(), error })?;
         let second = log.try_clone().map_err(|error| RuntimeError::File { path, error })?;
         let program = command.as_std().get_program().to_string_lossy().into_owned();
-        command.stdout(log).stderr(second).spawn().map_err(|error| RuntimeError::Start { program, error })
+        command.stdout(log).stderr(second);
+        // A session of its own, not only a group: of a group that is halted while its agent ends the kernel
+        // would make an end (SIGHUP to stopped processes of an orphaned group of the agent's session).
+        let spawned = CommandWrap::from(command).wrap(ProcessSession).spawn();
+        // The process is waited for, not what else is in its group.
+        spawned.map(ChildWrapper::into_inner).map_err(|error| RuntimeError::Start { program, error })
     }
 
     /// Waits for a child in a task, so that it is reaped whoever asks, or nobody.
-    fn watch(&self, pid: u32, mut child: Child) {
+    fn watch(&self, pid: u32, mut child: Box<dyn ChildWrapper>) {
         let (sender, receiver) = watch::channel(None);
         self.exits.lock().unwrap_or_else(PoisonError::into_inner).insert(pid, receiver);
         tokio::spawn(async move {
@@ -169,6 +177,14 @@ fn signal(pid: u32, signal: Signal) {
 /// State of a process as in `/proc`: T is stopped by a signal, Z ended and not yet reaped.
 fn state(pid: u32) -> Option<char> {
     Some(procfs::process::Process::new(i32::try_from(pid).ok()?).ok()?.stat().ok()?.state)
+}
+
+/// Resident set of all processes of a group, bytes.
+fn resident(group: u32) -> u64 {
+    let Ok(all) = procfs::process::all_processes() else { return 0 };
+    let stats = all.flatten().filter_map(|process| process.stat().ok());
+    let of_group = stats.filter(|stat| u32::try_from(stat.pgrp) == Ok(group));
+    of_group.map(|stat| stat.rss).sum::<u64>() * procfs::page_size()
 }
 
 /// Sends a replica's group a signal that it cannot miss.
@@ -286,6 +302,19 @@ impl Runtime for ProcessRuntime {
 
     async fn resume(&self, running: &Running) -> Result<(), RuntimeError> {
         halt(running, "resume", Signal::SIGCONT)
+    }
+
+    async fn memory(&self, running: &Running) -> u64 {
+        let group = running.pid;
+        tokio::task::spawn_blocking(move || resident(group)).await.unwrap_or(0)
+    }
+
+    fn mark_sleep(&self, replica: &str, mark: Option<&SleepMark>) -> Result<(), RuntimeError> {
+        self.directories.mark_sleep(replica, mark)
+    }
+
+    fn sleep_mark(&self, replica: &str) -> Option<SleepMark> {
+        self.directories.sleep_mark(replica)
     }
 
     async fn remove(&self, replica: &str) {

@@ -6,13 +6,14 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use pilotlight_proto::fleet::v1::ReplicaAssignment;
+use pilotlight_proto::fleet::v1::{ReplicaAssignment, SleepPaths};
 use prost::Message as _;
 use serde::{Deserialize, Serialize};
 
 use super::RuntimeError;
 
 const STATE: &str = "state.json";
+const SLEEP: &str = "sleep.json";
 pub(super) const LOG: &str = "output.log";
 
 /// A replica's record.
@@ -45,6 +46,24 @@ impl ReplicaState {
     pub(super) fn encode(assignment: &ReplicaAssignment) -> String {
         assignment.encode_to_vec().iter().map(|byte| format!("{byte:02x}")).collect()
     }
+}
+
+/// What is kept on disk of a replica that sleeps, is about to, or is being woken: how it does so.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SleepMark {
+    /// Its server's own endpoints; `None`: it is paused.
+    pub paths: Option<SleepPaths>,
+    /// True once it sleeps for certain; false on the way into sleep and out of it.
+    pub settled: bool,
+}
+
+/// The mark as it is in its file.
+#[derive(Serialize, Deserialize)]
+struct SleepFile {
+    /// Sleep, wake, is-sleeping.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    paths: Option<(String, String, String)>,
+    settled: bool,
 }
 
 /// The directories of all replicas.
@@ -83,6 +102,42 @@ impl Directories {
         write().map_err(|error| RuntimeError::File { path: path.clone(), error })
     }
 
+    /// Writes how a replica sleeps, whole or not at all; removes it where it does not. This is on the way of
+    /// waking, so it is not forced onto the disk: what ends the machine ends its replicas, too.
+    pub(super) fn mark_sleep(&self, replica: &str, mark: Option<&SleepMark>) -> Result<(), RuntimeError> {
+        let directory = self.of(replica);
+        let path = directory.join(SLEEP);
+        let write = || -> io::Result<()> {
+            let Some(SleepMark { paths, settled }) = mark.cloned() else {
+                let removed = fs::remove_file(&path);
+                return removed
+                    .or_else(|error| if error.kind() == io::ErrorKind::NotFound { Ok(()) } else { Err(error) });
+            };
+            let paths = paths.map(|SleepPaths { sleep, wake, is_sleeping }| (sleep, wake, is_sleeping));
+            let mut file = tempfile::NamedTempFile::new_in(&directory)?;
+            serde_json::to_writer(&mut file, &SleepFile { paths, settled })?;
+            file.persist(&path).map_err(|error| error.error)?;
+            Ok(())
+        };
+        write().map_err(|error| RuntimeError::File { path: path.clone(), error })
+    }
+
+    /// How a replica sleeps, or is about to; `None` where it does not.
+    pub(super) fn sleep_mark(&self, replica: &str) -> Option<SleepMark> {
+        let path = self.of(replica).join(SLEEP);
+        let text = fs::read(&path).ok()?;
+        match serde_json::from_slice(&text) {
+            Ok(SleepFile { paths, settled }) => {
+                let paths = paths.map(|(sleep, wake, is_sleeping)| SleepPaths { sleep, wake, is_sleeping });
+                Some(SleepMark { paths, settled })
+            }
+            Err(error) => {
+                tracing::warn!(path = %path.display(), %error, "cannot be read; the replica is taken for awake");
+                None
+            }
+        }
+    }
+
     /// All records that can be read, by replica.
     pub(super) fn read_all(&self) -> Vec<(String, ReplicaState)> {
         let Ok(entries) = fs::read_dir(&self.root) else { return Vec::new() };
@@ -116,5 +171,30 @@ impl Directories {
         {
             tracing::warn!(directory = %directory.display(), %error, "cannot remove a replica's files");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn how_a_replica_sleeps_is_read_as_it_was_written() {
+        let folder = tempfile::tempdir().unwrap();
+        let directories = Directories::new(folder.path());
+        directories.make("a").unwrap();
+        assert_eq!(directories.sleep_mark("a"), None);
+        directories.mark_sleep("a", None).unwrap();
+        let paths = SleepPaths { sleep: "/sleep?level=1".into(), wake: "/wake_up".into(), is_sleeping: String::new() };
+        for (paths, settled) in [(None, false), (None, true), (Some(paths), true)] {
+            let mark = SleepMark { paths, settled };
+            directories.mark_sleep("a", Some(&mark)).unwrap();
+            assert_eq!(directories.sleep_mark("a"), Some(mark));
+        }
+        directories.mark_sleep("a", None).unwrap();
+        assert_eq!(directories.sleep_mark("a"), None);
+        assert_eq!(fs::read_dir(directories.of("a")).unwrap().count(), 0, "nothing is left over");
+        let nowhere = SleepMark { paths: None, settled: true };
+        assert!(directories.mark_sleep("b", Some(&nowhere)).unwrap_err().to_string().contains("b/sleep.json"));
     }
 }

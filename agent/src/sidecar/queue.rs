@@ -230,7 +230,7 @@ impl RevisionQueue {
         }
     }
 
-    /// No new requests, for good; those that run go on.
+    /// No new requests, until it is ready anew; those that run go on.
     pub fn drain(&self, replica: &str) {
         let mut state = self.lock();
         if let Some(local) = state.replicas.get_mut(replica) {

@@ -185,12 +185,15 @@ impl State {
         }
     }
 
-    /// A replica is ready, for the first time in this life or again.
+    /// A replica is ready, for the first time in this life or again; one that was to drain is taken back.
     pub(super) fn ready(&mut self, replica: LocalReplica) {
         self.load.changed();
         if let Some(local) = self.replicas.get_mut(&replica.name) {
             local.replica = replica;
             local.ready = true;
+            local.draining = false;
+            // What runs there counts as draining no more.
+            self.count_running();
             return;
         }
         let name = replica.name.clone();

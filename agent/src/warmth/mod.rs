@@ -4,4 +4,4 @@ pub mod page_cache;
 pub mod sleep;
 
 pub use page_cache::{PageCache, Residency, StageError, Staged};
-pub use sleep::{SleepError, SleepPaths, Slept, fall_asleep, wake};
+pub use sleep::{SleepError, Slept, fall_asleep, wake};

@@ -3,7 +3,7 @@
 //! vLLM's are `POST /sleep?level=1` (weights go to main memory, the cache of keys and values is dropped),
 //! `POST /wake_up` and `GET /is_sleeping`. A replica that is only paused keeps its GPU memory.
 
-use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
+use std::{net::SocketAddr, time::Duration};
 
 use bytes::Bytes;
 use http::{Method, Request};
@@ -12,56 +12,18 @@ use hyper_util::{
     client::legacy::{Client, connect::HttpConnector},
     rt::TokioExecutor,
 };
+use pilotlight_proto::fleet::v1::SleepPaths;
 use serde::Deserialize;
 use tokio::time::Instant;
 
 use crate::runtime::{Running, Runtime, RuntimeError};
 
-/// Annotation: path that puts the server to sleep, by POST.
-pub const SLEEP_PATH: &str = "pilotlight.dev/sleep-path";
-/// Annotation: path that wakes it, by POST.
-pub const WAKE_PATH: &str = "pilotlight.dev/wake-path";
-/// Annotation: path that says `{"is_sleeping": true}` or false, by GET; optional.
-pub const IS_SLEEPING_PATH: &str = "pilotlight.dev/is-sleeping-path";
-
-/// Between questions whether it sleeps.
-const LOOK: Duration = Duration::from_millis(50);
+/// Between the first questions whether it sleeps; then twice as long each time, to [`LOOK_MOST`].
+const LOOK: Duration = Duration::from_millis(2);
+/// Between questions at most.
+const LOOK_MOST: Duration = Duration::from_millis(50);
 /// The longest answer that is read, bytes.
 const ANSWER_MOST: usize = 4096;
-
-/// A server's own endpoints for sleep.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct SleepPaths {
-    /// Puts it to sleep.
-    pub sleep: String,
-    /// Wakes it.
-    pub wake: String,
-    /// Says whether it sleeps; without it, the answers to the other two are believed.
-    pub is_sleeping: Option<String>,
-}
-
-impl SleepPaths {
-    /// What the annotations declare; `None` where they declare no sleep.
-    ///
-    /// # Errors
-    /// One of the two that belong together is missing, or one is no path.
-    pub fn of(annotations: &BTreeMap<String, String>) -> Result<Option<Self>, String> {
-        let path = |key: &str| match annotations.get(key) {
-            Some(path) if path.starts_with('/') && path.parse::<http::uri::PathAndQuery>().is_ok() => {
-                Ok(Some(path.clone()))
-            }
-            Some(path) => Err(format!("{key}: {path:?}: expected a path that begins with /")),
-            None => Ok(None),
-        };
-        let is_sleeping = path(IS_SLEEPING_PATH)?;
-        match (path(SLEEP_PATH)?, path(WAKE_PATH)?) {
-            (Some(sleep), Some(wake)) => Ok(Some(Self { sleep, wake, is_sleeping })),
-            (None, None) if is_sleeping.is_none() => Ok(None),
-            (None, _) => Err(format!("{SLEEP_PATH}: missing, but needed with the other paths")),
-            (_, None) => Err(format!("{WAKE_PATH}: missing, but needed with the other paths")),
-        }
-    }
-}
 
 /// How a replica fell asleep.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -86,7 +48,7 @@ pub enum SleepError {
     /// It took too long.
     #[error("{path}: not done within {limit:?}")]
     Timeout {
-        /// Which path was asked.
+        /// Which path was asked, or what the runtime was asked for.
         path: String,
         /// How long it may take.
         limit: Duration,
@@ -96,8 +58,8 @@ pub enum SleepError {
     Runtime(#[from] RuntimeError),
 }
 
-/// Puts a replica, which has no request any more, to sleep. It still sleeps not, where this fails; the
-/// caller should then stop it.
+/// Puts a replica, which has no request any more, to sleep. Where this fails, it may sleep or not; the
+/// caller should then stop it. Doing it again does no harm, as long as the server bears being asked twice.
 ///
 /// # Errors
 /// The server refuses or takes longer than `limit`, or the runtime cannot pause.
@@ -109,13 +71,14 @@ pub async fn fall_asleep(
 ) -> Result<Slept, SleepError> {
     let began = Instant::now();
     match paths {
-        Some(paths) => turn(running.address, &paths.sleep, paths.is_sleeping.as_deref(), true, limit).await?,
-        None => runtime.pause(running).await?,
+        Some(paths) => turn(running.address, &paths.sleep, &paths.is_sleeping, true, limit).await?,
+        None => within(limit, "pause", runtime.pause(running)).await?,
     }
     Ok(Slept { took: began.elapsed(), holds_gpu_memory: paths.is_none() })
 }
 
-/// Wakes a replica; how long that took. Whether it is ready is for its probe to say.
+/// Wakes a replica; how long that took. Whether it is ready is for its probe to say. One that is awake
+/// stays so.
 ///
 /// # Errors
 /// As [`fall_asleep`].
@@ -127,26 +90,41 @@ pub async fn wake(
 ) -> Result<Duration, SleepError> {
     let began = Instant::now();
     match paths {
-        Some(paths) => turn(running.address, &paths.wake, paths.is_sleeping.as_deref(), false, limit).await?,
-        None => runtime.resume(running).await?,
+        Some(paths) => turn(running.address, &paths.wake, &paths.is_sleeping, false, limit).await?,
+        None => within(limit, "resume", runtime.resume(running)).await?,
     }
     Ok(began.elapsed())
+}
+
+async fn within(
+    limit: Duration,
+    what: &str,
+    work: impl Future<Output = Result<(), RuntimeError>>,
+) -> Result<(), SleepError> {
+    match tokio::time::timeout(limit, work).await {
+        Ok(done) => Ok(done?),
+        Err(_) => Err(SleepError::Timeout { path: what.to_owned(), limit }),
+    }
 }
 
 /// Asks a server to sleep or to wake, and waits until it says that it does.
 async fn turn(
     address: SocketAddr,
     path: &str,
-    is_sleeping: Option<&str>,
+    is_sleeping: &str,
     asleep: bool,
     limit: Duration,
 ) -> Result<(), SleepError> {
     let client = Client::builder(TokioExecutor::new()).build_http();
     let work = async {
         ask(&client, Method::POST, address, path).await?;
-        let Some(question) = is_sleeping else { return Ok(()) };
-        while says(&ask(&client, Method::GET, address, question).await?, question)? != asleep {
-            tokio::time::sleep(LOOK).await;
+        let mut pause = LOOK;
+        // Without a way to ask, its word is taken.
+        while !is_sleeping.is_empty()
+            && says(&ask(&client, Method::GET, address, is_sleeping).await?, is_sleeping)? != asleep
+        {
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(LOOK_MOST);
         }
         Ok(())
     };

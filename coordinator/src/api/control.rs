@@ -13,11 +13,11 @@ use pilotlight_proto::{
 use tokio::sync::broadcast::error::RecvError;
 use tonic::{Request, Response, Status};
 
-use super::{access::Access, objects::Objects};
+use super::{access::Access, cache, objects::Objects};
 use crate::{
     autoscaler::Defaults,
     finding::Finding,
-    fleet::LogHub,
+    fleet::{EvictHub, LogHub},
     manifest::{self, Reading},
     model::{Availability, keys},
     reconcile::{CommandError, Handle, cached, commands::Change, meter::UsageRecord, view, world::World},
@@ -52,6 +52,8 @@ pub struct ControlService {
     pub cell: String,
     /// Open log requests.
     pub logs: Arc<LogHub>,
+    /// Models that agents were asked to remove.
+    pub evictions: Arc<EvictHub>,
 }
 
 impl ControlService {
@@ -226,17 +228,17 @@ impl Control for ControlService {
 
     async fn warm_model(&self, request: Request<control::WarmModelRequest>) -> Answer<control::WarmModelResponse> {
         self.access.operator(&request, Role::Operator)?;
-        Err(Status::unimplemented("not yet"))
+        cache::warm(&self.handle, request.into_inner()).await.map(Response::new)
     }
 
     async fn pin_model(&self, request: Request<control::PinModelRequest>) -> Answer<control::PinModelResponse> {
         self.access.operator(&request, Role::Operator)?;
-        Err(Status::unimplemented("not yet"))
+        cache::pin(&self.handle, request.into_inner()).await.map(Response::new)
     }
 
     async fn evict_model(&self, request: Request<control::EvictModelRequest>) -> Answer<control::EvictModelResponse> {
         self.access.operator(&request, Role::Operator)?;
-        Err(Status::unimplemented("not yet"))
+        cache::evict(&self.handle, &self.evictions, request.into_inner()).await.map(Response::new)
     }
 
     async fn set_node_availability(
@@ -544,7 +546,7 @@ fn usage(record: UsageRecord) -> control::Usage {
 pub(super) fn status(error: CommandError) -> Status {
     match &error {
         CommandError::NotFound(_) | CommandError::NodeNotFound(_) => Status::not_found(error.to_string()),
-        CommandError::Refused(_) => Status::failed_precondition(error.to_string()),
+        CommandError::Refused(_) | CommandError::OnAllNodes(_) => Status::failed_precondition(error.to_string()),
         CommandError::Store(_) | CommandError::Stopping => Status::unavailable(error.to_string()),
     }
 }

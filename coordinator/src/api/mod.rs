@@ -1,6 +1,7 @@
 //! The operators' gRPC API and who may use what.
 
 pub mod access;
+mod cache;
 pub mod control;
 pub mod objects;
 

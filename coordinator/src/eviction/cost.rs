@@ -36,6 +36,11 @@ impl Costs {
         Self { prior: [cached + disk / NETWORK, cached, START + weights / LOADER, asleep], measured: [None; 4] }
     }
 
+    /// The same measurements, with estimates from these bytes for what was not measured yet.
+    pub fn with_estimates(&self, footprint: &Footprint) -> Self {
+        Self { prior: Self::estimated(footprint).prior, ..*self }
+    }
+
     /// Takes in how long it took from this rung until it served; ignored for [`Rung::Serving`].
     pub fn measure(&mut self, from: Rung, took: Duration) {
         if let Some(measured) = self.measured.get_mut(from as usize) {

@@ -1,8 +1,10 @@
 //! Sessions with agents: what they report, what they are told.
 
 pub mod enrollment;
+pub mod evictions;
 pub mod logs;
 pub mod session;
 
+pub use evictions::EvictHub;
 pub use logs::LogHub;
 pub use session::{FleetService, SessionHandle};

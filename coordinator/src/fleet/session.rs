@@ -21,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 use tracing::{info, warn};
 
-use super::LogHub;
+use super::{EvictHub, LogHub};
 use crate::{
     api::access::Access,
     reconcile::{Handle, commands::Input},
@@ -71,6 +71,7 @@ impl SessionHandle {
 pub struct FleetService {
     handle: Handle,
     logs: Arc<LogHub>,
+    evictions: Arc<EvictHub>,
     access: Access,
     next_session: AtomicU64,
     stopping: CancellationToken,
@@ -78,8 +79,14 @@ pub struct FleetService {
 
 impl FleetService {
     /// Serves sessions until `stopping`.
-    pub fn new(handle: Handle, logs: Arc<LogHub>, access: Access, stopping: CancellationToken) -> Self {
-        Self { handle, logs, access, next_session: AtomicU64::new(1), stopping }
+    pub fn new(
+        handle: Handle,
+        logs: Arc<LogHub>,
+        evictions: Arc<EvictHub>,
+        access: Access,
+        stopping: CancellationToken,
+    ) -> Self {
+        Self { handle, logs, evictions, access, next_session: AtomicU64::new(1), stopping }
     }
 }
 
@@ -114,13 +121,20 @@ impl fleet::fleet_server::Fleet for FleetService {
             .send(Input::Connected { session: session.clone(), hello: Box::new(hello) })
             .await
             .map_err(stopped)?;
-        tokio::spawn(listen(inbound, session, self.handle.clone(), Arc::clone(&self.logs)));
+        let (logs, evictions) = (Arc::clone(&self.logs), Arc::clone(&self.evictions));
+        tokio::spawn(listen(inbound, session, self.handle.clone(), logs, evictions));
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
     }
 }
 
 /// Reads what the agent says until either side ends the session.
-async fn listen(mut inbound: Streaming<AgentMessage>, session: SessionHandle, handle: Handle, logs: Arc<LogHub>) {
+async fn listen(
+    mut inbound: Streaming<AgentMessage>,
+    session: SessionHandle,
+    handle: Handle,
+    logs: Arc<LogHub>,
+    evictions: Arc<EvictHub>,
+) {
     loop {
         let message = tokio::select! {
             () = session.closed.cancelled() => break,
@@ -128,6 +142,7 @@ async fn listen(mut inbound: Streaming<AgentMessage>, session: SessionHandle, ha
         };
         match message {
             Ok(Some(AgentMessage { message: Some(FromAgent::LogChunk(chunk)) })) => logs.deliver(chunk),
+            Ok(Some(AgentMessage { message: Some(FromAgent::ModelEvicted(answer)) })) => evictions.deliver(answer),
             Ok(Some(AgentMessage { message: Some(message) })) => {
                 let input = Input::Heard { node: session.node.clone(), session: session.id, message };
                 if handle.send(input).await.is_err() {

@@ -90,6 +90,26 @@ impl<'a> Ledger<'a> {
         }
     }
 
+    /// True where all devices of a replica are there and free.
+    pub(super) fn is_free(&self, taken: &Taken) -> bool {
+        let mig_free = |uuid: &String| {
+            let devices = self.gpus.iter().flat_map(|state| state.gpu.mig_devices.iter().zip(&state.mig_free));
+            devices.into_iter().any(|(device, free)| device.uuid == *uuid && *free)
+        };
+        let gpu_free = |index: &u32| {
+            let state = self.gpus.iter().find(|state| state.gpu.index == *index);
+            state.is_some_and(|state| match taken.gpu_memory_bytes {
+                Some(share) => state.free >= share,
+                None => state.untouched,
+            })
+        };
+        if taken.mig_devices.is_empty() {
+            taken.gpu_indices.iter().all(gpu_free)
+        } else {
+            taken.mig_devices.iter().all(mig_free)
+        }
+    }
+
     pub(super) fn cpu_fits(&self, millis: u64) -> bool {
         self.cpu_left().is_none_or(|left| millis <= left)
     }

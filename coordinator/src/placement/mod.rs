@@ -108,6 +108,22 @@ pub struct Taken {
     pub idle: bool,
     /// It drains: what it holds will be free.
     pub leaving: bool,
+    /// For whom it goes, where it is idle.
+    pub yields: Yields,
+    /// What is lost where it goes, seconds of later waiting: of several that would do, the least goes.
+    pub worth: f64,
+}
+
+/// For whom an idle replica gives up its place.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Yields {
+    /// Requests of higher priority.
+    #[default]
+    ToHigher,
+    /// Those of its own priority too, where somebody waits for an answer: it can sleep meanwhile.
+    ToAwaited,
+    /// All: it sleeps anyhow.
+    ToAll,
 }
 
 /// What a replica asks for.
@@ -139,6 +155,8 @@ pub struct PlacementRequest {
     pub priority: i32,
     /// Address of the model it loads, where it names one: nodes that have it cached are better.
     pub model: Option<String>,
+    /// Somebody waits for an answer of it.
+    pub awaited: bool,
 }
 
 impl PlacementRequest {
@@ -159,6 +177,7 @@ impl PlacementRequest {
             policy: spec::placement_policy(&template.annotations),
             priority: spec::priority(&template.annotations),
             model: model_of(template),
+            awaited: false,
         }
     }
 
@@ -173,8 +192,7 @@ impl PlacementRequest {
             cpu_millis: self.cpu_millis,
             memory_bytes: self.memory_bytes,
             priority: self.priority,
-            idle: false,
-            leaving: false,
+            ..Taken::default()
         }
     }
 
@@ -196,6 +214,11 @@ fn model_of(template: &RevisionTemplate) -> Option<String> {
 }
 
 impl Taken {
+    /// True where anybody may have its place.
+    fn makes_way(&self) -> bool {
+        self.idle && !self.leaving && self.yields == Yields::ToAll
+    }
+
     /// What a placed replica of a revision holds.
     pub fn of(template: &RevisionTemplate, replica: &str, revision: &str, gpu_indices: Vec<u32>) -> Self {
         let resources = &template.resources;
@@ -285,7 +308,12 @@ fn place_one<'a>(index: &mut index::Index<'a>, request: &'a PlacementRequest) ->
     Placement { replica: request.replica.clone(), outcome }
 }
 
-/// How many replicas like this one the fleet could hold beside what is taken.
+/// True where the devices that a replica has or had are there, and held by nobody else.
+pub fn can_have(node: &Node, taken: &Taken) -> bool {
+    ledger::Ledger::but(node, |other| other.replica != taken.replica).is_free(taken)
+}
+
+/// How many replicas like this one the fleet could hold beside what is taken and does not yield to all.
 pub fn capacity(fleet: &FleetView, request: &PlacementRequest) -> u32 {
     /// Beyond this the answer bounds nothing: a replica that asks for no GPU fits without end.
     const MOST: u32 = 100_000;
@@ -293,7 +321,7 @@ pub fn capacity(fleet: &FleetView, request: &PlacementRequest) -> u32 {
         if filters::admits(node, request).is_err() {
             return 0;
         }
-        let mut ledger = ledger::Ledger::of(node);
+        let mut ledger = ledger::Ledger::but(node, |taken| !taken.makes_way());
         let mut count = 0;
         while count < MOST
             && let Ok(grant) = grant::of(&ledger, request)

@@ -1,4 +1,4 @@
-//! Room for those of higher priority: which idle replicas of lower priority leave.
+//! Room for those that need it more: which idle replicas of lower priority, or asleep, leave.
 
 use std::{
     cmp::Reverse,
@@ -6,7 +6,7 @@ use std::{
 };
 
 use super::{
-    FleetView, Node, Outcome, PlacementRequest, Taken, filters,
+    FleetView, Node, Outcome, PlacementRequest, Taken, Yields, filters,
     grant::{self, Grant},
     ledger::Ledger,
     place,
@@ -31,25 +31,47 @@ pub struct Preemption {
 /// Which node is best to make room on. The fields, in order, are the policy; less is better.
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Cost {
+    /// Of the victims, those that serve.
+    serving: usize,
     victims: usize,
     /// The dearest of them is the cheapest there is.
-    highest_priority: i32,
+    highest: Rank,
     /// By name, so that the answer is always the same.
     order: usize,
 }
 
-/// For a request that has no place: the smallest set of idle replicas of lower priority, all on one
-/// node, without which it would have one. Replicas that are leaving count as gone. On a node where the
+/// How dear a replica is; the lesser one leaves. Who sleeps anyhow is missed by nobody now, and counts less
+/// than all others; among equals goes the one with the least to lose.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Rank {
+    priority: Option<i32>,
+    /// The bits of a number that is not negative are in the number's order.
+    worth: u64,
+}
+
+impl Rank {
+    fn of(taken: &Taken) -> Self {
+        let priority = (!taken.makes_way()).then_some(taken.priority);
+        Self { priority, worth: taken.worth.max(0.0).to_bits() }
+    }
+}
+
+/// For a request that has no place: the smallest set of idle replicas that yield to it ([`Yields`]), all on
+/// one node, without which it would have one. Replicas that are leaving count as gone. On a node where the
 /// search ends early (many small replicas), none of the set can be left out, but a smaller one may exist.
 pub fn preempt(fleet: &FleetView, request: &PlacementRequest) -> Option<Preemption> {
     let mut nodes: Vec<&Node> = fleet.nodes.iter().filter(|node| evictable(node, request).next().is_some()).collect();
     nodes.sort_by(|a, b| a.name.cmp(&b.name));
     let mut best: Option<(Cost, Preemption)> = None;
     for (order, node) in nodes.into_iter().enumerate() {
-        let most = best.as_ref().map_or(usize::MAX, |(cost, _)| cost.victims);
+        // More of those that sleep are better than one that serves.
+        let bound = best.as_ref().filter(|(cost, _)| cost.serving == 0 || !node.taken.iter().any(Taken::makes_way));
+        let most = bound.map_or(usize::MAX, |(cost, _)| cost.victims);
         let Some((victims, grant)) = smallest(node, request, most) else { continue };
-        let highest_priority = victims.iter().map(|victim| victim.priority).max().unwrap_or(i32::MIN);
-        let cost = Cost { victims: victims.len(), highest_priority, order };
+        let highest = victims.iter().map(|victim| Rank::of(victim)).max();
+        let highest = highest.unwrap_or(Rank { priority: None, worth: 0 });
+        let serving = victims.iter().filter(|victim| !victim.makes_way()).count();
+        let cost = Cost { serving, victims: victims.len(), highest, order };
         if best.as_ref().is_none_or(|(best, _)| cost < *best) {
             let Grant { gpu_indices, mig_devices } = grant;
             let victims = victims.into_iter().map(|victim| victim.replica.clone()).collect();
@@ -61,20 +83,31 @@ pub fn preempt(fleet: &FleetView, request: &PlacementRequest) -> Option<Preempti
 
 /// Replicas on the node that would leave for the request.
 fn evictable<'a>(node: &'a Node, request: &PlacementRequest) -> impl Iterator<Item = &'a Taken> {
-    let priority = request.priority;
-    node.taken.iter().filter(move |taken| taken.idle && !taken.leaving && taken.priority < priority)
+    let (priority, awaited) = (request.priority, request.awaited);
+    node.taken.iter().filter(move |taken| {
+        let yields = match taken.yields {
+            Yields::ToHigher => taken.priority < priority,
+            Yields::ToAwaited => taken.priority < priority || (awaited && taken.priority == priority),
+            Yields::ToAll => true,
+        };
+        taken.idle && !taken.leaving && yields
+    })
 }
 
 /// The smallest set of at most `most`, and what the request then gets.
 fn smallest<'a>(node: &'a Node, request: &PlacementRequest, most: usize) -> Option<(Vec<&'a Taken>, Grant)> {
     filters::admits(node, request).ok()?;
     let mut candidates: Vec<&Taken> = evictable(node, request).collect();
-    candidates.sort_by(|a, b| (a.priority, &a.replica).cmp(&(b.priority, &b.replica)));
+    candidates.sort_by(|a, b| (Rank::of(a), &a.replica).cmp(&(Rank::of(b), &b.replica)));
     let without = |victims: &[&Taken]| {
         let leaves = |taken: &Taken| taken.leaving || victims.iter().any(|victim| victim.replica == taken.replica);
         grant::of(&Ledger::but(node, |taken| !leaves(taken)), request).ok()
     };
     without(&candidates)?;
+    let asleep: Vec<&Taken> = candidates.iter().filter(|taken| taken.makes_way()).copied().collect();
+    if !asleep.is_empty() && without(&asleep).is_some() {
+        candidates = asleep;
+    }
     let mut search = Search { tries: TRIES, chosen: Vec::new(), test: &without };
     for size in 0..=candidates.len().min(most) {
         if let Some(grant) = search.among(&candidates, size) {
@@ -141,10 +174,12 @@ pub enum Prospect {
 /// For requests that have no place now: who waits for what, in the order of the requests.
 pub fn make_room(fleet: &FleetView, requests: &[PlacementRequest]) -> Vec<Prospect> {
     let mut prospects = vec![Prospect::None; requests.len()];
-    let highest = requests.iter().max_by_key(|request| request.priority);
+    let highest = requests.iter().max_by_key(|request| (request.priority, request.awaited));
     let Some(highest) = highest else { return prospects };
     let leaving = |node: &Node| node.taken.iter().any(|taken| taken.leaving);
-    if !fleet.nodes.iter().any(|node| leaving(node) || evictable(node, highest).next().is_some()) {
+    // To whom the highest gets nothing, nobody gets anything; but for those of its own kind that are awaited.
+    let most = PlacementRequest { awaited: requests.iter().any(|request| request.awaited), ..highest.clone() };
+    if !fleet.nodes.iter().any(|node| leaving(node) || evictable(node, &most).next().is_some()) {
         return prospects;
     }
     let mut future = fleet.clone();

@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     autoscaler::ScalerConfig,
-    model::{RevisionRecord, ServiceKey, ServiceRecord, keys, service_key},
+    model::{RevisionRecord, ServiceKey, ServiceRecord, keys, owner, service_key},
     spec::{Component, ComponentKind, InferenceService},
     store::Transaction,
 };
@@ -147,6 +147,7 @@ impl Reconciler {
         let of = |number| self.world.services.get(&key).map(|state| state.record.revision_key(number));
         self.dirty.urgent.extend(concerned.into_iter().filter_map(of));
         self.dirty.urgent.insert(replaced);
+        self.credentials_changed(|service| service == owner(&key));
         self.dirty.services.insert(key);
     }
 
@@ -172,6 +173,7 @@ impl Reconciler {
     pub(super) fn values_changed(&mut self, namespace: &str) {
         let replicas = self.world.replicas.values().filter(|replica| replica.record.namespace == namespace);
         self.dirty.nodes.extend(replicas.map(|replica| replica.record.node.clone()));
+        self.credentials_changed(|service| service.split('/').next() == Some(namespace));
     }
 
     /// Old revisions past the limit that hold nothing and take no traffic.
@@ -245,6 +247,7 @@ impl Reconciler {
                 None => {}
             }
         }
+        self.credentials_changed(|service| service == key);
         self.dirty.services.insert(key.to_owned());
     }
 }

@@ -95,6 +95,7 @@ fn only_those_that_call_the_predictor_are_told_its_host() {
             gpu_class: String::new(),
             created_at: now(),
             draining: false,
+            asleep: false,
         };
         assert!(world.component_of(&replica).starts_with("default/iris"));
         world.insert_replica(replica, TraceContext::default());

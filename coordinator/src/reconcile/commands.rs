@@ -1,9 +1,11 @@
 //! What operators and agents ask of the loop, as messages; [`Handle`] is how they send them.
 
+use std::collections::BTreeSet;
+
 use pilotlight_proto::fleet::v1 as fleet;
 use tokio::sync::{broadcast, mpsc, oneshot};
 
-use super::{meter::UsageRecord, world::World};
+use super::{meter::UsageRecord, shelf::ModelChange, world::World};
 use crate::{
     finding::Finding,
     fleet::SessionHandle,
@@ -70,6 +72,17 @@ pub enum Input {
         /// Where the answer goes.
         reply: oneshot::Sender<Result<(), CommandError>>,
     },
+    /// An operator asks for something of a model, or takes that back.
+    ChangeModel {
+        /// The model's address, checked.
+        uri: String,
+        /// `None`: all nodes.
+        node: Option<String>,
+        /// What.
+        change: ModelChange,
+        /// Where the answer goes: nodes that are concerned.
+        reply: oneshot::Sender<Result<BTreeSet<String>, CommandError>>,
+    },
     /// Values of secrets or config maps of a namespace have changed.
     ValuesChanged {
         /// Which.
@@ -104,6 +117,9 @@ pub enum CommandError {
     /// No such node.
     #[error("node {0} not found: no node of this name has joined")]
     NodeNotFound(String),
+    /// What was asked for on all nodes is not taken back on one.
+    #[error("node: {0} is asked for on all nodes, and cannot be taken back on one; leave the node out")]
+    OnAllNodes(String),
     /// The service may not become what was applied; nothing was changed.
     #[error("refused: {}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))]
     Refused(Vec<Finding>),
@@ -174,6 +190,23 @@ impl Handle {
     pub async fn set_availability(&self, node: String, availability: Availability) -> Result<(), CommandError> {
         let (reply, answer) = oneshot::channel();
         self.send(Input::SetAvailability { node, availability, reply }).await?;
+        answer.await.map_err(|_| CommandError::Stopping)?
+    }
+
+    /// Stores what is asked for of a model on a node, or on all; nodes that are concerned. Once this returns,
+    /// what agents are told of it later comes after their assignment.
+    ///
+    /// # Errors
+    /// There is no such node or service, it is asked for on all nodes, the store could not be reached, or the
+    /// loop has ended.
+    pub async fn change_model(
+        &self,
+        uri: String,
+        node: Option<String>,
+        change: ModelChange,
+    ) -> Result<BTreeSet<String>, CommandError> {
+        let (reply, answer) = oneshot::channel();
+        self.send(Input::ChangeModel { uri, node, change, reply }).await?;
         answer.await.map_err(|_| CommandError::Stopping)?
     }
 

@@ -7,7 +7,7 @@ use pilotlight_telemetry::TraceContext;
 use tracing::{error, info};
 
 use super::{
-    clock::Clock,
+    clock::{Clock, scaler_time},
     meter::{Meter, UsageRecord},
     observe::Dirty,
     run::{Reconciler, Setup},
@@ -15,7 +15,8 @@ use super::{
 };
 use crate::{
     autoscaler::ScalerConfig,
-    model::{ConditionsRecord, NodeRecord, ReplicaRecord, RevisionRecord, ServiceRecord, keys},
+    eviction::{Arrivals, Costs, Footprint},
+    model::{ConditionsRecord, ModelRecord, NodeRecord, ReplicaRecord, RevisionRecord, ServiceRecord, keys},
     store::{StoreError, StoreExt as _},
 };
 
@@ -45,11 +46,14 @@ impl Reconciler {
         }
         for record in store.list_json::<ReplicaRecord>(keys::REPLICAS).await? {
             let key = record.revision.clone();
-            let counts = !record.draining;
+            let counts = !record.draining && !record.asleep;
             world.insert_replica(record, TraceContext::default());
             if let Some(revision) = world.revisions.get_mut(&key) {
                 revision.wanted += u32::from(counts);
             }
+        }
+        for record in store.list_json::<ModelRecord>(keys::MODELS).await? {
+            world.asked.insert((record.node.clone(), record.uri.clone()), record);
         }
         resume(&mut world);
         let cursor = store.get_json::<Timestamp>(keys::USAGE_CURSOR).await?.unwrap_or(now);
@@ -69,6 +73,7 @@ impl Reconciler {
             recorder: setup.recorder,
             meter: Meter::resume(cursor, usage),
             metered_at: now,
+            warmed_at: now,
             routes_version: 0,
             tick: setup.tick,
             report_interval: setup.report_interval,
@@ -107,6 +112,8 @@ pub(crate) fn insert_revision(world: &mut World, record: RevisionRecord, now: Ti
         scaler: None,
         wanted: 0,
         load_time: Duration::ZERO,
+        arrivals: Arrivals::since(scaler_time(now)),
+        costs: Costs::estimated(&Footprint::default()),
         decisions: Default::default(),
         replicas: Default::default(),
         unplaced: None,
@@ -122,7 +129,7 @@ pub(crate) fn insert_revision(world: &mut World, record: RevisionRecord, now: Ti
 
 /// The autoscaler's settings for a revision. They were validated when the service was applied; fleet
 /// defaults that have changed since may contradict them, and then the defaults alone hold.
-pub(super) fn scaling_of(world: &World, record: &RevisionRecord) -> ScalerConfig {
+pub(crate) fn scaling_of(world: &World, record: &RevisionRecord) -> ScalerConfig {
     let defaults = &world.settings.scaling;
     match ScalerConfig::resolve(defaults, &record.template.annotations, &record.scaling) {
         Ok((config, _)) => config,

@@ -1,13 +1,14 @@
 //! The one loop: observe, decide, write, push.
 //!
 //! [`world`] is what the loop knows, [`plan`], [`routes`] and [`conditions`] are pure functions of it,
-//! [`run`] is the loop itself, `load`, `apply` and `rolling` parts of it, [`commands`] what operators ask of it,
+//! [`run`] is the loop itself, `load`, `apply`, `carry_out` and `rolling` parts of it, [`commands`] what operators ask of it,
 //! and [`view`] how it is shown to them.
 
 mod admission;
 mod answer;
 mod apply;
 pub mod cached;
+mod carry_out;
 #[cfg(test)]
 mod chain_tests;
 pub mod clock;
@@ -24,8 +25,12 @@ mod rolling;
 pub mod routes;
 pub mod run;
 pub mod scale;
+pub mod shelf;
+#[cfg(test)]
+mod shelf_tests;
 mod storage;
 pub mod view;
+mod warmth;
 pub mod world;
 
 pub use commands::{Applied, CommandError, Handle};

@@ -3,12 +3,13 @@
 use std::collections::BTreeSet;
 
 use jiff::Timestamp;
-use pilotlight_proto::fleet::v1::{self as fleet, ReplicaPhase, agent_message::Message};
+use pilotlight_proto::fleet::v1::{self as fleet, ReplicaPhase, Rung, agent_message::Message};
 use pilotlight_telemetry::TraceContext;
 
 use super::{
     clock::scaler_time,
     record::{Entry, Recorder},
+    warmth,
     world::{Event, RevisionState, World, since},
 };
 use crate::{
@@ -27,6 +28,10 @@ pub struct Dirty {
     pub services: BTreeSet<ServiceKey>,
     /// Nodes whose assignment may have changed.
     pub nodes: BTreeSet<String>,
+    /// Replicas of which something else is to be charged from now on.
+    pub metered: BTreeSet<String>,
+    /// True where it has to be looked at once what idle models hold.
+    pub warmth: bool,
     /// True where the list of nodes has changed.
     pub peers: bool,
 }
@@ -110,6 +115,9 @@ fn queue_report(
         if waited {
             dirty.services.insert(revision.record.service_key());
         }
+        if load.request_count > 0 {
+            revision.arrivals.observe(scaler_time(now));
+        }
         let sample = Sample::of_report(&load, interval);
         let wakes = revision.wanted == 0 && sample.average_concurrency > 0.0;
         if let Some(scaler) = &mut revision.scaler {
@@ -133,6 +141,11 @@ fn demanded(
 ) {
     let Some(revision) = world.revisions.get_mut(&demand.revision) else { return };
     revision.waiting.insert(node.to_owned(), demand.waiting);
+    revision.arrivals.observe(scaler_time(now));
+    if revision.replicas.iter().any(|name| world.replicas.get(name).is_some_and(|replica| replica.record.asleep)) {
+        // It may be wanted already, and sleep since others had its GPUs as long as nobody waited.
+        dirty.revisions.insert(demand.revision.clone());
+    }
     dirty.services.insert(revision.record.service_key());
     let further = !revision.record.component.is_predictor();
     let owner = model::service_key(&revision.record.namespace, &revision.record.service, Default::default());
@@ -213,8 +226,14 @@ fn took(world: &mut World, status: fleet::ReplicaStatus, now: Timestamp, dirty: 
     }
     let before = replica.phase();
     let phase = status.phase();
+    let changed_rung = if replica.status.as_ref().map(|last| &last.transition) == Some(&status.transition) {
+        None
+    } else {
+        status.transition
+    };
+    let woken = changed_rung.is_some_and(|it| it.from() == Rung::Asleep);
     // One that was ready before this coordinator began says nothing of how long it took.
-    let took = (phase == ReplicaPhase::Ready && before != ReplicaPhase::Unspecified)
+    let took = (phase == ReplicaPhase::Ready && before != ReplicaPhase::Unspecified && !woken)
         .then(|| since(replica.record.created_at, now));
     let revision = replica.record.revision.clone();
     let service = model::service_key(&replica.record.namespace, &replica.record.service, Default::default());
@@ -223,7 +242,10 @@ fn took(world: &mut World, status: fleet::ReplicaStatus, now: Timestamp, dirty: 
     let unhealthy = status.reason == UNHEALTHY && phase == ReplicaPhase::Starting;
     let progress = replica.signs.progress(&status);
     match phase {
-        ReplicaPhase::Failed => replica.failure = Some(status.clone()),
+        ReplicaPhase::Failed => {
+            dirty.warmth |= warmth::lacks_room(&status);
+            replica.failure = Some(status.clone());
+        }
         ReplicaPhase::Ready => replica.failure = None,
         _ => {}
     }
@@ -231,9 +253,17 @@ fn took(world: &mut World, status: fleet::ReplicaStatus, now: Timestamp, dirty: 
     if let Some(revision) = world.revisions.get_mut(&revision).filter(|_| progress) {
         revision.progress_at = now;
     }
+    if let (Some(it), Some(revision)) = (changed_rung, world.revisions.get_mut(&revision)) {
+        warmth::measure(revision, &it);
+    }
     dirty.revision(world, &revision);
     if before == phase {
         return;
+    }
+    if [before, phase].contains(&ReplicaPhase::Asleep) {
+        dirty.metered.insert(name.clone());
+        // Its GPUs may be free now.
+        dirty.waiting_for_a_place(world);
     }
     if let (Some(took), Some(revision)) = (took, world.revisions.get_mut(&revision)) {
         revision.load_time = took;

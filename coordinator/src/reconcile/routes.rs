@@ -5,11 +5,11 @@ use std::time::Duration;
 use pilotlight_proto::fleet::v1 as fleet;
 
 use super::{
-    mounted, storage,
+    mounted, shelf, storage,
     world::{NodeState, RevisionState, ServiceState, World},
 };
 use crate::{
-    spec::{ComponentKind, InferenceService, Probe, ProbeHandler, RevisionTemplate},
+    spec::{self, ComponentKind, InferenceService, Probe, ProbeHandler, RevisionTemplate},
     values::Values,
 };
 
@@ -113,8 +113,12 @@ pub fn assignment(world: &World, node: &NodeState) -> fleet::Assignment {
                 container_concurrency: revision.scaling.container_concurrency as u32,
                 timeout: Some(duration(revision.timeout)),
                 draining: replica.record.draining,
-                asleep: false,
-                sleep_paths: None,
+                asleep: replica.record.asleep,
+                sleep_paths: spec::sleep_paths(&revision.template.annotations).map(|paths| fleet::SleepPaths {
+                    sleep: paths.sleep,
+                    wake: paths.wake,
+                    is_sleeping: paths.is_sleeping.unwrap_or_default(),
+                }),
                 traceparent: replica.trace.traceparent.clone(),
                 tracestate: replica.trace.tracestate.clone(),
                 volumes: mounted::volumes(&world.settings.values, &revision.namespace, &revision.template.volumes),
@@ -126,7 +130,7 @@ pub fn assignment(world: &World, node: &NodeState) -> fleet::Assignment {
             })
         })
         .collect();
-    fleet::Assignment { version: node.assignment_version, replicas, models: Vec::new() }
+    fleet::Assignment { version: node.assignment_version, replicas, models: shelf::models(world, node) }
 }
 
 /// The resolved main container, as agents get it. Secrets are filled in here and nowhere before; one that

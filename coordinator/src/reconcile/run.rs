@@ -14,7 +14,7 @@ use tokio::{
     time::MissedTickBehavior,
 };
 use tokio_util::sync::CancellationToken;
-use tracing::{Instrument as _, error, info_span, warn};
+use tracing::{error, info_span, warn};
 
 use super::{
     answer::Unanswered,
@@ -22,14 +22,14 @@ use super::{
     commands::{Change, Input},
     meter::Meter,
     observe::{self, Dirty},
-    plan::{self, Create, Gone, Leaving, Plan},
+    plan,
     record::Recorder,
-    routes, scale,
-    world::{Event, NodeState, Settings, World},
+    routes, scale, warmth,
+    world::{Event, NodeState, Settings, World, since},
 };
 use crate::{
     fleet::SessionHandle,
-    model::{Availability, NodeRecord, ReplicaRecord, keys, owner},
+    model::{Availability, NodeRecord, keys, owner},
     store::{Store, StoreError, Transaction},
 };
 
@@ -38,7 +38,7 @@ const METER_INTERVAL: Duration = Duration::from_secs(60);
 /// Inputs handled before the loop acts on them together.
 const INPUTS_AT_ONCE: usize = 256;
 /// Writes in one transaction; etcd takes 128 operations by default, compares included.
-const WRITES_AT_ONCE: usize = 50;
+pub(super) const WRITES_AT_ONCE: usize = 50;
 
 /// The loop and all it owns.
 pub struct Reconciler {
@@ -50,6 +50,8 @@ pub struct Reconciler {
     pub(super) recorder: Recorder,
     pub(super) meter: Meter,
     pub(super) metered_at: Timestamp,
+    /// When it was last looked at what idle models hold.
+    pub(super) warmed_at: Timestamp,
     pub(super) routes_version: u64,
     pub(super) tick: Duration,
     pub(super) report_interval: Duration,
@@ -121,6 +123,9 @@ impl Reconciler {
             Input::SetAvailability { node, availability, reply } => {
                 let _ = reply.send(self.set_availability(&node, availability).await);
             }
+            Input::ChangeModel { uri, node, change, reply } => {
+                let _ = reply.send(self.change_model(uri, node, change).await);
+            }
             Input::ValuesChanged { namespace } => self.values_changed(&namespace),
             Input::Usage { reply } => {
                 self.account(now);
@@ -180,7 +185,8 @@ impl Reconciler {
         let orphans = to_leave.flat_map(|node| &node.replicas).filter_map(|name| self.world.replicas.get(name));
         let orphaned: Vec<_> = orphans.map(|replica| replica.record.revision.clone()).collect();
         self.dirty.revisions.extend(orphaned);
-        if super::world::since(self.metered_at, now) >= METER_INTERVAL {
+        self.dirty.warmth |= since(self.warmed_at, now) >= warmth::INTERVAL;
+        if since(self.metered_at, now) >= METER_INTERVAL {
             self.write_usage(now).await;
         }
         self.recorder.flush();
@@ -190,6 +196,12 @@ impl Reconciler {
     async fn act(&mut self) {
         let now = self.clock.now();
         self.promote(now).await;
+        if self.dirty.warmth && self.world.settled(now) {
+            (self.dirty.warmth, self.warmed_at) = (false, now);
+            if let Err(error) = self.keep_warm(now).await {
+                warn!(%error, "cannot write which sleepers leave; will be tried again");
+            }
+        }
         self.note_shares(now);
         let mut pass = scale::Pass::default();
         for key in std::mem::take(&mut self.dirty.urgent) {
@@ -206,6 +218,11 @@ impl Reconciler {
         }
         if !self.dirty.revisions.is_empty() {
             self.replan(now).await;
+        }
+        for name in std::mem::take(&mut self.dirty.metered) {
+            if let Some(replica) = self.world.replicas.get(&name) {
+                self.meter.account(&replica.record, self.world.charge(replica), now);
+            }
         }
         self.push();
         self.answer(now);
@@ -247,123 +264,9 @@ impl Reconciler {
         self.dirty.services.insert(service);
     }
 
-    /// Writes the plan in steps that each hold on their own, and changes the world after each.
-    pub(super) async fn carry_out(&mut self, plan: Plan, now: Timestamp) -> Result<(), StoreError> {
-        for gone in plan.forget.chunks(WRITES_AT_ONCE) {
-            let write = gone.iter().fold(Transaction::new(), |write, (name, _)| write.delete(&keys::replica(name)));
-            self.commit(write).await?;
-            for (name, why) in gone {
-                self.forget(name, *why, now);
-            }
-        }
-        let leaving: Vec<_> = plan.leaving().collect();
-        for leaving in leaving.chunks(WRITES_AT_ONCE) {
-            let mut write = Transaction::new();
-            for record in leaving.iter().filter_map(|(name, _)| self.world.replicas.get(*name)).map(|r| &r.record) {
-                let drained = ReplicaRecord { draining: true, ..record.clone() };
-                write = write.put_json(&keys::replica(&record.name), &drained);
-            }
-            self.commit(write).await?;
-            for (name, why) in leaving {
-                self.drain(name, why, now);
-            }
-        }
-        for creates in plan.create.chunks(WRITES_AT_ONCE) {
-            let records: Vec<_> = creates.iter().filter_map(|create| self.record_of(create, now)).collect();
-            let write = records.iter().fold(Transaction::new(), |write, record| {
-                let key = keys::replica(&record.name);
-                write.expect_absent(&key).put_json(&key, record)
-            });
-            let span = info_span!("placement.assign", otel.kind = "internal", replicas = records.len());
-            self.commit(write).instrument(span).await?;
-            for record in records {
-                self.place(record, now);
-            }
-        }
-        Ok(())
-    }
-
-    fn record_of(&self, create: &Create, now: Timestamp) -> Option<ReplicaRecord> {
-        let revision = &self.world.revisions.get(&create.revision)?.record;
-        let inventory = self.world.nodes.get(&create.node)?.inventory.as_ref()?;
-        let first = create.gpu_indices.first();
-        let gpu = first.and_then(|index| inventory.gpus.iter().find(|gpu| gpu.index == *index));
-        let profile = revision.template.resources.mig.as_ref().map(|mig| format!(" MIG {}", mig.profile));
-        let class = gpu.map(|gpu| gpu.product.clone() + &profile.unwrap_or_default());
-        let suffix = uuid::Uuid::new_v4().simple().to_string();
-        Some(ReplicaRecord {
-            name: format!("{}-{}", revision.name, &suffix[..8]),
-            namespace: revision.namespace.clone(),
-            service: revision.service.clone(),
-            revision: create.revision.clone(),
-            node: create.node.clone(),
-            gpu_indices: create.gpu_indices.clone(),
-            mig_devices: create.mig_devices.clone(),
-            gpu_class: class.unwrap_or_default(),
-            created_at: now,
-            draining: false,
-        })
-    }
-
-    fn place(&mut self, record: ReplicaRecord, now: Timestamp) {
-        let trace = self.world.revisions.get(&record.revision).map(|r| r.trace.clone()).unwrap_or_default();
-        let service = self.world.component_of(&record);
-        let parts = match record.mig_devices.as_slice() {
-            [] => String::new(),
-            devices => format!(", of them only {}", devices.join(", ")),
-        };
-        let message = format!("placed on node {} with GPUs {:?}{parts}", record.node, record.gpu_indices);
-        let object = format!("Replica/{}", record.name);
-        self.world.note(&service, Event { time: now, warning: false, reason: "Scheduled", object, message });
-        self.dirty.nodes.insert(record.node.clone());
-        self.dirty.services.insert(service);
-        self.world.insert_replica(record, trace);
-    }
-
-    fn drain(&mut self, name: &str, why: &Leaving, now: Timestamp) {
-        let Some(replica) = self.world.replicas.get_mut(name) else { return };
-        replica.record.draining = true;
-        let record = replica.record.clone();
-        let service = self.world.component_of(&record);
-        let (warning, reason, why) = match why {
-            Leaving::ScaledDown => (false, "Draining", String::new()),
-            Leaving::NodeDrained => (false, "NodeDrained", format!("node {} drains: ", record.node)),
-            Leaving::Evicted(by) => (true, "Preempted", format!("idle, and {by} of higher priority needs its place: ")),
-        };
-        let message = format!("{why}takes no new requests, then stops");
-        self.dirty.nodes.insert(record.node.clone());
-        self.world.note(&service, Event { time: now, warning, reason, object: format!("Replica/{name}"), message });
-        self.dirty.services.insert(service);
-    }
-
-    fn forget(&mut self, name: &str, why: Gone, now: Timestamp) {
-        let Some(record) = self.world.remove_replica(name) else { return };
-        self.meter.close(&record, now);
-        let service = self.world.component_of(&record);
-        if why == Gone::NodeLost {
-            let message = format!("node {} is silent for longer than its lease", record.node);
-            let object = format!("Replica/{name}");
-            self.world.note(&service, Event { time: now, warning: true, reason: "NodeLost", object, message });
-        }
-        self.dirty.nodes.insert(record.node);
-        self.dirty.services.insert(service);
-        // Its place is free now.
-        self.dirty.waiting_for_a_place(&self.world);
-        self.tidy_up(&record.revision);
-    }
-
-    /// A deleted service's revision leaves memory with its last replica.
-    fn tidy_up(&mut self, key: &str) {
-        let Some(revision) = self.world.revisions.get(key) else { return };
-        let orphaned = !self.world.services.contains_key(&revision.record.service_key());
-        if orphaned && revision.replicas.is_empty() {
-            self.world.revisions.remove(key);
-        }
-    }
-
     fn account(&mut self, now: Timestamp) {
         for replica in self.world.replicas.values() {
-            self.meter.account(&replica.record, now);
+            self.meter.account(&replica.record, self.world.charge(replica), now);
         }
     }
 
@@ -404,7 +307,7 @@ impl Reconciler {
     }
 
     /// Tells agents what has changed: assignments to the nodes concerned, routes to all.
-    fn push(&mut self) {
+    pub(super) fn push(&mut self) {
         // What changes a component changes what is shown of its service.
         let owners: Vec<_> = self.dirty.services.iter().map(|key| owner(key).to_owned()).collect();
         self.dirty.services.extend(owners);

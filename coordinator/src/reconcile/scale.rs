@@ -108,6 +108,14 @@ pub fn decide(world: &mut World, key: &str, now: Timestamp, recorder: &mut Recor
     }
     let changed = wanted != revision.wanted;
     revision.wanted = wanted;
+    if wanted == 0 {
+        for name in &revision.replicas {
+            if let Some(replica) = world.replicas.get_mut(name) {
+                // What is asked for next is asked for anew.
+                replica.yielded = false;
+            }
+        }
+    }
     // Quiet repetitions would push out the decisions that explain something.
     if revision.decisions.back().is_none_or(|(_, last)| !last.same_but_for_time(&decision)) {
         revision.decisions.push_back((now, decision));

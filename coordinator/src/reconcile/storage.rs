@@ -35,21 +35,17 @@ const FIELDS: [(&str, &str); 7] = [
 /// Nodes that an agent is told to take a model from, at most.
 const PEERS: usize = 4;
 
-type Credentials = BTreeMap<String, String>;
+/// By the names of the tools' environment variables.
+pub(super) type Credentials = BTreeMap<String, String>;
 
 /// The models of one revision. A secret that is missing is said in the model, and keeps it from being
 /// fetched.
 pub(super) fn models(world: &World, revision: &RevisionRecord) -> Vec<fleet::ModelMount> {
-    let service = world.services.get(&revision.service_key()).map(|state| &state.record.service);
-    let named = revision.template.annotations.get(SECRET_NAME);
-    let named = named.or_else(|| service.and_then(|service| service.annotations.get(SECRET_NAME)));
+    let named = named(world, revision);
     let values = &world.settings.values;
     let model = |storage: &Storage| {
         let (uri, credentials) = match &storage.source {
-            StorageSource::Uri(uri) => {
-                let none = || Ok(Credentials::new());
-                (uri.clone(), named.map_or_else(none, |name| secret(values, &revision.namespace, name)))
-            }
+            StorageSource::Uri(uri) => (uri.clone(), of_secret(world, revision, named)),
             StorageSource::Entry { key, path, parameters, .. } => {
                 let key = if key.is_empty() { DEFAULT_ENTRY } else { key };
                 let found = entry(values, &revision.namespace, key);
@@ -72,6 +68,26 @@ pub(super) fn models(world: &World, revision: &RevisionRecord) -> Vec<fleet::Mod
         }
     };
     revision.template.storage.iter().map(model).collect()
+}
+
+/// What a revision fetches a model of this address with, one of its own or another.
+pub(super) fn credentials(world: &World, revision: &RevisionRecord, uri: &str) -> Result<Credentials, String> {
+    match models(world, revision).into_iter().find(|model| model.uri == uri) {
+        Some(model) if !model.unresolved.is_empty() => Err(model.unresolved),
+        Some(model) => Ok(model.credentials.into_iter().map(|given| (given.name, given.value)).collect()),
+        None => of_secret(world, revision, named(world, revision)),
+    }
+}
+
+/// Name of the secret that its annotations, or its service's, name.
+fn named<'a>(world: &'a World, revision: &'a RevisionRecord) -> Option<&'a String> {
+    let service = world.services.get(&revision.service_key()).map(|state| &state.record.service);
+    let named = revision.template.annotations.get(SECRET_NAME);
+    named.or_else(|| service.and_then(|service| service.annotations.get(SECRET_NAME)))
+}
+
+fn of_secret(world: &World, revision: &RevisionRecord, name: Option<&String>) -> Result<Credentials, String> {
+    name.map_or_else(|| Ok(Credentials::new()), |name| secret(&world.settings.values, &revision.namespace, name))
 }
 
 /// As [`models`], with the nodes that a replica there may take them from.

@@ -286,7 +286,7 @@ fn availability(availability: Availability) -> control::NodeAvailability {
 }
 
 fn node_gpu(gpu: &fleet::Gpu, replicas: &[&ReplicaState]) -> control::NodeGpu {
-    let holding = replicas.iter().map(|replica| &replica.record);
+    let holding = replicas.iter().filter(|replica| !replica.has_released_gpu()).map(|replica| &replica.record);
     let holders: Vec<_> = holding.clone().filter(|record| record.gpu_indices.contains(&gpu.index)).collect();
     let device = |device: &fleet::MigDevice| control::NodeMigDevice {
         uuid: device.uuid.clone(),

@@ -10,15 +10,17 @@ use jiff::Timestamp;
 use pilotlight_proto::fleet::v1 as fleet;
 use pilotlight_telemetry::TraceContext;
 
+use super::{meter::Charge, warmth::Shelf};
 use crate::{
     autoscaler::{Decision, Defaults, Scaler, ScalerConfig},
+    eviction::{Arrivals, Costs},
     fleet::SessionHandle,
     model::{
-        ConditionRecord, NodeRecord, ReplicaRecord, RevisionKey, RevisionRecord, ServiceKey, ServiceRecord, owner,
-        service_key,
+        ConditionRecord, ModelRecord, NodeRecord, ReplicaRecord, RevisionKey, RevisionRecord, ServiceKey,
+        ServiceRecord, owner, service_key,
     },
     rollout::{self, Policy, Signs, Target, progress},
-    spec::{ComponentKind, PlacementPolicy},
+    spec::{self, ComponentKind, IdleReplicas, PlacementPolicy},
     values::Values,
 };
 
@@ -40,6 +42,8 @@ pub struct World {
     pub replicas: BTreeMap<String, ReplicaState>,
     /// Nodes that have joined, by name.
     pub nodes: BTreeMap<String, NodeState>,
+    /// What operators asked for of models, by node (`None`: all) and address.
+    pub asked: BTreeMap<(Option<String>, String), ModelRecord>,
 }
 
 /// What holds for every service of the cell.
@@ -59,6 +63,8 @@ pub struct Settings {
     pub node_lease: Duration,
     /// How replicas are placed unless their annotations say otherwise.
     pub placement_policy: PlacementPolicy,
+    /// What becomes of a service's last replica once nobody needs it, unless its annotations say.
+    pub idle_replicas: IdleReplicas,
     /// Values of secrets and config maps, for assignments.
     pub values: Arc<Values>,
 }
@@ -75,6 +81,7 @@ impl Settings {
             scaling: Defaults::default(),
             node_lease: Duration::from_secs(1_000_000),
             placement_policy: PlacementPolicy::BinPack,
+            idle_replicas: IdleReplicas::Stop,
             values: Default::default(),
         }
     }
@@ -123,6 +130,10 @@ pub struct RevisionState {
     pub wanted: u32,
     /// How long its newest ready replica took from being placed; zero before the first.
     pub load_time: Duration,
+    /// When it was asked for, as far as that says something of the next time.
+    pub arrivals: Arrivals,
+    /// How long its replicas really took to serve, from each rung.
+    pub costs: Costs,
     /// The last decisions, oldest first.
     pub decisions: VecDeque<(Timestamp, Decision)>,
     /// Its replicas, draining ones included.
@@ -154,8 +165,13 @@ pub struct ReplicaState {
     pub failure: Option<fleet::ReplicaStatus>,
     /// Requests running on it, as last reported.
     pub running: u64,
-    /// Trace of the decision that made it.
+    /// Trace of the decision that made or woke it.
     pub trace: TraceContext,
+    /// True where it sleeps so that others have its GPUs: it wakes once somebody waits for it.
+    pub yielded: bool,
+    /// What is lost where it makes room: seconds of waiting to be expected, as of the last look
+    /// ([`super::warmth`]).
+    pub worth: f64,
 }
 
 /// One node.
@@ -171,6 +187,8 @@ pub struct NodeState {
     pub inventory: Option<fleet::Inventory>,
     /// Models on its disk, as it said last.
     pub cached: fleet::CacheReport,
+    /// And what shall become of them.
+    pub shelf: Shelf,
     /// True once its agent has told, in this coordinator's life, what runs there.
     pub heard: bool,
     /// When a message last came.
@@ -205,6 +223,7 @@ impl NodeState {
             hello: fleet::Hello::default(),
             inventory: None,
             cached: fleet::CacheReport::default(),
+            shelf: Shelf::default(),
             heard: false,
             last_seen: now,
             replicas: BTreeSet::new(),
@@ -225,9 +244,15 @@ impl ReplicaState {
         self.status.as_ref().map_or(fleet::ReplicaPhase::Unspecified, fleet::ReplicaStatus::phase)
     }
 
+    /// True where it sleeps without its GPUs: others may have them.
+    pub fn has_released_gpu(&self) -> bool {
+        let holds = self.status.as_ref().is_none_or(|status| status.holds_gpu_memory);
+        self.record.asleep && self.phase() == fleet::ReplicaPhase::Asleep && !holds
+    }
+
     /// True where it takes requests.
     pub fn ready(&self) -> bool {
-        !self.record.draining && self.phase() == fleet::ReplicaPhase::Ready
+        !self.record.draining && !self.record.asleep && self.phase() == fleet::ReplicaPhase::Ready
     }
 }
 
@@ -258,13 +283,24 @@ pub struct Counts {
     pub starting: u32,
     /// Finish and leave.
     pub draining: u32,
+    /// Sleep, or are about to.
+    pub asleep: u32,
 }
 
 impl Counts {
-    /// Those that go on living.
+    /// Those that serve or will.
     pub fn live(&self) -> u32 {
         self.ready + self.starting
     }
+}
+
+/// How many replicas of a revision sleep.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Sleepers {
+    /// Whatever happens; those that are missing are started, and put to sleep.
+    pub promised: u32,
+    /// As long as nobody needs their room: no more than so many stay where they are there already.
+    pub most: u32,
 }
 
 impl World {
@@ -276,6 +312,7 @@ impl World {
             revisions: BTreeMap::new(),
             replicas: BTreeMap::new(),
             nodes: BTreeMap::new(),
+            asked: BTreeMap::new(),
         }
     }
 
@@ -285,6 +322,7 @@ impl World {
         for replica in revision.replicas.iter().filter_map(|name| self.replicas.get(name)) {
             match () {
                 () if replica.record.draining => counts.draining += 1,
+                () if replica.record.asleep => counts.asleep += 1,
                 () if replica.ready() => counts.ready += 1,
                 () => counts.starting += 1,
             }
@@ -366,6 +404,58 @@ impl World {
             })
     }
 
+    /// How many replicas of a revision sleep, where so many serve or will.
+    pub fn sleepers(&self, revision: &RevisionState, serving: u32) -> Sleepers {
+        match self.asked_warm(revision) {
+            Some(_) => {
+                let promised = self.promised_sleepers(revision, serving);
+                Sleepers { promised, most: promised }
+            }
+            None => {
+                let may = self.settings.idle_replicas == IdleReplicas::Sleep && serving == 0;
+                // Where a newer revision takes its place, it goes.
+                let last = may && revision.most.is_none() && self.may_sleep(revision);
+                Sleepers { promised: 0, most: u32::from(last) }
+            }
+        }
+    }
+
+    /// How many of a revision's replicas sleep at least, where so many serve or will.
+    pub fn promised_sleepers(&self, revision: &RevisionState, serving: u32) -> u32 {
+        let missing = self.asked_warm(revision).unwrap_or(0).saturating_sub(serving);
+        if missing > 0 && self.may_sleep(revision) { missing } else { 0 }
+    }
+
+    /// True where a sleeper is one of those that are promised, and so stays.
+    pub fn keeps_promise(&self, revision: &RevisionState, replica: &ReplicaState) -> bool {
+        let promised = self.promised_sleepers(revision, revision.allowed()) as usize;
+        let sleepers = revision.replicas.iter().filter_map(|name| self.replicas.get(name));
+        let mut sleepers = sleepers.filter(|other| other.record.asleep && !other.record.draining);
+        sleepers.by_ref().take(promised).any(|other| other.record.name == replica.record.name)
+    }
+
+    /// What a replica is charged for now. One that sleeps only as long as nobody needs its room costs its
+    /// owner nothing; one that was asked for does, and its GPUs as long as it holds them.
+    pub fn charge(&self, replica: &ReplicaState) -> Charge {
+        let devices = replica.record.devices() as u64;
+        if !replica.record.asleep || replica.phase() != fleet::ReplicaPhase::Asleep {
+            return Charge { replicas: 1, devices };
+        }
+        let revision = self.revisions.get(&replica.record.revision);
+        match revision.is_some_and(|revision| self.keeps_promise(revision, replica)) {
+            true => Charge { replicas: 1, devices: if replica.has_released_gpu() { 0 } else { devices } },
+            false => Charge::default(),
+        }
+    }
+
+    fn asked_warm(&self, revision: &RevisionState) -> Option<u32> {
+        spec::warm_replicas(self.services.get(&revision.record.service_key())?.record.annotations())
+    }
+
+    fn may_sleep(&self, revision: &RevisionState) -> bool {
+        revision.record.been_ready && self.reachable(revision)
+    }
+
     /// True once every known node has told what runs there, or its lease has run out. Before that
     /// nothing may be scaled down, since replicas that run may not have been reported yet.
     pub fn settled(&self, now: Timestamp) -> bool {
@@ -380,7 +470,16 @@ impl World {
         if let Some(node) = self.nodes.get_mut(&record.node) {
             node.replicas.insert(record.name.clone());
         }
-        let state = ReplicaState { record, status: None, signs: Signs::default(), failure: None, running: 0, trace };
+        let state = ReplicaState {
+            record,
+            status: None,
+            signs: Signs::default(),
+            failure: None,
+            running: 0,
+            trace,
+            yielded: false,
+            worth: 0.0,
+        };
         self.replicas.insert(state.record.name.clone(), state);
     }
 

@@ -27,7 +27,7 @@ use crate::{
         scale,
         world::{ServiceState, Settings, World},
     },
-    spec::{ComponentKind, InferenceService, PlacementPolicy},
+    spec::{ComponentKind, IdleReplicas, InferenceService, PlacementPolicy},
 };
 
 /// Simulates a scenario from its first request until its tail is over.
@@ -355,6 +355,7 @@ impl<'a> Engine<'a> {
             gpu_class: String::new(),
             created_at: self.time(),
             draining: false,
+            asleep: false,
         };
         self.world.insert_replica(placed, Default::default());
         self.by_name.insert(name.clone(), id);
@@ -435,6 +436,8 @@ fn settings(scenario: &Scenario) -> Settings {
         queue_limit: scenario.queue_limit as u32,
         scaling: scenario.scaling.clone(),
         placement_policy: PlacementPolicy::BinPack,
+        // Cold starts are what is looked at here; `warmth` is about the rungs between.
+        idle_replicas: IdleReplicas::Stop,
         // Virtual nodes are never silent.
         node_lease: Duration::MAX,
         values: Arc::default(),

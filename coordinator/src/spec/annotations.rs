@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::{documents::join, quantity, report::Report};
+use super::{documents::join, quantity, report::Report, warmth};
 use crate::rollout::policy;
 
 const AUTOSCALING: &str = "autoscaling.knative.dev/";
@@ -21,6 +21,7 @@ pub(super) fn check_service(
     report: &mut Report,
 ) -> bool {
     report.add(policy::check(annotations, "metadata.annotations"));
+    warmth::check_replicas(annotations, "metadata.annotations", report);
     for (key, value) in annotations {
         let at = join("metadata.annotations", key);
         if let Some(name) = key.strip_prefix(KSERVE).or_else(|| key.strip_prefix(KUBEFLOW)) {
@@ -97,13 +98,15 @@ pub(super) fn of_revision(
         }
     }
     report.add(policy::check(&component, at));
+    warmth::check_replicas(&component, at, report);
     for (key, value) in component.iter().filter(|(key, _)| key.starts_with(KSERVE)) {
         report.warning(join(at, key), value, "has no effect on a component: set it in metadata.annotations");
     }
     let mut merged: BTreeMap<String, String> = service
         .iter()
         .filter(|(key, _)| key.starts_with(AUTOSCALING) || key.starts_with(OWN))
-        .filter(|(key, _)| !policy::OF_SERVICE.contains(&key.as_str()))
+        // What concerns the service alone makes no revision.
+        .filter(|(key, _)| !policy::OF_SERVICE.contains(&key.as_str()) && *key != warmth::WARM_REPLICAS)
         .map(|(key, value)| (key.clone(), value.clone()))
         .collect();
     merged.extend(component);

@@ -16,7 +16,7 @@ use super::{
     report::{Report, replace_prefix},
     resolve,
     storage::{self, StorageUri},
-    typed,
+    typed, warmth,
 };
 
 /// Knative's default `timeoutSeconds` of a revision.
@@ -151,7 +151,14 @@ pub(super) fn read(
     let mut template = match model {
         Some((key, model)) => {
             let made = resolve::read(model, &join(at, key), &pod, at, around, context, report);
-            made.map_or_else(|| absent().template, |made| template(made.pod, Some(made.runtime), made.storage))
+            made.map_or_else(
+                || absent().template,
+                |made| RevisionTemplate {
+                    // The service's own win.
+                    annotations: made.annotations,
+                    ..template(made.pod, Some(made.runtime), made.storage)
+                },
+            )
         }
         None => template(own, None, Vec::new()),
     };
@@ -161,6 +168,7 @@ pub(super) fn read(
     template.storage.extend(by_uris);
     template.labels.extend(labels);
     template.annotations.extend(annotations);
+    warmth::check_paths(&template.annotations, report);
     component(extension, template, at, &own_annotations, context, report)
 }
 

@@ -10,7 +10,7 @@
 //! | `documents` | text to documents |
 //! | `kinds` | which reader a document's kind needs |
 //! | `typed` | JSON to typed values, with the path of each unknown field and type error |
-//! | `inference_service`, `v1alpha2`, `knative`, `annotations`, `placing` | the service |
+//! | `inference_service`, `v1alpha2`, `knative`, `annotations`, `placing`, `warmth` | the service |
 //! | `component`, `fields` | one component: implementation, extension fields and pod fields at one level |
 //! | `chain` | what a transformer or explainer is told of its predictor |
 //! | `framework`, `storage` | `model`, the older keys, and where weights come from |
@@ -56,6 +56,7 @@ pub(crate) mod tests;
 mod typed;
 mod v1alpha2;
 mod volumes;
+mod warmth;
 
 use std::{collections::BTreeMap, fmt};
 
@@ -74,6 +75,7 @@ pub use self::{
     },
     placing::{PlacementPolicy, placement_policy, priority},
     runtimes::{NoRuntime, Runtimes},
+    warmth::{IdleReplicas, SleepPaths, sleep_paths, warm_replicas},
 };
 use self::{
     documents::Source,

@@ -30,6 +30,8 @@ pub(super) struct Made {
     pub(super) pod: ReadPod,
     pub(super) runtime: RuntimeUse,
     pub(super) storage: Vec<Storage>,
+    /// The runtime's own, for its replicas.
+    pub(super) annotations: BTreeMap<String, String>,
 }
 
 /// Finds the runtime of the model at `at_model`, and merges it with the component's pod, which stands at
@@ -80,6 +82,7 @@ pub(super) fn read(
     Some(Made {
         pod: read,
         storage,
+        annotations: runtime.annotations.clone(),
         runtime: RuntimeUse {
             name: runtime.name.clone(),
             cluster: runtime.namespace.is_none(),

@@ -14,7 +14,7 @@ use super::{
 };
 
 /// The runtimes that are there without being applied; an applied one of the same name takes the place.
-const BUILT_IN: [&str; 10] = [
+const BUILT_IN: [&str; 11] = [
     include_str!("../../../deploy/runtimes/huggingface.yaml"),
     include_str!("../../../deploy/runtimes/lightgbm.yaml"),
     include_str!("../../../deploy/runtimes/openvino.yaml"),
@@ -24,6 +24,7 @@ const BUILT_IN: [&str; 10] = [
     include_str!("../../../deploy/runtimes/torchserve.yaml"),
     include_str!("../../../deploy/runtimes/triton.yaml"),
     include_str!("../../../deploy/runtimes/vllm.yaml"),
+    include_str!("../../../deploy/runtimes/vllm-sleep.yaml"),
     include_str!("../../../deploy/runtimes/xgboost.yaml"),
 ];
 

@@ -24,14 +24,14 @@ const SAID_EVERY: Duration = Duration::from_secs(2);
 /// The registry of images that name none.
 const DOCKER_HUB: &str = "docker.io";
 
-/// Gets the image as the policy says.
+/// Gets the image as the policy says. True where something of it was not here.
 pub(super) async fn ensure(
     docker: &Docker,
     image: &str,
     policy: &str,
     credentials: Option<DockerCredentials>,
     say: Say<'_>,
-) -> Result<(), RuntimeError> {
+) -> Result<bool, RuntimeError> {
     let failed = |reason, message: String| RuntimeError::Container { reason, message };
     check_name(image).map_err(|why| failed("InvalidImageName", format!("image {image:?}: {why}")))?;
     let here = match docker.inspect_image(image).await {
@@ -41,7 +41,7 @@ pub(super) async fn ensure(
     };
     match (policy, here) {
         ("Always", _) | ("IfNotPresent" | "", false) => {}
-        ("IfNotPresent" | "", true) | ("Never", true) => return Ok(()),
+        ("IfNotPresent" | "", true) | ("Never", true) => return Ok(false),
         ("Never", false) => {
             let message = format!("image {image} is not on this node, and imagePullPolicy is Never");
             return Err(failed("ErrImageNeverPull", message));
@@ -54,15 +54,17 @@ pub(super) async fn ensure(
         }
     }
     let pulled = pull(docker, image, credentials, say).await;
-    pulled.map_err(|why| failed("ErrImagePull", format!("cannot pull image {image}: {why}")))
+    let pulled = pulled.map_err(|why| failed("ErrImagePull", format!("cannot pull image {image}: {why}")))?;
+    Ok(pulled || !here)
 }
 
+/// True where bytes came.
 async fn pull(
     docker: &Docker,
     image: &str,
     credentials: Option<DockerCredentials>,
     say: Say<'_>,
-) -> Result<(), String> {
+) -> Result<bool, String> {
     // Without a tag the engine would get all of them.
     let options = CreateImageOptionsBuilder::default().from_image(&with_tag(image)).build();
     let mut stream = std::pin::pin!(docker.create_image(Some(options), None, credentials));
@@ -72,7 +74,7 @@ async fn pull(
     loop {
         let next = tokio::time::timeout(SILENCE, stream.next()).await;
         match next.map_err(|_| format!("nothing was heard of it for {SILENCE:?}"))? {
-            None => return Ok(()),
+            None => return Ok(!progress.layers.is_empty()),
             Some(Err(Error::DockerStreamError { error })) => return Err(error),
             Some(Err(error)) => return Err(error.to_string()),
             Some(Ok(info)) => progress.take(&info),

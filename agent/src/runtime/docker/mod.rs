@@ -27,7 +27,7 @@ use bollard::{
     models::ContainerInspectResponse,
     query_parameters::{
         CreateContainerOptionsBuilder, KillContainerOptionsBuilder, ListContainersOptionsBuilder,
-        RemoveContainerOptionsBuilder, WaitContainerOptionsBuilder,
+        RemoveContainerOptionsBuilder, StatsOptionsBuilder, WaitContainerOptionsBuilder,
     },
 };
 use futures::StreamExt as _;
@@ -36,11 +36,11 @@ use tokio::task::JoinHandle;
 use tracing::{info, warn};
 
 use super::{
-    Exit, Mount, Running, Runtime, RuntimeError, Say, resolved,
+    Exit, Mount, Running, Runtime, RuntimeError, Say, SleepMark, resolved,
     state::{Directories, LOG, ReplicaState},
     unix_now,
 };
-use answers::{exit_of, gateway, is_missing, published};
+use answers::{exit_of, gateway, is_missing, lives, published, resident};
 use create::{Parts, Place};
 pub use settings::{DockerSettings, GpuMode};
 use volumes::Places;
@@ -189,6 +189,11 @@ impl DockerRuntime {
         self.docker.inspect_container(id, None).await.ok()
     }
 
+    /// Whether it is paused; `None` where it does not live.
+    async fn paused(&self, id: &str) -> Option<bool> {
+        self.inspect(id).await?.state.filter(lives)?.paused
+    }
+
     async fn discard(&self, id: &str) {
         let options = RemoveContainerOptionsBuilder::default().force(true).v(true).build();
         match self.docker.remove_container(id, Some(options)).await {
@@ -271,7 +276,7 @@ fn cannot(what: &'static str, running: &Running, error: &Error) -> RuntimeError 
 
 #[async_trait]
 impl Runtime for DockerRuntime {
-    async fn prepare(&self, assignment: &ReplicaAssignment, say: Say<'_>) -> Result<(), RuntimeError> {
+    async fn prepare(&self, assignment: &ReplicaAssignment, say: Say<'_>) -> Result<bool, RuntimeError> {
         let container = assignment.container.clone().unwrap_or_default();
         if container.image.is_empty() {
             return Err(RuntimeError::Specification {
@@ -323,11 +328,11 @@ impl Runtime for DockerRuntime {
         let mut adopted = Vec::new();
         for (id, replica) in self.containers(None).await? {
             let found = self.inspect(&id).await;
-            let running = found.as_ref().and_then(|found| found.state.as_ref()).and_then(|state| state.running);
+            let alive = found.as_ref().and_then(|found| found.state.as_ref()).is_some_and(lives);
             let state = states.remove(&replica).filter(|state| state.contained);
             let known = state.and_then(|state| Some((state.started_at, state.assignment()?)));
             match (found, known) {
-                (Some(found), Some((started_at, assignment))) if running == Some(true) => {
+                (Some(found), Some((started_at, assignment))) if alive => {
                     info!(%replica, container = %id, "replica adopted");
                     self.follow(&replica, &id);
                     adopted.push(self.running(id, &found, started_at, assignment));
@@ -355,7 +360,7 @@ impl Runtime for DockerRuntime {
             let _ = std::pin::pin!(self.docker.wait_container(id, Some(options))).next().await;
             match self.docker.inspect_container(id, None).await {
                 Ok(found) => match found.state {
-                    Some(state) if state.running == Some(true) => {}
+                    Some(state) if lives(&state) => {}
                     state => return exit_of(&state.unwrap_or_default()),
                 },
                 Err(error) if is_missing(&error) => return Exit::default(),
@@ -387,12 +392,40 @@ impl Runtime for DockerRuntime {
 
     async fn pause(&self, running: &Running) -> Result<(), RuntimeError> {
         let id = running.container.as_deref().unwrap_or_default();
-        self.docker.pause_container(id).await.map_err(|error| cannot("pause", running, &error))
+        match self.docker.pause_container(id).await {
+            // Engines take a second pause for an error.
+            Err(error) if self.paused(id).await != Some(true) => Err(cannot("pause", running, &error)),
+            _ => Ok(()),
+        }
     }
 
     async fn resume(&self, running: &Running) -> Result<(), RuntimeError> {
         let id = running.container.as_deref().unwrap_or_default();
-        self.docker.unpause_container(id).await.map_err(|error| cannot("resume", running, &error))
+        match self.docker.unpause_container(id).await {
+            Err(error) if self.paused(id).await != Some(false) => Err(cannot("resume", running, &error)),
+            _ => Ok(()),
+        }
+    }
+
+    async fn memory(&self, running: &Running) -> u64 {
+        let id = running.container.as_deref().unwrap_or_default();
+        let options = StatsOptionsBuilder::default().stream(false).one_shot(true).build();
+        match std::pin::pin!(self.docker.stats(id, Some(options))).next().await {
+            Some(Ok(stats)) => stats.memory_stats.as_ref().map_or(0, resident),
+            Some(Err(error)) => {
+                warn!(replica = %running.replica, %error, "the engine does not say how much memory it has");
+                0
+            }
+            None => 0,
+        }
+    }
+
+    fn mark_sleep(&self, replica: &str, mark: Option<&SleepMark>) -> Result<(), RuntimeError> {
+        self.directories.mark_sleep(replica, mark)
+    }
+
+    fn sleep_mark(&self, replica: &str) -> Option<SleepMark> {
+        self.directories.sleep_mark(replica)
     }
 
     async fn remove(&self, replica: &str) {

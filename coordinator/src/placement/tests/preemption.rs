@@ -98,3 +98,55 @@ fn nothing_leaves_for_requests_of_no_priority() {
     assert_eq!(make_room(&fleet, &[wants(1)]), [Prospect::None]);
     assert_eq!(make_room(&fleet, &[]), []);
 }
+
+#[test]
+fn who_sleeps_goes_first_whatever_its_priority_and_of_several_the_one_of_least_worth() {
+    let asleep = |name: &str, gpu, worth| Taken { yields: Yields::ToAll, worth, ..held(name, &[gpu], 50) };
+    let served = with("a", 1, vec![held("idle", &[0], 0)]);
+    let asleep_there = with("b", 2, vec![asleep("s", 0, 3.0), asleep("t", 1, 2.0)]);
+    assert_eq!(victims(&fleet([served.clone(), asleep_there.clone()]), &urgent(1)), on("b", &["t"]));
+    assert_eq!(
+        victims(&fleet([served.clone(), asleep_there]), &wants(1)),
+        on("b", &["t"]),
+        "to equals and lower ones too"
+    );
+    let pair = with("c", 2, vec![asleep("s", 0, 3.0), asleep("t", 1, 2.0)]);
+    let gang = with("d", 2, vec![held("gang", &[0, 1], 0)]);
+    assert_eq!(
+        victims(&fleet([gang, pair]), &urgent(2)),
+        on("c", &["t", "s"]),
+        "two that sleep rather than one that serves"
+    );
+    let promised = Taken { yields: Yields::ToHigher, ..asleep("p", 0, 0.0) };
+    assert_eq!(victims(&fleet([with("a", 1, vec![promised])]), &urgent(1)), None);
+}
+
+#[test]
+fn who_can_sleep_yields_to_its_equals_that_somebody_waits_for() {
+    let idle = || Taken { yields: Yields::ToAwaited, ..held("idle", &[0], 10) };
+    let awaited = PlacementRequest { awaited: true, ..urgent(1) };
+    assert_eq!(victims(&fleet([with("a", 1, vec![idle()])]), &awaited), on("a", &["idle"]));
+    assert_eq!(victims(&fleet([with("a", 1, vec![idle()])]), &urgent(1)), None, "nobody waits");
+    let higher = Taken { priority: 11, ..idle() };
+    assert_eq!(victims(&fleet([with("a", 1, vec![higher])]), &awaited), None);
+    let busy = Taken { idle: false, ..idle() };
+    assert_eq!(victims(&fleet([with("a", 1, vec![busy])]), &awaited), None);
+}
+
+#[test]
+fn a_sleeper_can_have_its_devices_back_where_nobody_else_holds_them() {
+    let mine = held("mine", &[0], 0);
+    assert!(can_have(&with("a", 2, vec![mine.clone(), held("other", &[1], 0)]), &mine));
+    assert!(!can_have(&with("a", 2, vec![held("other", &[0], 0)]), &mine));
+    assert!(!can_have(&with("a", 0, vec![]), &mine), "the GPU is gone");
+    let part = |name: &str, gib| Taken { gpu_memory_bytes: Some(gib * GIB), ..held(name, &[0], 0) };
+    assert!(can_have(&with("a", 1, vec![part("other", 40)]), &part("mine", 8)));
+    assert!(!can_have(&with("a", 1, vec![part("other", 41)]), &part("mine", 8)));
+}
+
+#[test]
+fn what_sleeps_counts_as_room() {
+    let asleep = Taken { yields: Yields::ToAll, ..held("s", &[0], 0) };
+    assert_eq!(capacity(&fleet([with("a", 2, vec![asleep])]), &wants(1)), 2);
+    assert_eq!(capacity(&fleet([with("a", 2, vec![held("idle", &[0], 0)])]), &wants(1)), 1);
+}

@@ -1,18 +1,21 @@
+pub(in crate::reconcile) mod asleep;
+
 use std::time::Duration;
 
+use pilotlight_proto::fleet::v1 as fleet;
 use pilotlight_telemetry::TraceContext;
 
 use super::{super::load::insert_revision, *};
 use crate::{
     fleet::SessionHandle,
     model::{NodeRecord, ReplicaRecord, RevisionRecord},
-    reconcile::world::Settings,
+    reconcile::world::{NodeState, Settings},
     spec,
 };
 
 /// A cell in which a test says what there is.
-struct Cell {
-    world: World,
+pub(in crate::reconcile) struct Cell {
+    pub(in crate::reconcile) world: World,
 }
 
 impl Cell {
@@ -33,11 +36,16 @@ impl Cell {
     }
 
     /// A revision that wants this many replicas of one GPU each.
-    fn revision(mut self, name: &str, wanted: u32, priority: i32) -> Self {
+    fn revision(self, name: &str, wanted: u32, priority: i32) -> Self {
+        self.service(name, wanted, &format!("pilotlight.dev/priority: \"{priority}\""))
+    }
+
+    /// The same with any annotations.
+    fn service(mut self, name: &str, wanted: u32, annotations: &str) -> Self {
         let manifest = format!(
             "apiVersion: serving.kserve.io/v1beta1\nkind: InferenceService\nmetadata:\n  name: {name}\n  \
-             annotations: {{pilotlight.dev/priority: \"{priority}\"}}\nspec: {{predictor: {{containers: [{{name: c, \
-             image: i, resources: {{limits: {{nvidia.com/gpu: 1}}}}}}]}}}}\n"
+             annotations: {{{annotations}}}\nspec: {{predictor: {{minReplicas: 0, containers: [{{name: c, image: i, \
+             resources: {{limits: {{nvidia.com/gpu: 1}}}}}}]}}}}\n"
         );
         let service = spec::tests::service(&manifest, false);
         let record = RevisionRecord {
@@ -61,7 +69,7 @@ impl Cell {
     }
 
     /// A replica `<revision>-<suffix>` on GPU `gpu` of a node.
-    fn replica(mut self, name: &str, node: &str, gpu: u32, phase: ReplicaPhase) -> Self {
+    pub(in crate::reconcile) fn replica(mut self, name: &str, node: &str, gpu: u32, phase: ReplicaPhase) -> Self {
         let revision = name.split_once('-').unwrap().0;
         let record = ReplicaRecord {
             name: name.into(),
@@ -74,6 +82,7 @@ impl Cell {
             gpu_class: String::new(),
             created_at: Timestamp::UNIX_EPOCH,
             draining: phase == ReplicaPhase::Draining,
+            asleep: false,
         };
         self.world.insert_replica(record, TraceContext::default());
         let mut status = fleet::ReplicaStatus::default();
@@ -158,7 +167,7 @@ fn an_idle_replica_of_lower_priority_leaves_once() {
     let plan = cell().replica("low-1", "a", 0, READY).plan();
     assert_eq!(plan.evict, [("low-1".to_owned(), "default/high".to_owned())]);
     let why = &plan.unplaced.iter().find(|(key, _)| key == "default/high").unwrap().1;
-    assert!(why.as_ref().unwrap().ends_with("; idle replicas of lower priority on a make room"), "{why:?}");
+    assert!(why.as_ref().unwrap().ends_with("; idle replicas on a make room"), "{why:?}");
 
     let plan = cell().replica("low-1", "a", 0, DRAINING).plan();
     assert_eq!(plan.leaving().count(), 0, "it leaves already");

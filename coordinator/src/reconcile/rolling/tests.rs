@@ -82,6 +82,7 @@ fn place(world: &mut World, number: u32, gpu: u32) -> String {
         gpu_class: "A40".into(),
         created_at: at(i64::from(gpu)),
         draining: false,
+        asleep: false,
     };
     world.insert_replica(record, Default::default());
     name

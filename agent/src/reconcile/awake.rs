@@ -1,0 +1,288 @@
+//! A replica that is awake: probed until it is ready, and then for as long as it takes requests.
+
+use std::{sync::Arc, time::Duration};
+
+use pilotlight_proto::fleet::v1::{ReplicaPhase, Rung, Transition};
+use prost_types::Timestamp;
+use tokio::{sync::watch, time::Instant};
+use tracing::{Span, info, info_span, warn};
+
+use super::{
+    asleep::Tired,
+    failure::{Failure, UNHEALTHY},
+    health::{Health, Unhealthy},
+    replica::{End, Life, Stage, TIMEOUT, duration, told},
+    rung::{Cold, transition},
+};
+use crate::{
+    endpoint::LocalReplica,
+    runtime::{Running, probe::Prober},
+};
+
+/// After a wake, between the first question and the second; then twice as long each time, to the probe's
+/// own period. It has loaded long ago, so that it is ready any moment.
+const FIRST_PAUSE: Duration = Duration::from_millis(5);
+
+/// How a replica came to be awake.
+pub(super) enum Begin {
+    /// Its process was started.
+    Started(Cold),
+    /// It was so when this agent process took it over.
+    Adopted,
+    /// It slept until it was told to wake, at that time.
+    Woken(Instant),
+    /// It was to sleep, and is not to any more before it does.
+    Kept,
+}
+
+impl Begin {
+    /// True where it has loaded before: it owes nobody a delay or a startup probe.
+    fn has_loaded(&self) -> bool {
+        matches!(self, Self::Woken(_) | Self::Kept)
+    }
+
+    /// What has come to its end now that it is ready.
+    fn transition(&self) -> Option<Transition> {
+        match self {
+            Self::Started(Cold { rung, began }) => Some(transition(*rung, Rung::Serving, began.elapsed())),
+            Self::Woken(told) => Some(transition(Rung::Asleep, Rung::Serving, told.elapsed())),
+            Self::Adopted | Self::Kept => None,
+        }
+    }
+}
+
+/// The questions to a replica's readiness probe, and what they come to.
+struct Readiness {
+    prober: Prober,
+    ready: bool,
+    /// Of the same kind, in a row.
+    answers: (u32, u32),
+    /// Successes that it needs to become ready.
+    needed: u32,
+    /// Before the next question, while it is not ready after a wake.
+    short: Option<Duration>,
+}
+
+impl Readiness {
+    fn new(prober: Prober, begin: &Begin) -> Self {
+        // It was ready until it was told to sleep.
+        let needed = if matches!(begin, Begin::Kept) { 1 } else { prober.success_threshold() };
+        let short = begin.has_loaded().then_some(FIRST_PAUSE);
+        Self { prober, ready: false, answers: (0, 0), needed, short }
+    }
+
+    /// Before the first question.
+    fn first_pause(&self) -> Duration {
+        if self.short.is_some() { Duration::ZERO } else { self.prober.initial_delay() }
+    }
+
+    /// Before the next one.
+    fn pause(&mut self) -> Duration {
+        let period = self.prober.period(self.ready);
+        match &mut self.short {
+            Some(short) if !self.ready => {
+                let pause = period.min(*short);
+                *short *= 2;
+                pause
+            }
+            _ => period,
+        }
+    }
+
+    /// True where it has become ready.
+    fn succeeded(&mut self) -> bool {
+        self.answers = (self.answers.0 + 1, 0);
+        let becomes = !self.ready && self.answers.0 >= self.needed;
+        if becomes {
+            self.ready = true;
+            self.needed = self.prober.success_threshold();
+            self.short = None;
+        }
+        becomes
+    }
+
+    /// True where it is ready no more.
+    fn failed(&mut self) -> bool {
+        self.answers = (0, self.answers.1 + 1);
+        let ends = self.ready && self.answers.1 >= self.prober.failure_threshold();
+        if ends {
+            self.ready = false;
+        }
+        ends
+    }
+}
+
+impl Life {
+    /// Probes a running replica, and tells the data path, until it is to sleep. `span` ends when it is ready.
+    pub(super) async fn awake(&mut self, running: &Running, begin: Begin, span: Span) -> Result<Stage, End> {
+        // One that is kept is still told to drain, and ready in a moment.
+        let mut offered = matches!(begin, Begin::Kept);
+        if !offered {
+            let message = if begin.has_loaded() { "wakes" } else { "" };
+            self.update(|status| {
+                status.set_phase(ReplicaPhase::Starting);
+                status.ready_at = None;
+                status.message = message.to_owned();
+                status.reason.clear();
+            });
+        }
+        let mut spans = Some((info_span!(parent: &span, "replica.load", otel.kind = "internal"), span));
+        let container = running.assignment.container.clone().unwrap_or_default();
+        let (started, mut has_started) = watch::channel(false);
+        let health = Health::new(&container, running, &self.runtime);
+        let unhealthy = if begin.has_loaded() { health.of_started() } else { health }.fails(started);
+        tokio::pin!(unhealthy);
+        let prober = Prober::new(container.readiness_probe.unwrap_or_default(), running, Arc::clone(&self.runtime));
+        let mut readiness = Readiness::new(prober, &begin);
+        let mut begin = Some(begin);
+        let runtime = Arc::clone(&self.runtime);
+        let exited = runtime.exited(running);
+        tokio::pin!(exited);
+        let mut pause = readiness.first_pause();
+        loop {
+            let answer = tokio::select! {
+                exit = &mut exited => return Err(self.ended(running, exit)),
+                desired = told(&mut self.desired, |desired| desired.leave || offered && desired.assignment.asleep) => {
+                    if desired.leave {
+                        return Err(End::Leave);
+                    }
+                    return Ok(Stage::Tired(Tired::of_ready(desired.assignment.sleep_paths)));
+                }
+                why = &mut unhealthy => return Err(End::Failed(self.restart(running, why).await)),
+                answer = ask(&readiness.prober, pause, &mut has_started) => answer,
+            };
+            match answer {
+                Ok(()) => {
+                    if readiness.succeeded() {
+                        // What follows is no part of the start.
+                        spans.take();
+                        let begin = begin.take();
+                        let assignment = self.assignment();
+                        if assignment.asleep && !offered {
+                            return Ok(Stage::Tired(Tired::of_loaded(begin, assignment.sleep_paths)));
+                        }
+                        offered = true;
+                        self.ready(running, begin.as_ref().and_then(Begin::transition));
+                    }
+                }
+                Err(reason) => {
+                    if readiness.failed() {
+                        self.endpoints.not_ready(&running.replica);
+                        warn!(replica = %running.replica, %reason, "not ready any more");
+                    }
+                    if !readiness.ready {
+                        self.not_yet(&reason);
+                    }
+                }
+            }
+            pause = readiness.pause();
+        }
+    }
+
+    /// Ends a container that a probe has found unhealthy. It gets nothing new, and may end what it has.
+    async fn restart(&self, running: &Running, why: Unhealthy) -> Failure {
+        self.endpoints.not_ready(&running.replica);
+        self.update(|status| status.set_phase(ReplicaPhase::Starting));
+        self.give_up(running, Failure { reason: UNHEALTHY, message: why.message, exit_code: None }, why.grace).await
+    }
+
+    fn ready(&self, running: &Running, transition: Option<Transition>) {
+        let assignment = self.assignment();
+        self.endpoints.ready(LocalReplica {
+            name: running.replica.clone(),
+            revision: assignment.revision.clone(),
+            address: running.address,
+            h2c: assignment.container.as_ref().is_some_and(|container| container.h2c),
+            container_concurrency: assignment.container_concurrency,
+            timeout: duration(assignment.timeout).unwrap_or(TIMEOUT),
+        });
+        info!(replica = %running.replica, "ready");
+        self.update(|status| {
+            status.set_phase(ReplicaPhase::Ready);
+            status.ready_at = Some(Timestamp::from(std::time::SystemTime::now()));
+            status.message.clear();
+            status.reason.clear();
+            if transition.is_some() {
+                status.transition = transition;
+            }
+        });
+    }
+
+    /// Says what the probe said, where that is new.
+    fn not_yet(&self, reason: &str) {
+        let message = format!("not ready yet: {reason}");
+        let name = self.name();
+        let told = self.statuses.0.borrow().replicas.iter().any(|status| {
+            status.replica == name && status.message == message && status.phase() == ReplicaPhase::Starting
+        });
+        if !told {
+            self.update(|status| {
+                status.set_phase(ReplicaPhase::Starting);
+                status.message = message;
+                status.reason = "ProbeFailed".to_owned();
+            });
+        }
+    }
+}
+
+async fn ask(prober: &Prober, pause: Duration, has_started: &mut watch::Receiver<bool>) -> Result<(), String> {
+    // An error means that the container is about to be restarted.
+    if has_started.wait_for(|started| *started).await.is_err() {
+        std::future::pending::<()>().await;
+    }
+    tokio::time::sleep(pause).await;
+    prober.ask().await
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+
+    use pilotlight_proto::fleet::v1::Probe;
+
+    use super::*;
+    use crate::runtime::ProcessRuntime;
+
+    fn readiness(begin: &Begin, period: Option<u64>) -> Readiness {
+        let running = Running {
+            replica: "a".to_owned(),
+            pid: 0,
+            address: (Ipv4Addr::LOCALHOST, 1).into(),
+            started_at: 0,
+            assignment: Default::default(),
+            container: None,
+            ports: Default::default(),
+        };
+        let seconds = |seconds| prost_types::Duration::try_from(Duration::from_secs(seconds)).ok();
+        let probe = Probe {
+            initial_delay: seconds(9),
+            period: period.and_then(seconds),
+            success_threshold: 2,
+            ..Default::default()
+        };
+        let runtime = Arc::new(ProcessRuntime::new("/nowhere".as_ref(), "/nowhere".into()));
+        Readiness::new(Prober::new(probe, &running, runtime), begin)
+    }
+
+    #[test]
+    fn a_woken_replica_is_asked_at_once_and_often() {
+        let mut woken = readiness(&Begin::Woken(Instant::now()), None);
+        let pauses = |readiness: &mut Readiness| [0; 6].map(|_| readiness.pause().as_millis());
+        assert_eq!(woken.first_pause(), Duration::ZERO);
+        assert_eq!(pauses(&mut woken), [5, 10, 20, 40, 50, 50]);
+        assert!(!woken.failed() && !woken.succeeded() && woken.succeeded(), "its threshold is 2");
+        assert_eq!(woken.pause(), Duration::from_secs(10));
+        let mut slow = readiness(&Begin::Woken(Instant::now()), Some(1));
+        assert_eq!(pauses(&mut slow), [5, 10, 20, 40, 80, 160]);
+
+        let mut kept = readiness(&Begin::Kept, None);
+        assert_eq!(kept.first_pause(), Duration::ZERO);
+        assert!(kept.succeeded(), "once is enough");
+        assert!(!kept.failed() && !kept.failed() && kept.failed());
+        assert_eq!(kept.pause(), Duration::from_millis(50));
+        assert!(!kept.succeeded() && kept.succeeded(), "from then on as any other");
+
+        let mut started = readiness(&Begin::Adopted, None);
+        assert_eq!((started.first_pause(), started.pause()), (Duration::from_secs(9), Duration::from_millis(50)));
+    }
+}

@@ -1,0 +1,67 @@
+//! Why a replica failed, in the words of Kubernetes.
+
+use crate::{
+    models::ModelError,
+    runtime::{Exit, RuntimeError},
+};
+
+/// Reason of a replica that a probe has had restarted; the name of Kubernetes' event.
+pub(super) const UNHEALTHY: &str = "Unhealthy";
+/// Reason of one that was to sleep and did not.
+pub(super) const SLEEP_FAILED: &str = "SleepFailed";
+/// Reason of one that was to wake and did not.
+pub(super) const WAKE_FAILED: &str = "WakeFailed";
+
+/// Why a replica failed.
+pub(super) struct Failure {
+    pub(super) reason: &'static str,
+    pub(super) message: String,
+    pub(super) exit_code: Option<i32>,
+}
+
+impl Failure {
+    pub(super) fn of_exit(exit: Exit) -> Self {
+        let (reason, message) = match (exit.code, exit.signal) {
+            _ if exit.oom_killed => {
+                ("OOMKilled", "the container was killed: it used more memory than its limit".to_owned())
+            }
+            (Some(0), _) => ("Completed", "the process ended with exit code 0".to_owned()),
+            (Some(code), Some(signal)) => {
+                ("Error", format!("the process ended with exit code {code}, that is by signal {signal}"))
+            }
+            (Some(code), None) => ("Error", format!("the process ended with exit code {code}")),
+            (None, Some(signal)) => ("Error", format!("the process was ended by signal {signal}")),
+            (None, None) => ("Error", "the process ended".to_owned()),
+        };
+        Self { reason, message, exit_code: exit.code }
+    }
+
+    pub(super) fn of_model(error: &ModelError) -> Self {
+        Self { reason: error.reason(), message: error.to_string(), exit_code: None }
+    }
+
+    pub(super) fn of_error(error: &RuntimeError) -> Self {
+        Self { reason: error.reason(), message: error.to_string(), exit_code: None }
+    }
+}
+
+/// What Kubernetes calls the pause after this reason: images have a name of their own for it, and what
+/// cannot be created or fetched stays what it is.
+pub(super) fn in_backoff(reason: &'static str) -> &'static str {
+    match reason {
+        "ErrImagePull" => "ImagePullBackOff",
+        "InvalidImageName"
+        | "ErrImageNeverPull"
+        | "ImageInspectError"
+        | "CreateContainerConfigError"
+        | "CreateContainerError"
+        | "ModelNotFound"
+        | "ModelFetchFailed"
+        | "ModelChecksumMismatch"
+        | "ModelCacheFailed"
+        | "CacheFull"
+        | "DiskFull"
+        | "VolumeNotFound" => reason,
+        _ => "CrashLoopBackOff",
+    }
+}

@@ -1,0 +1,340 @@
+//! How long a request waits for the same model of 1 GiB, by the rung of the ladder on which it finds it, and
+//! Pilotlight's own share of that: what is left without fetching, and without what the very same server takes
+//! when it is started, or halted and continued, by hand in the same round.
+//!
+//! The model comes from an S3 server on this machine; the server is the example server, which reads all of it
+//! into memory before it is ready, as a process. Nothing here has a GPU. `MODEL_MIB` is another size than 1024,
+//! `ROUNDS` another number of rounds than 5. TMPDIR must be on a disk: what lies in memory only has no page cache
+//! to be dropped from.
+#![allow(clippy::print_stdout, missing_docs, reason = "a benchmark prints its result")]
+
+use std::{
+    path::Path,
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use object_store::{ObjectStoreExt as _, WriteMultipart, aws::AmazonS3Builder};
+use pilotlight_agent::warmth::{PageCache, page_cache::residency};
+use pilotlight_tests::{
+    cell::Dev,
+    eventually, free_port,
+    http::Gateway,
+    manifest::TWO_FLOWERS,
+    process::pilotlight,
+    s3::{KEY, S3, SECRET},
+};
+use serde_json::Value;
+
+const URI: &str = "s3://models/large";
+const PREDICT: &str = "/v1/models/iris:predict";
+/// Bytes of one part of an upload.
+const PART: usize = 8 << 20;
+
+/// Where the model is when the request comes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Rung {
+    Absent,
+    Cached,
+    Staged,
+    /// By pausing.
+    Paused,
+    /// By the server's own endpoints.
+    Asleep,
+    Serving,
+}
+
+const RUNGS: [Rung; 6] = [Rung::Absent, Rung::Cached, Rung::Staged, Rung::Paused, Rung::Asleep, Rung::Serving];
+
+impl Rung {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Absent => "Absent",
+            Self::Cached => "Cached",
+            Self::Staged => "Staged",
+            Self::Paused => "Asleep (paused)",
+            Self::Asleep => "Asleep (own endpoints)",
+            Self::Serving => "Serving",
+        }
+    }
+}
+
+/// Times of one rung, seconds.
+#[derive(Debug, Clone, Default)]
+struct Times {
+    /// From request to answer.
+    waited: Vec<f64>,
+    /// Of that, fetching.
+    fetched: Vec<f64>,
+    /// The server alone, from the same rung.
+    alone: Vec<f64>,
+}
+
+impl Times {
+    fn own(&self) -> Vec<f64> {
+        let all = self.waited.iter().zip(&self.fetched).zip(&self.alone);
+        all.map(|((waited, fetched), alone)| waited - fetched - alone).collect()
+    }
+}
+
+/// A service of the model, on one of the ways to keep it warm.
+fn manifest(name: &str, further: &str) -> String {
+    format!(
+        "apiVersion: serving.kserve.io/v1beta1\nkind: InferenceService\nmetadata:\n  name: {name}\n  annotations:\n    \
+         autoscaling.knative.dev/initial-scale: \"0\"\n    autoscaling.knative.dev/window: 6s\n    \
+         autoscaling.knative.dev/scale-down-delay: 0s\n    \
+         autoscaling.knative.dev/scale-to-zero-pod-retention-period: 0s\n{further}spec:\n  predictor:\n    \
+         minReplicas: 0\n    maxReplicas: 1\n    containers:\n    - name: kserve-container\n      image: pilotlight:dev\n      \
+         command: [pilotlight, example-server, iris, --load, /mnt/models]\n      \
+         readinessProbe: {{httpGet: {{path: /v1/models/iris, port: 8080}}}}\n      \
+         ports: [{{containerPort: 8080, name: http1}}]\n      env: [{{name: STORAGE_URI, value: \"{URI}\"}}]\n"
+    )
+}
+
+/// A fleet of one node whose agent may read from the store by its own environment.
+async fn dev(server: &S3, flags: &[&str]) -> Dev {
+    let env = [
+        ("AWS_ACCESS_KEY_ID", KEY.to_owned()),
+        ("AWS_SECRET_ACCESS_KEY", SECRET.to_owned()),
+        ("AWS_REGION", "us-east-1".to_owned()),
+        ("AWS_ENDPOINT_URL", server.endpoint()),
+        ("AWS_ALLOW_HTTP", "true".to_owned()),
+    ];
+    Dev::start(flags, env.to_vec()).await
+}
+
+async fn upload(server: &S3, mib: usize) {
+    server.bucket("models");
+    let store = AmazonS3Builder::new()
+        .with_bucket_name("models")
+        .with_endpoint(server.endpoint())
+        .with_allow_http(true)
+        .with_access_key_id(KEY)
+        .with_secret_access_key(SECRET)
+        .build()
+        .unwrap();
+    for shard in 0..4 {
+        let to = store.put_multipart(&format!("large/shard-{shard}.safetensors").into()).await.unwrap();
+        let mut to = WriteMultipart::new_with_chunk_size(to, PART);
+        let mut state = 0x9e37_79b9_7f4a_7c15_u64 ^ (shard + 1);
+        for _ in 0..(mib << 20) / 4 / PART {
+            to.wait_for_capacity(4).await.unwrap();
+            let mut block = vec![0_u8; PART];
+            for word in block.chunks_exact_mut(8) {
+                // xorshift64: bytes that do not repeat.
+                state ^= state << 13;
+                state ^= state >> 7;
+                state ^= state << 17;
+                word.copy_from_slice(&state.to_le_bytes());
+            }
+            to.put(block.into());
+        }
+        to.finish().await.unwrap();
+    }
+}
+
+async fn ask(gateway: &Gateway, host: &str) -> f64 {
+    let begun = Instant::now();
+    let answer = gateway.post(host, PREDICT, TWO_FLOWERS).await.unwrap();
+    assert_eq!(answer.status, 200, "{}", answer.body);
+    begun.elapsed().as_secs_f64()
+}
+
+fn model(dev: &Dev) -> Option<Value> {
+    let list = dev.operator.json(&["cache", "ls"]);
+    list["items"].as_array()?.iter().find(|model| model["uri"] == URI).cloned()
+}
+
+fn folder(dev: &Dev) -> std::path::PathBuf {
+    let key = model(dev).expect("the model is on the disk")["key"].as_str().unwrap().to_owned();
+    dev.data().join("agent/models/trees").join(key).join("files")
+}
+
+/// Out of the page cache.
+async fn drop_pages(folder: &Path) {
+    std::sync::Arc::new(PageCache::new(0)).unstage(folder).await.unwrap();
+    let left = residency(folder).await.unwrap();
+    assert!(left.resident * 100 < left.total, "{left:?}: is TMPDIR on a disk?");
+}
+
+/// Wholly in the page cache.
+async fn read_pages(folder: &Path) {
+    std::sync::Arc::new(PageCache::new(u64::MAX)).stage(folder).await.unwrap();
+}
+
+/// The server without Pilotlight.
+struct Alone {
+    child: Child,
+    gateway: Gateway,
+}
+
+impl Alone {
+    /// Starts it and asks until it answers, without pauses to speak of.
+    async fn start(folder: &Path) -> (Self, f64) {
+        let port = free_port();
+        let begun = Instant::now();
+        let mut command = Command::new(pilotlight());
+        command.args(["example-server", "iris", "--port", &port.to_string(), "--load"]).arg(folder);
+        let child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        let gateway = Gateway::at(port);
+        loop {
+            match gateway.post("alone", PREDICT, TWO_FLOWERS).await {
+                Ok(answer) if answer.status == 200 => break,
+                _ => tokio::time::sleep(Duration::from_millis(1)).await,
+            }
+        }
+        (Self { child, gateway }, begun.elapsed().as_secs_f64())
+    }
+
+    /// Halted and continued.
+    async fn paused(&self) -> f64 {
+        let pid = Pid::from_raw(self.child.id() as i32);
+        kill(pid, Signal::SIGSTOP).unwrap();
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        let begun = Instant::now();
+        kill(pid, Signal::SIGCONT).unwrap();
+        ask(&self.gateway, "alone").await;
+        begun.elapsed().as_secs_f64()
+    }
+
+    /// Asleep and awake by its own endpoints.
+    async fn slept(&self) -> f64 {
+        self.gateway.post("alone", "/sleep?level=1", "").await.unwrap();
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        let begun = Instant::now();
+        self.gateway.post("alone", "/wake_up", "").await.unwrap();
+        ask(&self.gateway, "alone").await;
+        begun.elapsed().as_secs_f64()
+    }
+}
+
+impl Drop for Alone {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// One fleet per way to keep it warm: in each the request finds the model where it shall.
+struct Fleets {
+    /// Idle replicas stop, and nothing is kept in the page cache.
+    cold: Dev,
+    /// Idle replicas stop, and weights are kept in the page cache.
+    staged: Dev,
+    /// Idle replicas sleep.
+    asleep: Dev,
+}
+
+async fn round(fleets: &Fleets, rung: Rung, times: &mut Times) {
+    let (dev, service) = match rung {
+        Rung::Absent | Rung::Cached => (&fleets.cold, "cold"),
+        Rung::Staged => (&fleets.staged, "staged"),
+        Rung::Paused => (&fleets.asleep, "paused"),
+        Rung::Asleep | Rung::Serving => (&fleets.asleep, "asleep"),
+    };
+    let host = format!("{service}.default.localhost");
+    match rung {
+        Rung::Absent | Rung::Cached | Rung::Staged => {
+            dev.operator.replicas_are(service, 0, "").await;
+        }
+        Rung::Paused | Rung::Asleep => {
+            dev.operator.replicas_are(service, 1, "Asleep").await;
+        }
+        Rung::Serving => {
+            ask(&dev.gateway, &host).await;
+        }
+    }
+    match rung {
+        Rung::Absent => {
+            dev.operator.must(&["cache", "evict", URI]);
+        }
+        Rung::Cached => drop_pages(&folder(dev)).await,
+        Rung::Staged => {
+            eventually("the weights are in the page cache", || async {
+                let model = model(dev)?;
+                (model["rung"] == "Staged" && model["residentBytes"] == model["bytes"]).then_some(())
+            })
+            .await;
+        }
+        Rung::Paused | Rung::Asleep | Rung::Serving => {}
+    }
+    times.waited.push(ask(&dev.gateway, &host).await);
+    let fetched = model(dev).and_then(|model| model["fetchSeconds"].as_f64()).filter(|_| rung == Rung::Absent);
+    times.fetched.push(fetched.unwrap_or(0.0));
+    times.alone.push(alone(&folder(dev), rung).await);
+}
+
+/// The same rung without Pilotlight; what was just fetched is in the page cache.
+async fn alone(folder: &Path, rung: Rung) -> f64 {
+    if rung == Rung::Cached {
+        drop_pages(folder).await
+    } else {
+        read_pages(folder).await
+    }
+    let (server, started) = Alone::start(folder).await;
+    match rung {
+        Rung::Absent | Rung::Cached | Rung::Staged => started,
+        Rung::Paused => server.paused().await,
+        Rung::Asleep => server.slept().await,
+        Rung::Serving => ask(&server.gateway, "alone").await,
+    }
+}
+
+fn median(of: &[f64]) -> f64 {
+    let mut of = of.to_vec();
+    of.sort_by(f64::total_cmp);
+    of[of.len() / 2]
+}
+
+fn from_environment(name: &str, otherwise: usize) -> usize {
+    std::env::var(name).ok().and_then(|value| value.parse().ok()).unwrap_or(otherwise)
+}
+
+async fn measure() {
+    let (mib, rounds) = (from_environment("MODEL_MIB", 1024), from_environment("ROUNDS", 5));
+    let server = S3::start().await;
+    upload(&server, mib).await;
+    let fleets = Fleets {
+        cold: dev(&server, &["--idle-replicas=stop", "--warm-memory=0B"]).await,
+        staged: dev(&server, &["--idle-replicas=stop", "--warm-memory=8GiB"]).await,
+        asleep: dev(&server, &["--warm-memory=8GiB"]).await,
+    };
+    let paths = "    pilotlight.dev/sleep-path: /sleep?level=1\n    pilotlight.dev/wake-path: /wake_up\n    \
+                 pilotlight.dev/is-sleeping-path: /is_sleeping\n";
+    let services = [
+        (&fleets.cold, "cold", ""),
+        (&fleets.staged, "staged", ""),
+        (&fleets.asleep, "paused", ""),
+        (&fleets.asleep, "asleep", paths),
+    ];
+    for (dev, name, further) in services {
+        let applied = dev.operator.apply(&manifest(name, further), &[]);
+        assert_eq!(applied.code, 0, "{}", applied.err);
+        ask(&dev.gateway, &format!("{name}.default.localhost")).await;
+    }
+    let mut times = RUNGS.map(|_| Times::default());
+    for _ in 0..rounds {
+        for (rung, times) in RUNGS.into_iter().zip(&mut times) {
+            round(&fleets, rung, times).await;
+        }
+    }
+    println!("{mib} MiB, medians of {rounds} rounds, milliseconds\n");
+    println!("| rung | request to answer | fetching | server alone | own share | own share, worst |");
+    println!("| --- | --- | --- | --- | --- | --- |");
+    for (rung, times) in RUNGS.into_iter().zip(&times) {
+        let own = times.own();
+        let worst = own.iter().copied().fold(f64::MIN, f64::max);
+        let [waited, fetched, alone, own, worst] =
+            [median(&times.waited), median(&times.fetched), median(&times.alone), median(&own), worst].map(|s| s * 1e3);
+        println!("| {} | {waited:.1} | {fetched:.1} | {alone:.1} | {own:.1} | {worst:.1} |", rung.name());
+    }
+}
+
+fn main() {
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    tokio::runtime::Runtime::new().unwrap().block_on(measure());
+}

@@ -1,0 +1,231 @@
+//! How warm a node keeps what nobody needs now: who sleeps on, which weights are in the page cache, and
+//! which models leave the disk first. Pure.
+//!
+//! [`crate::eviction`] chooses; here it is fed with what is seen. Looked at anew every [`INTERVAL`], and at
+//! once where a model finds no room on a disk.
+
+#[cfg(test)]
+mod tests;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
+
+use jiff::Timestamp;
+use pilotlight_proto::fleet::v1 as fleet;
+
+use super::{
+    clock::scaler_time,
+    storage,
+    world::{NodeState, ReplicaState, RevisionState, World},
+};
+use crate::eviction::{Bytes, Costs, Entry, Footprint, Policy, Rung, victims};
+
+/// Between two looks.
+pub const INTERVAL: Duration = Duration::from_secs(10);
+/// What "soon" means for the probability of need.
+const HORIZON: Duration = Duration::from_secs(120);
+/// What is in the page cache counts for so much more than what would have to be read: two that are worth
+/// about the same do not take turns.
+const STAYS: f64 = 1.5;
+
+/// What becomes of the models on one node's disk.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Shelf {
+    /// Addresses of those that are kept in the page cache.
+    pub staged: BTreeSet<String>,
+    /// By address: which leave the disk first, as `ModelAssignment.keep`.
+    pub keep: BTreeMap<String, u32>,
+}
+
+/// What a look at one node says.
+#[derive(Debug, Default, PartialEq)]
+pub struct Look {
+    /// The models on its disk.
+    pub shelf: Shelf,
+    /// Names of sleepers that leave, since the node's memory for idle models does not suffice.
+    pub leave: Vec<String>,
+    /// By name of replica: seconds of waiting to be expected where it makes room.
+    pub worth: Vec<(String, f64)>,
+}
+
+/// Revisions that take requests, by the address of the model that they load.
+pub type Users<'a> = BTreeMap<String, Vec<&'a RevisionState>>;
+
+/// See [`Users`].
+pub fn users(world: &World) -> Users<'_> {
+    let mut users = Users::new();
+    for revision in world.revisions.values().filter(|revision| !revision.record.template.storage.is_empty()) {
+        if world.reachable(revision)
+            && let Some(uri) = storage::first_address(world, &revision.record)
+        {
+            users.entry(uri).or_default().push(revision);
+        }
+    }
+    users
+}
+
+/// Takes in how long a replica took to change its rung.
+pub fn measure(revision: &mut RevisionState, transition: &fleet::Transition) {
+    let Some(took) = transition.took.and_then(|took| Duration::try_from(took).ok()) else { return };
+    let from = match transition.from() {
+        fleet::Rung::Absent => Rung::Absent,
+        fleet::Rung::Cached => Rung::Cached,
+        fleet::Rung::Staged => Rung::Staged,
+        // One that was started only to sleep was loaded all the same; how long it takes to fall asleep
+        // delays nobody.
+        fleet::Rung::Asleep => Rung::Asleep,
+        fleet::Rung::Serving | fleet::Rung::Unspecified => return,
+    };
+    revision.costs.measure(from, took);
+}
+
+/// Looks at one node.
+pub fn look(world: &World, node: &NodeState, users: &Users<'_>, now: Timestamp) -> Look {
+    let here: Vec<_> = node.replicas.iter().filter_map(|name| world.replicas.get(name)).collect();
+    let models = Models::of(node);
+    let sleepers = here.iter().filter(|replica| sleeps(replica));
+    let mut entries: Vec<Entry> = sleepers.filter_map(|replica| sleeper(world, replica, &models, now)).collect();
+    let by_revision: BTreeSet<&str> = here.iter().map(|replica| replica.record.revision.as_str()).collect();
+    let idle = users.iter().filter(|(_, users)| !users.iter().any(|user| by_revision.contains(&*user.record.key())));
+    let staged: Vec<Entry> = idle.filter_map(|(uri, users)| stageable(uri, users, &models, now)).collect();
+    let mut shelf = Shelf { staged: staged.iter().map(|entry| entry.name.clone()).collect(), ..Shelf::default() };
+    entries.extend(staged);
+    let memory = node.inventory.as_ref().map_or(0, |inventory| inventory.warm_memory_bytes);
+    let budget = Bytes { host: memory, gpu: u64::MAX, disk: u64::MAX };
+    let mut leave = Vec::new();
+    for step in victims(&entries, budget, Policy::CostAware).steps {
+        if !shelf.staged.remove(&step.name) {
+            leave.push(step.name);
+        }
+    }
+    if let Some(name) = makes_room_on_disk(&here, &entries, &leave) {
+        leave.push(name);
+    }
+    let keep = users.iter().filter_map(|(uri, users)| Some((uri.clone(), keep(users, models.bytes(uri)?, now))));
+    shelf.keep = keep.collect();
+    let worth = here.iter().filter_map(|replica| worth(world, replica, &models, now)).collect();
+    Look { shelf, leave, worth }
+}
+
+/// Reason of a replica whose model has no room on the disk, as agents say it.
+pub const CACHE_FULL: &str = "CacheFull";
+
+/// True for a replica whose model finds no room on its node's disk.
+pub fn lacks_room(status: &fleet::ReplicaStatus) -> bool {
+    status.phase() == fleet::ReplicaPhase::Failed && status.reason == CACHE_FULL
+}
+
+/// Where a model finds no room on the disk beside those that replicas have: the sleeper that is worth least
+/// for its bytes. One at a time: the agent then frees what it can, and tries again.
+fn makes_room_on_disk(here: &[&ReplicaState], entries: &[Entry], leave: &[String]) -> Option<String> {
+    let leaving = !leave.is_empty() || here.iter().any(|replica| replica.record.asleep && replica.record.draining);
+    if leaving || !here.iter().any(|replica| replica.status.as_ref().is_some_and(lacks_room)) {
+        return None;
+    }
+    let free = |entry: &&Entry| entry.rung == Rung::Asleep && entry.pinned.is_none() && entry.footprint.disk > 0;
+    let score = |entry: &Entry| entry.costs.lost(entry.rung, Rung::Absent) * entry.need / entry.footprint.disk as f64;
+    let least = entries.iter().filter(free).min_by(|a, b| score(a).total_cmp(&score(b)).then(a.name.cmp(&b.name)));
+    least.map(|entry| entry.name.clone())
+}
+
+/// Models on a node's disk, by address.
+struct Models<'a> {
+    /// Bytes of all versions, and whether they are in the page cache.
+    by_uri: BTreeMap<&'a str, (u64, bool)>,
+}
+
+impl<'a> Models<'a> {
+    fn of(node: &'a NodeState) -> Self {
+        let mut by_uri: BTreeMap<&str, (u64, bool)> = BTreeMap::new();
+        for model in &node.cached.models {
+            let (bytes, staged) = by_uri.entry(&model.uri).or_default();
+            *bytes += model.bytes;
+            *staged |= model.staged;
+        }
+        Self { by_uri }
+    }
+
+    fn bytes(&self, uri: &str) -> Option<u64> {
+        self.by_uri.get(uri).map(|(bytes, _)| *bytes)
+    }
+}
+
+fn sleeps(replica: &ReplicaState) -> bool {
+    replica.record.asleep && !replica.record.draining && replica.phase() == fleet::ReplicaPhase::Asleep
+}
+
+fn need(revision: &RevisionState, now: Timestamp) -> f64 {
+    revision.arrivals.need(scaler_time(now), HORIZON)
+}
+
+/// Bytes of the model that a replica loads, as far as they are known.
+fn weights(world: &World, revision: &RevisionState, models: &Models<'_>) -> u64 {
+    let uri = storage::first_address(world, &revision.record);
+    uri.and_then(|uri| models.bytes(&uri)).unwrap_or(0)
+}
+
+fn entry(name: &str, rung: Rung, footprint: Footprint, costs: &Costs, need: f64) -> Entry {
+    Entry {
+        name: name.to_owned(),
+        rung,
+        footprint,
+        costs: costs.with_estimates(&footprint),
+        need,
+        last_used: Duration::ZERO,
+        uses: 0,
+        pinned: None,
+        in_use: false,
+    }
+}
+
+fn sleeper(world: &World, replica: &ReplicaState, models: &Models<'_>, now: Timestamp) -> Option<Entry> {
+    let revision = world.revisions.get(&replica.record.revision)?;
+    let asleep_host = replica.status.as_ref().map_or(0, |status| status.memory_bytes);
+    let weights = weights(world, revision, models);
+    let footprint = Footprint { asleep_host, weights, disk: weights, ..Footprint::default() };
+    let pinned = world.keeps_promise(revision, replica).then_some(Rung::Asleep);
+    Some(Entry { pinned, ..entry(&replica.record.name, Rung::Asleep, footprint, &revision.costs, need(revision, now)) })
+}
+
+/// A model that could be in the page cache: it is on the disk, and no process has it now.
+fn stageable(uri: &str, users: &[&RevisionState], models: &Models<'_>, now: Timestamp) -> Option<Entry> {
+    let (bytes, staged) = *models.by_uri.get(uri)?;
+    let footprint = Footprint { weights: bytes, disk: bytes, ..Footprint::default() };
+    let (need, costs) = joint(users, now)?;
+    let need = if staged { (need * STAYS).min(1.0) } else { need };
+    Some(entry(uri, Rung::Staged, footprint, costs, need))
+}
+
+/// How probable it is that any of them is needed soon, and what the one that is most so takes to serve.
+fn joint<'a>(users: &[&'a RevisionState], now: Timestamp) -> Option<(f64, &'a Costs)> {
+    let needs: Vec<_> = users.iter().map(|user| (need(user, now), &user.costs)).collect();
+    let nobody: f64 = needs.iter().map(|(need, _)| 1.0 - need).product();
+    let (_, costs) = needs.into_iter().max_by(|(a, _), (b, _)| a.total_cmp(b))?;
+    Some((1.0 - nobody, costs))
+}
+
+/// See `ModelAssignment.keep`: the logarithm of what is lost per byte, so that it changes only where it
+/// matters; at least 1, since 0 is for what nobody has asked for.
+fn keep(users: &[&RevisionState], bytes: u64, now: Timestamp) -> u32 {
+    /// 2^-64 seconds per byte count as nothing.
+    const LEAST: f64 = 64.0;
+    let footprint = Footprint { weights: bytes, disk: bytes, ..Footprint::default() };
+    let Some((need, costs)) = joint(users, now) else { return 0 };
+    let lost = costs.with_estimates(&footprint).lost(Rung::Cached, Rung::Absent) * need;
+    ((lost / bytes.max(1) as f64).log2() + LEAST).round().clamp(1.0, 2.0 * LEAST) as u32
+}
+
+/// What is lost where a replica that has nothing to do makes room.
+fn worth(world: &World, replica: &ReplicaState, models: &Models<'_>, now: Timestamp) -> Option<(String, f64)> {
+    let revision = world.revisions.get(&replica.record.revision)?;
+    let from = if sleeps(replica) { Rung::Asleep } else { Rung::Serving };
+    if replica.running > 0 || (from == Rung::Serving && !replica.ready()) {
+        return None;
+    }
+    let bytes = weights(world, revision, models);
+    let footprint = Footprint { weights: bytes, disk: bytes, ..Footprint::default() };
+    let lost = revision.costs.with_estimates(&footprint).lost(from, Rung::Cached);
+    Some((replica.record.name.clone(), lost * need(revision, now)))
+}
