@@ -190,7 +190,7 @@ impl Fetch {
     async fn range(&self, file: &File, range: Range<u64>, peers: Option<&Peers>) -> Result<(), ModelError> {
         let coming = Coming { file, at: AtomicU64::new(range.start), range };
         if let Some(peers) = peers {
-            self.from_peers(peers, &coming).await.map_err(|error| self.disk(error))?;
+            self.ask_peers(peers, &coming).await.map_err(|error| self.disk(error))?;
         }
         if coming.left().is_empty() {
             return Ok(());
@@ -217,7 +217,7 @@ impl Fetch {
     }
 
     /// As much of a range as other nodes give, one after another.
-    async fn from_peers(&self, peers: &Peers, coming: &Coming<'_>) -> io::Result<()> {
+    async fn ask_peers(&self, peers: &Peers, coming: &Coming<'_>) -> io::Result<()> {
         // Only what is noted as theirs; a file may have been begun by the word of others.
         let Some(sha256) = peers.blob(coming.file.number) else { return Ok(()) };
         if coming.file.told.as_deref() != Some(sha256) {
