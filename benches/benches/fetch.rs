@@ -2,10 +2,10 @@
 //!
 //! The server is s3s-fs, with threads of its own in this process. The objects are uploaded in parts by its API, as the
 //! stores' own tools upload large ones: the server then keeps their ETags, and does not hash a whole object for each
-//! range. Such ETags are no MD5, so that neither side has a checksum of the content to compare with: rclone checks
-//! sizes, and does not sync. Pilotlight computes each file's SHA-256, by which it keeps it, syncs all to the disk and
-//! makes the model appear by one rename. Each round fetches into fresh folders of one disk; the server's files are in
-//! the page cache for both.
+//! range. Such ETags are no MD5, so that neither side has a checksum of the content to compare with. rclone checks
+//! sizes and does not sync; it is timed to its end, and to the end of a sync after it. Pilotlight computes each file's
+//! SHA-256, by which it keeps it, syncs all and makes the model appear by one rename. Each round fetches into fresh
+//! folders of one disk; the server's files are in the page cache for both.
 //!
 //! `MODEL_MIB` is another size than 2048, `ROUNDS` another number of rounds than 5; `rclone` is Debian's.
 #![allow(clippy::print_stdout, reason = "its table is what a benchmark is for")]
@@ -86,7 +86,8 @@ async fn ours(server: &S3, directory: &Path) -> (Duration, PathBuf) {
     (begun.elapsed(), folder)
 }
 
-fn rclone(server: &S3, flags: &[&str], directory: &Path) -> Duration {
+/// Until it ends, and until what it wrote is on the disk.
+fn rclone(server: &S3, flags: &[&str], directory: &Path) -> [Duration; 2] {
     let mut command = Command::new("rclone");
     // The bucket as a whole: of a folder rclone first asks whether it is an object, to which s3s-fs answers with an error
     // that rclone tries again for most of a minute.
@@ -99,7 +100,9 @@ fn rclone(server: &S3, flags: &[&str], directory: &Path) -> Duration {
     let output = command.output().expect("rclone starts");
     let took = begun.elapsed();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    took
+    // What a crash would leave is only then the same.
+    assert!(Command::new("sync").arg("--file-system").arg(directory).status().expect("sync starts").success());
+    [took, begun.elapsed()]
 }
 
 /// That both have the same bytes, and all of them.
@@ -148,31 +151,39 @@ fn main() {
         runtime.block_on(upload(&server, shard, bytes));
     }
     let mut own = Vec::new();
-    let mut others = FLAGS.map(|_| Vec::new());
+    let mut others = FLAGS.map(|_| [Vec::new(), Vec::new()]);
     for round in 0..rounds {
         let fresh = tempfile::tempdir().unwrap();
         settle();
         let (took, folder) = runtime.block_on(ours(&server, &fresh.path().join("pilotlight")));
         own.push(took);
+        print!("round {round}: pilotlight {took:.2?}");
         for (number, (_, flags)) in FLAGS.iter().enumerate() {
             let directory = fresh.path().join(format!("rclone-{number}"));
             settle();
-            others[number].push(rclone(&server, flags, &directory));
+            let [ended, synced] = rclone(&server, flags, &directory);
+            others[number][0].push(ended);
+            others[number][1].push(synced);
             same(&folder, &directory.join("large"), bytes);
+            print!(", rclone {ended:.2?} and synced {synced:.2?}");
         }
-        println!(
-            "round {round}: pilotlight {took:.2?}, rclone {:.2?}",
-            others.each_ref().map(|all| all[all.len() - 1])
-        );
+        println!();
     }
     println!("\n{}", String::from_utf8_lossy(&version.stdout).lines().next().unwrap_or_default());
     println!("{mib} MiB in {FILES} files from s3s-fs on loopback, median of {rounds} interleaved rounds:\n");
-    println!("| | s | MiB/s | of rclone's rate |\n| --- | ---: | ---: | ---: |");
+    println!("| | s | MiB/s | Pilotlight's rate over it |\n| --- | ---: | ---: | ---: |");
     let base = median(&own);
     let rate = |took: Duration| mib as f64 / took.as_secs_f64();
-    println!("| pilotlight | {:.2} | {:.0} | |", base.as_secs_f64(), rate(base));
-    for ((name, _), times) in FLAGS.iter().zip(&others) {
-        let took = median(times);
-        println!("| {name} | {:.2} | {:.0} | {:.2} |", took.as_secs_f64(), rate(took), rate(base) / rate(took));
+    println!("| Pilotlight: hashed, synced | {:.2} | {:.0} | |", base.as_secs_f64(), rate(base));
+    for ((name, _), both) in FLAGS.iter().zip(&others) {
+        for (times, what) in both.iter().zip(["", ", synced"]) {
+            let took = median(times);
+            println!(
+                "| {name}{what} | {:.2} | {:.0} | {:.2} |",
+                took.as_secs_f64(),
+                rate(took),
+                rate(base) / rate(took)
+            );
+        }
     }
 }
