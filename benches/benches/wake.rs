@@ -254,6 +254,7 @@ async fn round(fleets: &Fleets, rung: Rung, times: &mut Times) {
         }
         Rung::Cached => {
             // What lies below this machine's disk has its own cache: it is the same for both.
+            drop_pages(&folder(dev)).await;
             read_pages(&folder(dev)).await;
             drop_pages(&folder(dev)).await;
         }
