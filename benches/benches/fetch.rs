@@ -19,14 +19,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use object_store::{ObjectStoreExt as _, WriteMultipart, aws::AmazonS3Builder};
 use pilotlight_agent::models::{Models, STALL};
+use pilotlight_benches::{SHARDS, upload_model};
 use pilotlight_tests::s3::{KEY, S3, SECRET};
 
-/// Files of the model, as the shards of a large one.
-const FILES: u64 = 4;
-/// Bytes of one part of an upload, as of the AWS command line.
-const PART: usize = 8 << 20;
 /// As many streams as Pilotlight has, in the two ways that rclone shares them out.
 const FLAGS: [(&str, &[&str]); 2] = [
     (
@@ -38,38 +34,6 @@ const FLAGS: [(&str, &[&str]); 2] = [
         &["--transfers", "4", "--multi-thread-streams", "16", "--multi-thread-cutoff", "16M"],
     ),
 ];
-
-/// Bytes that do not repeat.
-fn block(state: &mut u64, bytes: usize) -> Vec<u8> {
-    let mut block = vec![0_u8; bytes];
-    for word in block.chunks_exact_mut(8) {
-        // xorshift64
-        *state ^= *state << 13;
-        *state ^= *state >> 7;
-        *state ^= *state << 17;
-        word.copy_from_slice(&state.to_le_bytes());
-    }
-    block
-}
-
-async fn upload(server: &S3, shard: u64, bytes: u64) {
-    let store = AmazonS3Builder::new()
-        .with_bucket_name("models")
-        .with_endpoint(server.endpoint())
-        .with_allow_http(true)
-        .with_access_key_id(KEY)
-        .with_secret_access_key(SECRET)
-        .build()
-        .unwrap();
-    let to = store.put_multipart(&format!("large/shard-{shard}.safetensors").into()).await.unwrap();
-    let mut to = WriteMultipart::new_with_chunk_size(to, PART);
-    let mut state = 0x9e37_79b9_7f4a_7c15_u64 ^ (shard + 1);
-    for _ in 0..bytes.div_ceil(PART as u64) {
-        to.wait_for_capacity(4).await.unwrap();
-        to.put(block(&mut state, PART).into());
-    }
-    to.finish().await.unwrap();
-}
 
 async fn ours(server: &S3, directory: &Path) -> (Duration, PathBuf) {
     let models = Models::open(directory.to_owned(), BTreeMap::new(), STALL, None).unwrap();
@@ -108,7 +72,7 @@ fn rclone(server: &S3, flags: &[&str], directory: &Path) -> [Duration; 2] {
 /// That both have the same bytes, and all of them.
 fn same(ours: &Path, theirs: &Path, bytes: u64) {
     let (mut one, mut other) = (vec![0; 1 << 20], vec![0; 1 << 20]);
-    for shard in 0..FILES {
+    for shard in 0..SHARDS {
         let name = format!("shard-{shard}.safetensors");
         let (mut a, mut b) = (File::open(ours.join(&name)).unwrap(), File::open(theirs.join(&name)).unwrap());
         assert_eq!((a.metadata().unwrap().len(), b.metadata().unwrap().len()), (bytes, bytes), "{name}");
@@ -142,14 +106,11 @@ fn main() {
     };
     let _ = rustls::crypto::ring::default_provider().install_default();
     let (mib, rounds) = (from_environment("MODEL_MIB", 2048), from_environment("ROUNDS", 5));
-    let bytes = (mib << 20) / FILES;
+    let bytes = (mib << 20) / SHARDS;
     let serving = tokio::runtime::Runtime::new().unwrap();
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let server = serving.block_on(S3::start());
-    server.bucket("models");
-    for shard in 0..FILES {
-        runtime.block_on(upload(&server, shard, bytes));
-    }
+    runtime.block_on(upload_model(&server, bytes));
     let mut own = Vec::new();
     let mut others = FLAGS.map(|_| [Vec::new(), Vec::new()]);
     for round in 0..rounds {
@@ -170,7 +131,7 @@ fn main() {
         println!();
     }
     println!("\n{}", String::from_utf8_lossy(&version.stdout).lines().next().unwrap_or_default());
-    println!("{mib} MiB in {FILES} files from s3s-fs on loopback, median of {rounds} interleaved rounds:\n");
+    println!("{mib} MiB in {SHARDS} files from s3s-fs on loopback, median of {rounds} interleaved rounds:\n");
     println!("| | s | MiB/s | Pilotlight's rate over it |\n| --- | ---: | ---: | ---: |");
     let base = median(&own);
     let rate = |took: Duration| mib as f64 / took.as_secs_f64();

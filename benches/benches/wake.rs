@@ -18,8 +18,8 @@ use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
-use object_store::{ObjectStoreExt as _, WriteMultipart, aws::AmazonS3Builder};
 use pilotlight_agent::warmth::{PageCache, page_cache::residency};
+use pilotlight_benches::{SHARDS, upload_model};
 use pilotlight_tests::{
     cell::Dev,
     eventually, free_port,
@@ -32,8 +32,6 @@ use serde_json::Value;
 
 const URI: &str = "s3://models/large";
 const PREDICT: &str = "/v1/models/iris:predict";
-/// Bytes of one part of an upload.
-const PART: usize = 8 << 20;
 
 /// Where the model is when the request comes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -105,36 +103,6 @@ async fn dev(server: &S3, flags: &[&str]) -> Dev {
         ("AWS_ALLOW_HTTP", "true".to_owned()),
     ];
     Dev::start(flags, env.to_vec()).await
-}
-
-async fn upload(server: &S3, mib: usize) {
-    server.bucket("models");
-    let store = AmazonS3Builder::new()
-        .with_bucket_name("models")
-        .with_endpoint(server.endpoint())
-        .with_allow_http(true)
-        .with_access_key_id(KEY)
-        .with_secret_access_key(SECRET)
-        .build()
-        .unwrap();
-    for shard in 0..4 {
-        let to = store.put_multipart(&format!("large/shard-{shard}.safetensors").into()).await.unwrap();
-        let mut to = WriteMultipart::new_with_chunk_size(to, PART);
-        let mut state = 0x9e37_79b9_7f4a_7c15_u64 ^ (shard + 1);
-        for _ in 0..(mib << 20) / 4 / PART {
-            to.wait_for_capacity(4).await.unwrap();
-            let mut block = vec![0_u8; PART];
-            for word in block.chunks_exact_mut(8) {
-                // xorshift64: bytes that do not repeat.
-                state ^= state << 13;
-                state ^= state >> 7;
-                state ^= state << 17;
-                word.copy_from_slice(&state.to_le_bytes());
-            }
-            to.put(block.into());
-        }
-        to.finish().await.unwrap();
-    }
 }
 
 async fn ask(gateway: &Gateway, host: &str) -> f64 {
@@ -302,7 +270,7 @@ fn from_environment(name: &str, otherwise: usize) -> usize {
 async fn measure() {
     let (mib, rounds) = (from_environment("MODEL_MIB", 1024), from_environment("ROUNDS", 5));
     let server = S3::start().await;
-    upload(&server, mib).await;
+    upload_model(&server, ((mib as u64) << 20) / SHARDS).await;
     let fleets = Fleets {
         cold: dev(&server, &["--idle-replicas=stop", "--warm-memory=0B"]).await,
         staged: dev(&server, &["--idle-replicas=stop", "--warm-memory=8GiB"]).await,

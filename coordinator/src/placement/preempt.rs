@@ -174,7 +174,7 @@ pub enum Prospect {
 /// For requests that have no place now: who waits for what, in the order of the requests.
 pub fn make_room(fleet: &FleetView, requests: &[PlacementRequest]) -> Vec<Prospect> {
     let mut prospects = vec![Prospect::None; requests.len()];
-    let highest = requests.iter().max_by_key(|request| (request.priority, request.awaited));
+    let highest = requests.iter().max_by_key(|request| request.priority);
     let Some(highest) = highest else { return prospects };
     let leaving = |node: &Node| node.taken.iter().any(|taken| taken.leaving);
     // To whom the highest gets nothing, nobody gets anything; but for those of its own kind that are awaited.

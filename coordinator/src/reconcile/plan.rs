@@ -278,6 +278,6 @@ pub fn request(revision: &RevisionState, index: u32) -> PlacementRequest {
 fn placing(world: &World, revision: &RevisionState, index: u32) -> PlacementRequest {
     let request = request(revision, index);
     let model = request.model.clone().or_else(|| storage::first_address(world, &revision.record));
-    let awaited = revision.waiting.values().any(|waiting| *waiting > 0);
+    let awaited = revision.awaited();
     PlacementRequest { model, awaited, ..request }
 }

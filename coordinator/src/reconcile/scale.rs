@@ -63,11 +63,8 @@ pub fn decide(world: &mut World, key: &str, now: Timestamp, recorder: &mut Recor
     }
     let counts = world.counts(revision);
     let reachable = world.reachable(revision);
-    if !settled {
-        let waited_for = revision.waiting.values().any(|waiting| *waiting > 0);
-        if revision.wanted > 0 || !waited_for {
-            return false;
-        }
+    if !settled && (revision.wanted > 0 || !revision.awaited()) {
+        return false;
     }
     let observation = Observation {
         ready: Some(counts.ready),
@@ -80,13 +77,14 @@ pub fn decide(world: &mut World, key: &str, now: Timestamp, recorder: &mut Recor
     };
     let listening = settled && counts.ready + counts.starting > 0;
     let Some(revision) = world.revisions.get_mut(key) else { return false };
+    let awaited = revision.awaited();
     let time = scaler_time(now);
     let scaler = match &mut revision.scaler {
         Some(scaler) => scaler,
         none => {
             recorder.write(now, key, || Entry::New { config: revision.scaling.clone(), ready: observation.ready });
             let mut scaler = Scaler::new(revision.scaling.clone(), time, observation.ready);
-            if revision.waiting.values().any(|waiting| *waiting > 0) {
+            if awaited {
                 recorder.write(now, key, || Entry::Poke);
                 scaler.poke(time);
             }

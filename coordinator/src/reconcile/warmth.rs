@@ -153,7 +153,7 @@ impl<'a> Models<'a> {
 }
 
 fn sleeps(replica: &ReplicaState) -> bool {
-    replica.record.asleep && !replica.record.draining && replica.phase() == fleet::ReplicaPhase::Asleep
+    replica.sleeps() && !replica.record.draining
 }
 
 fn need(revision: &RevisionState, now: Timestamp) -> f64 {

@@ -244,10 +244,15 @@ impl ReplicaState {
         self.status.as_ref().map_or(fleet::ReplicaPhase::Unspecified, fleet::ReplicaStatus::phase)
     }
 
+    /// True where it sleeps, as it shall.
+    pub fn sleeps(&self) -> bool {
+        self.record.asleep && self.phase() == fleet::ReplicaPhase::Asleep
+    }
+
     /// True where it sleeps without its GPUs: others may have them.
     pub fn has_released_gpu(&self) -> bool {
         let holds = self.status.as_ref().is_none_or(|status| status.holds_gpu_memory);
-        self.record.asleep && self.phase() == fleet::ReplicaPhase::Asleep && !holds
+        self.sleeps() && !holds
     }
 
     /// True where it takes requests.
@@ -261,6 +266,11 @@ impl RevisionState {
     pub fn needed(&self) -> u32 {
         let most = if self.scaling.max_scale() == 0 { u32::MAX } else { self.scaling.max_scale() };
         progress::needed(self.scaling.initial_scale(), self.scaling.min_scale()).min(most)
+    }
+
+    /// True while somebody waits for an answer of it.
+    pub fn awaited(&self) -> bool {
+        self.waiting.values().any(|waiting| *waiting > 0)
     }
 
     /// Replicas that it shall have now.
@@ -438,7 +448,7 @@ impl World {
     /// owner nothing; one that was asked for does, and its GPUs as long as it holds them.
     pub fn charge(&self, replica: &ReplicaState) -> Charge {
         let devices = replica.record.devices() as u64;
-        if !replica.record.asleep || replica.phase() != fleet::ReplicaPhase::Asleep {
+        if !replica.sleeps() {
             return Charge { replicas: 1, devices };
         }
         let revision = self.revisions.get(&replica.record.revision);

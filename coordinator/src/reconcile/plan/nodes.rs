@@ -67,22 +67,20 @@ fn gpu_view(gpu: &fleet::Gpu) -> Gpu {
 
 fn taken(world: &World, replica: &ReplicaState, now: Timestamp) -> Option<Taken> {
     let revision = world.revisions.get(&replica.record.revision)?;
-    let there = of(revision, replica);
     if replica.has_released_gpu() {
         return None;
     }
     let settled = matches!(replica.phase(), ReplicaPhase::Ready | ReplicaPhase::Failed | ReplicaPhase::Asleep);
-    let awaited = revision.waiting.values().any(|waiting| *waiting > 0);
     // What is about to sleep and frees its GPUs by it is as good as gone.
     let going = replica.record.asleep
         && matches!(replica.phase(), ReplicaPhase::Ready | ReplicaPhase::Draining)
         && spec::sleep_paths(&revision.record.template.annotations).is_some();
     Some(Taken {
-        idle: settled && replica.running == 0 && !awaited,
+        idle: settled && replica.running == 0 && !revision.awaited(),
         leaving: replica.record.draining || going,
         yields: yields(world, revision, replica, now),
         worth: replica.worth,
-        ..there
+        ..of(revision, replica)
     })
 }
 

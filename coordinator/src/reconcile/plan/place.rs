@@ -8,12 +8,13 @@ use std::{
 use jiff::Timestamp;
 
 use super::{
-    super::world::{NodeState, ReplicaState, World},
+    super::world::{NodeState, ReplicaState, RevisionState, World},
     Create, Plan, Wish,
     nodes::{self, fleet_view},
     placing,
 };
 use crate::{
+    model::RevisionKey,
     placement::{self, FleetView, Outcome, PlacementRequest, Preemption, Prospect, Taken},
     spec,
 };
@@ -33,10 +34,14 @@ pub(super) fn place(world: &World, mut wishes: Vec<Wish<'_>>, now: Timestamp, pl
     // Who is to sleep takes only what is left.
     let asleep = |wish: &Wish<'_>| (0..wish.asleep).map(|at| placing(world, wish.revision, at)).collect::<Vec<_>>();
     let left_out = places.create(wishes.iter().flat_map(asleep).collect(), true, plan);
-    let (nowhere, at_home): (Vec<_>, Vec<_>) = nowhere.into_iter().partition(|(request, _)| {
-        !wishes.iter().any(|wish| wish.revision.record.key() == request.revision && !wish.sleepers.is_empty())
-    });
-    let rest = places.come_home(&wishes, at_home, plan);
+    let homes: Homes<'_> = wishes
+        .iter()
+        .filter(|wish| !wish.sleepers.is_empty())
+        .map(|wish| (wish.revision.record.key(), (wish.revision, &*wish.sleepers)))
+        .collect();
+    let (at_home, nowhere): (Vec<_>, Vec<_>) =
+        nowhere.into_iter().partition(|(request, _)| homes.contains_key(&request.revision));
+    let rest = places.come_home(&homes, at_home, plan);
     places.make_room(nowhere.into_iter().chain(rest).chain(left_out).collect(), plan);
     let mut open = places.open;
     let everyone_there = everyone_there(world, now);
@@ -54,6 +59,8 @@ pub(super) fn place(world: &World, mut wishes: Vec<Wish<'_>>, now: Timestamp, pl
 
 /// A request without a place, and why.
 type Nowhere = (PlacementRequest, String);
+/// Revisions with replicas that sleep on, and these.
+type Homes<'a> = BTreeMap<RevisionKey, (&'a RevisionState, &'a [&'a str])>;
 
 /// The fleet while places are given.
 struct Places<'a> {
@@ -69,7 +76,7 @@ impl Places<'_> {
     /// whoever has yielded does not take its own back.
     fn wake(&mut self, wish: &mut Wish<'_>, plan: &mut Plan) {
         let mut others = Vec::new();
-        let awaited = wish.revision.waiting.values().any(|waiting| *waiting > 0);
+        let awaited = wish.revision.awaited();
         for name in std::mem::take(&mut wish.sleepers) {
             let replica = &self.world.replicas[name];
             let held = nodes::of(wish.revision, replica);
@@ -108,17 +115,17 @@ impl Places<'_> {
     }
 
     /// For revisions that sleep where others have their GPUs now: those make room, where they can.
-    fn come_home(&mut self, wishes: &[Wish<'_>], requests: Vec<Nowhere>, plan: &mut Plan) -> Vec<Nowhere> {
+    fn come_home(&mut self, homes: &Homes<'_>, requests: Vec<Nowhere>, plan: &mut Plan) -> Vec<Nowhere> {
         let mut rest = Vec::new();
         let mut used = BTreeSet::new();
         for (request, reason) in requests {
             let reason = format!("{reason}; a replica sleeps whose GPUs others have");
-            let sleepers = wishes.iter().filter(|wish| wish.revision.record.key() == request.revision);
-            let sleepers = sleepers.flat_map(|wish| wish.sleepers.iter().map(|name| (wish.revision, *name)));
-            let prospect = sleepers.filter(|(_, name)| !used.contains(name)).find_map(|(revision, name)| {
-                let replica = &self.world.replicas[name];
-                let prospect = self.prospect_at(replica, &request);
-                (prospect != Prospect::None).then(|| (name, prospect, nodes::of(revision, replica)))
+            let prospect = homes.get(&request.revision).and_then(|(revision, sleepers)| {
+                sleepers.iter().filter(|name| !used.contains(*name)).find_map(|name| {
+                    let replica = &self.world.replicas[*name];
+                    let prospect = self.prospect_at(replica, &request);
+                    (prospect != Prospect::None).then(|| (*name, prospect, nodes::of(revision, replica)))
+                })
             });
             let Some((name, prospect, held)) = prospect else {
                 rest.push((request, reason));
