@@ -131,6 +131,10 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), Agen
     let models = Models::open(path.clone(), config.docker.claims.clone(), config.fetch_stall, config.cache_budget)
         .map_err(|error| AgentError::Models { path, error })?
         .with_peers(Arc::clone(&data_path) as _);
+    let models = match runtime.images() {
+        Some(images) => models.with_images(images),
+        None => models,
+    };
     let cached = models.report();
     let shelf = Shelf::new(models.clone(), inventory.warm_memory_bytes);
     let reconciler = Reconciler::adopt(runtime, endpoints, egress, models.clone(), shelf.clone()).await?;

@@ -1,13 +1,13 @@
-//! Which models go when another one needs their room. Pure.
+//! Which models and images go when another one needs their room. Pure.
 
 use std::collections::{BTreeMap, BTreeSet};
 
-/// One model on disk, or what is there of it.
+/// One model on disk, or what is there of it; or an image.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Entry {
     /// Its name; unique.
     pub key: String,
-    /// Its contents and their bytes. One that several models have takes its bytes once.
+    /// Its contents, or layers, and their bytes. One that several have takes its bytes once.
     pub blobs: BTreeMap<String, u64>,
     /// Of those that may go, the one of the least goes first.
     pub keep: u32,
@@ -32,7 +32,7 @@ pub struct Full {
     pub kept: u64,
 }
 
-/// Keys of the models that go so that `need` bytes more fit into `budget` bytes: the one of the least
+/// Keys of those that go so that `need` bytes more fit into `budget` bytes: the one of the least
 /// `keep` first, then the one that was used longest ago (by key where that is equal). None that stays, none
 /// in vain: each of them is needed.
 ///

@@ -15,7 +15,7 @@ use std::{
 
 use backon::{ExponentialBuilder, Retryable as _};
 use futures::{FutureExt as _, StreamExt as _, TryStreamExt as _};
-use tokio::sync::watch;
+use tokio::{runtime::Handle, sync::watch};
 use tracing::{info, warn};
 
 use super::{
@@ -26,7 +26,7 @@ use super::{
     landing::{File, Landing},
     peers::{Ask, PATIENCE, Peers, Refusal},
     plan::{self, Object, RANGE_BYTES},
-    room::{Reserved, Room},
+    room::Room,
     source::{Content, Source},
 };
 
@@ -84,7 +84,7 @@ impl Fetch {
             (object.sha256, object.md5) = (sha256, md5);
         }
         // Until it is published, or has failed.
-        let _reserved = self.reserve(&key, objects.clone()).await?;
+        let _reserved = self.room.reserve(&self.uri, &key, &objects).await?;
         let mut peers = match &self.ask {
             Some(ask) => Peers::find(ask, &self.peers, &key, &objects).await,
             None => None,
@@ -174,12 +174,6 @@ impl Fetch {
             fit = false;
         }
         Ok(fit)
-    }
-
-    async fn reserve(&self, key: &str, objects: Vec<Object>) -> Result<Reserved, ModelError> {
-        let (room, uri, key) = (self.room.clone(), self.uri.clone(), key.to_owned());
-        let reserved = tokio::task::spawn_blocking(move || room.reserve(&uri, &key, &objects)).await;
-        reserved.unwrap_or_else(|error| Err(self.disk(io::Error::other(error))))
     }
 
     fn disk(&self, error: io::Error) -> ModelError {
@@ -354,7 +348,8 @@ fn unpack(
     let mut objects: Vec<Object> = archive::list(path, kind).map_err(failed)?.into_iter().map(of).collect();
     plan::check(uri, &objects).inspect_err(|_| cache.discard(key))?;
     // For a moment the archive and its files are both there.
-    let _reserved = room.reserve(uri, key, &[objects.as_slice(), archived].concat())?;
+    let objects_and_archive = [objects.as_slice(), archived].concat();
+    let _reserved = Handle::current().block_on(room.reserve(uri, key, &objects_and_archive))?;
     archive::unpack(path, kind, |number| cache.unpacked(key, number)).map_err(failed)?;
     let mut came = Vec::new();
     for (number, object) in objects.iter_mut().enumerate() {

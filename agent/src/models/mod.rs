@@ -10,6 +10,8 @@ mod budget;
 pub mod cache;
 mod checksum;
 mod fetch;
+#[cfg(test)]
+mod image_tests;
 mod landing;
 pub mod lend;
 pub mod peers;
@@ -46,7 +48,7 @@ use cache::Cache;
 use fetch::Fetch;
 pub use fetch::Progress;
 use peers::Ask;
-pub use room::Held;
+pub use room::{Held, Image, Images};
 use room::{Holder, Room};
 pub use shelf::Shelf;
 use source::Credentials;
@@ -89,15 +91,15 @@ pub enum ModelError {
     },
     /// The cache's budget has no room for it.
     #[error(
-        "{uri}: the model has {bytes} bytes, and the node's model cache a budget of {budget}, of which {kept} are in use, \
-         pinned or to be kept before it; see --cache-budget"
+        "{uri}: the model has {bytes} bytes, and the node's cache of models and images a budget of {budget}, of which \
+         {kept} are in use, pinned or to be kept before it; see --cache-budget"
     )]
     CacheFull {
         /// Which model.
         uri: String,
         /// Its size.
         bytes: u64,
-        /// All that models may take on this node.
+        /// All that models and images may take on this node.
         budget: u64,
         /// Bytes of it that cannot be freed now.
         kept: u64,
@@ -155,7 +157,7 @@ pub struct Models {
 
 impl Models {
     /// Opens the cache below `root`. `claims` are what `pvc://` names mean here; `budget` is the bytes that
-    /// all models together may take, `None`: as many as the disk has.
+    /// all models together may take, with images where there are any; `None`: as many as the disk has.
     ///
     /// # Errors
     /// The cache cannot be made or read.
@@ -185,15 +187,26 @@ impl Models {
         Self { ask: Some(ask), ..self }
     }
 
+    /// Keeps a container engine's images within the budget, too. Must be called in a runtime.
+    #[must_use]
+    pub fn with_images(self, images: Arc<dyn Images>) -> Self {
+        Self { room: self.room.with_images(images), ..self }
+    }
+
     /// What is on this node, now and on each change.
     pub fn report(&self) -> watch::Receiver<CacheReport> {
         self.room.report()
     }
 
-    /// Keeps the models of these addresses on the node for a replica, for as long as the answer lives, here or
-    /// yet to come.
+    /// Keeps the models of these addresses, and images of these names, on the node for a replica, for as long
+    /// as the answer lives, here or yet to come.
     pub fn hold(&self, replica: &str, uris: impl IntoIterator<Item = String>) -> Held {
         self.room.hold(Holder::Replica(replica.to_owned()), uris)
+    }
+
+    /// Waits until an image that is held is not about to be removed any more.
+    pub async fn settled(&self, image: &str) {
+        self.room.settled(image).await;
     }
 
     /// What is on disk.

@@ -1,11 +1,11 @@
-//! What the coordinator is told of the models on this node. Pure.
+//! What the coordinator is told of the models and images on this node. Pure.
 
 use pilotlight_proto::fleet::v1 as fleet;
 
 /// True where a report says something that the last one did not. Pages come and go all the time: their
 /// bytes count where they move by more than a hundredth of the model, or to the whole of it, or away from it.
 pub(super) fn worth_telling(last: &fleet::CacheReport, next: &fleet::CacheReport) -> bool {
-    if last.models.len() != next.models.len() {
+    if last.models.len() != next.models.len() || last.images != next.images {
         return true;
     }
     last.models.iter().zip(&next.models).any(|(last, next)| {
@@ -22,7 +22,7 @@ mod tests {
 
     fn report(resident_bytes: u64, staged: bool) -> fleet::CacheReport {
         let model = fleet::CachedModel { bytes: 1000, resident_bytes, staged, ..Default::default() };
-        fleet::CacheReport { models: vec![model] }
+        fleet::CacheReport { models: vec![model], ..Default::default() }
     }
 
     #[test]

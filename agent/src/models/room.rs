@@ -1,7 +1,9 @@
-//! Which models are on this node, which of them are in use, and the room they may take.
+//! Which models and images are on this node, which of them are in use, and the room they may take.
 //!
 //! All that makes or removes a model or a blob happens under one lock, so that what a fetch counts on is
 //! not removed under its hands.
+
+mod images;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -22,28 +24,41 @@ use super::{
     plan::Object,
     report::worth_telling,
 };
+use images::Step;
+pub use images::{Image, Images};
 
-/// The node's models and the bytes they may take. Cheap to clone.
+/// The node's models and images, and the bytes they may take. Cheap to clone.
 #[derive(Debug, Clone)]
 pub(super) struct Room {
     cache: Cache,
     budget: Option<u64>,
+    /// Where images are; `None`: nowhere.
+    images: Option<Arc<dyn Images>>,
     inner: Arc<Mutex<Inner>>,
     report: watch::Sender<fleet::CacheReport>,
+    /// Whose turn it is to have others go.
+    turn: Arc<tokio::sync::Mutex<()>>,
+    /// Counts what was let go of.
+    let_go: watch::Sender<u64>,
+    /// Counts what the engine has answered.
+    answers: watch::Sender<u64>,
 }
 
 #[derive(Debug, Default)]
 struct Inner {
     trees: BTreeMap<String, Tree>,
-    /// Who has a model, by its address.
+    /// Images, by id, and which of them the engine was asked to remove.
+    images: BTreeMap<String, Image>,
+    leaving: BTreeSet<String>,
+    /// Who has a model, by its address, or an image, by its name: no name is an address.
     held: HashMap<String, Vec<Holder>>,
     /// What goes on, by the key of its model.
     fetching: HashMap<String, Fetching>,
-    /// What is to become of models, by address; `None` before the coordinator has said so.
+    /// What is to become of models and images, by address or name; `None` before the coordinator has said so.
     wishes: Option<BTreeMap<String, Wish>>,
 }
 
-/// Who has a model.
+/// Who has a model or an image.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Holder {
     /// A replica, by name.
@@ -52,7 +67,7 @@ pub(super) enum Holder {
     Fetch,
 }
 
-/// What is to become of a model on disk, whoever uses it.
+/// What is to become of a model or an image on disk, whoever uses it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Wish {
     /// It stays.
@@ -101,7 +116,16 @@ impl Room {
             (key, Tree::of(&record, last_used))
         });
         let inner = Inner { trees: trees.collect(), ..Inner::default() };
-        let room = Self { cache, budget, inner: Arc::new(Mutex::new(inner)), report: watch::Sender::default() };
+        let room = Self {
+            cache,
+            budget,
+            images: None,
+            inner: Arc::new(Mutex::new(inner)),
+            report: watch::Sender::default(),
+            turn: Arc::default(),
+            let_go: watch::Sender::default(),
+            answers: watch::Sender::default(),
+        };
         room.tell(&room.lock());
         room
     }
@@ -115,7 +139,7 @@ impl Room {
         self.report.subscribe()
     }
 
-    /// Keeps the models of these addresses for as long as the answer lives.
+    /// Keeps the models of these addresses, and images of these names, for as long as the answer lives.
     pub(super) fn hold(&self, holder: Holder, uris: impl IntoIterator<Item = String>) -> Held {
         let uris: BTreeSet<String> = uris.into_iter().collect();
         let mut inner = self.lock();
@@ -126,8 +150,8 @@ impl Room {
         Held { room: self.clone(), holder, uris }
     }
 
-    /// Takes in what is to become of models; those that are not named may go. Pins are marks on the disk,
-    /// and outlive the process.
+    /// Takes in what is to become of models and images; those that are not named may go. Pins are marks on
+    /// the disk, and outlive the process.
     pub(super) fn wish(&self, wishes: BTreeMap<String, Wish>) {
         let mut inner = self.lock();
         if inner.wishes.as_ref() == Some(&wishes) {
@@ -140,6 +164,7 @@ impl Room {
             }
         }
         inner.wishes = Some(wishes);
+        self.pin_images(&mut inner);
         self.tell(&inner);
     }
 
@@ -205,7 +230,6 @@ impl Room {
 
     /// Notes that these are used now.
     fn touch(&self, inner: &mut Inner, uris: &BTreeSet<String>) {
-        // Most replicas have none, and change nothing that is told.
         if uris.is_empty() {
             return;
         }
@@ -217,17 +241,57 @@ impl Room {
                 warn!(uri = %tree.uri, %error, "when the model was used cannot be noted");
             }
         }
+        self.touch_images(inner, uris);
         self.tell(inner);
     }
 
-    /// Makes room for a model, whose unused bytes others give up. Blocks.
-    ///
-    /// # Errors
-    /// It does not fit; or the disk refuses.
-    pub(super) fn reserve(&self, uri: &str, key: &str, objects: &[Object]) -> Result<Reserved, ModelError> {
+    /// Makes room for a model by having others go, unless images are to go first. Images that `stays` names
+    /// do not. Blocks.
+    fn try_to_reserve(
+        &self,
+        uri: &str,
+        key: &str,
+        objects: &[Object],
+        stays: &BTreeSet<String>,
+    ) -> Result<Step, ModelError> {
         let mut inner = self.lock();
-        // One that is unpacked has been fetched before.
-        let before = inner.fetching.get(key).map(|fetching| fetching.began);
+        let fetching = self.coming(&inner, uri, key, objects);
+        let (known, missing): (u64, u64) = (fetching.known.values().sum(), fetching.missing);
+        let former = inner.fetching.insert(key.to_owned(), fetching);
+        let gone = self.budget.map_or(Ok(Vec::new()), |budget| {
+            let gone = victims(&self.entries(&inner, Some((uri, key)), stays), missing, budget);
+            // What it has already is part of it.
+            gone.map_err(|Full { kept }| ModelError::CacheFull {
+                uri: uri.to_owned(),
+                bytes: known + missing,
+                budget,
+                kept: kept.saturating_sub(known),
+            })
+        });
+        let images = gone.as_ref().map(|gone| images::leaving(&mut inner, gone)).unwrap_or_default();
+        let gone = match gone {
+            Ok(gone) if images.is_empty() => gone,
+            other => {
+                match former {
+                    Some(former) => drop(inner.fetching.insert(key.to_owned(), former)),
+                    None => drop(inner.fetching.remove(key)),
+                }
+                return other.map(|_| Step::Images(images));
+            }
+        };
+        // Gives it back where the disk refuses, once the lock is free.
+        let reserved = Reserved { room: self.clone(), key: key.to_owned() };
+        let why = "another one needs its room";
+        let removed = gone.iter().try_for_each(|name| self.remove(&mut inner, name, why).map(drop));
+        self.tell(&inner);
+        drop(inner);
+        let begun = removed.and_then(|()| self.cache.begin(key, uri));
+        begun.map_err(|error| ModelError::Disk { uri: uri.to_owned(), error })?;
+        Ok(Step::Done(reserved))
+    }
+
+    /// What comes with a fetch, beside what is here.
+    fn coming(&self, inner: &Inner, uri: &str, key: &str, objects: &[Object]) -> Fetching {
         let mut fetching = Fetching { uri: uri.to_owned(), ..Fetching::default() };
         for object in objects {
             match object.sha256.as_ref().filter(|sha256| self.cache.blob(sha256).exists()) {
@@ -236,61 +300,32 @@ impl Room {
             }
         }
         let fresh = fetching.known.is_empty() && !self.cache.begun(key);
+        // One that is unpacked has been fetched before.
+        let before = inner.fetching.get(key).map(|fetching| fetching.began);
         fetching.began = before.unwrap_or_else(|| fresh.then(Instant::now));
-        let missing = fetching.missing;
-        inner.fetching.insert(key.to_owned(), fetching);
-        // Gives it back where it does not fit.
-        let reserved = Reserved { room: self.clone(), key: key.to_owned() };
-        let disk = |error| ModelError::Disk { uri: uri.to_owned(), error };
-        let Some(budget) = self.budget else {
-            // The lock is free before what is given back takes it.
-            drop(inner);
-            self.cache.begin(key, uri).map_err(disk)?;
-            return Ok(reserved);
-        };
-        let known: u64 = inner.fetching.get(key).map(|fetching| fetching.known.values().sum()).unwrap_or_default();
-        let entries = self.entries(&inner, uri, key);
-        match victims(&entries, missing, budget) {
-            Ok(gone) => {
-                let why = "another one needs its room";
-                let removed = gone.iter().try_for_each(|name| self.remove(&mut inner, name, why).map(drop));
-                self.tell(&inner);
-                drop(inner);
-                removed.and_then(|()| self.cache.begin(key, uri)).map_err(disk)?;
-                Ok(reserved)
-            }
-            Err(Full { kept }) => {
-                drop(inner);
-                // What it has already is part of it.
-                Err(ModelError::CacheFull {
-                    uri: uri.to_owned(),
-                    bytes: known + missing,
-                    budget,
-                    kept: kept.saturating_sub(known),
-                })
-            }
-        }
+        fetching
     }
 
-    /// All that takes room. Bytes to come of `key` itself are what is asked for.
+    /// All that takes room. Where it is for a model, by address and key, its own bytes to come are what is
+    /// asked for. Images that `stays` names do not go.
     ///
     /// A model that no replica waits for displaces only what is to be kept less: two that are both asked
     /// for, and do not fit together, would displace each other for ever.
-    fn entries(&self, inner: &Inner, uri: &str, key: &str) -> Vec<Entry> {
+    fn entries(&self, inner: &Inner, comes: Option<(&str, &str)>, stays: &BTreeSet<String>) -> Vec<Entry> {
         let keep = |uri: &str| Some(inner.wishes.as_ref()?.get(uri)?.keep);
-        let own = keep(uri).filter(|_| inner.replicas(uri).is_empty());
-        let before = |other: &str| own.is_some_and(|own| keep(other).unwrap_or_default() >= own);
+        let own = comes.and_then(|(uri, _)| keep(uri).filter(|_| inner.replicas(uri).is_empty()));
+        let before = move |other: u32| own.is_some_and(|own| other >= own);
         let whole = inner.trees.iter().map(|(key, tree)| Entry {
             key: key.clone(),
             blobs: tree.blobs.clone(),
             keep: keep(&tree.uri).unwrap_or_default(),
             last_used: millis(tree.last_used),
-            in_use: inner.held.contains_key(&tree.uri) || before(&tree.uri),
+            in_use: inner.held.contains_key(&tree.uri) || before(keep(&tree.uri).unwrap_or_default()),
             pinned: self.cache.pinned(key),
         });
         let coming = inner.fetching.iter().map(|(name, fetching)| {
             let mut blobs = fetching.known.clone();
-            if name != key {
+            if comes.is_none_or(|(_, key)| name != key) {
                 blobs.insert(partial(name), fetching.missing);
             }
             Entry { key: partial(name), blobs, in_use: true, ..Entry::default() }
@@ -302,7 +337,7 @@ impl Room {
             last_used: millis(left.changed),
             ..Entry::default()
         });
-        whole.chain(coming).chain(left).collect()
+        whole.chain(coming).chain(left).chain(Self::image_entries(inner, before, stays)).collect()
     }
 
     /// Removes what an entry stands for; bytes of whole contents that the disk has back.
@@ -361,7 +396,7 @@ impl Room {
             fetch_took: tree.fetch_took.and_then(|took| took.try_into().ok()),
             stage_took: tree.pages.took.and_then(|took| took.try_into().ok()),
         });
-        let report = fleet::CacheReport { models: models.collect() };
+        let report = fleet::CacheReport { models: models.collect(), images: inner.images_told() };
         self.report.send_if_modified(|last| {
             let changed = worth_telling(last, &report);
             if changed {
@@ -400,7 +435,7 @@ fn millis(time: SystemTime) -> u64 {
     u64::try_from(time.duration_since(UNIX_EPOCH).unwrap_or_default().as_millis()).unwrap_or(u64::MAX)
 }
 
-/// Models of these addresses stay on the node until this is dropped.
+/// Models of these addresses, and images of these names, stay on the node until this is dropped.
 #[derive(Debug)]
 pub struct Held {
     room: Room,
@@ -421,6 +456,10 @@ impl Drop for Held {
             }
         }
         self.room.touch(&mut inner, &self.uris);
+        drop(inner);
+        if matches!(self.holder, Holder::Replica(_)) {
+            self.room.let_go.send_modify(|count| *count += 1);
+        }
     }
 }
 

@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use pilotlight_proto::fleet::v1::{CacheReport, ModelAssignment, Rung};
+use pilotlight_proto::fleet::v1::{CacheReport, ImageAssignment, ModelAssignment, Rung};
 use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tracing::{info, warn};
@@ -63,11 +63,15 @@ impl Shelf {
         shelf
     }
 
-    /// Takes in what is to become of all models: whatever is not named may go. The one to be kept most is
-    /// seen to first.
-    pub fn assign(&self, mut wanted: Vec<ModelAssignment>) {
-        let wish = |model: &ModelAssignment| Wish { pinned: model.pinned, keep: model.keep };
-        self.0.models.room.wish(wanted.iter().map(|model| (model.uri.clone(), wish(model))).collect());
+    /// Takes in what is to become of all models and images: whatever is not named may go. The model to be
+    /// kept most is seen to first.
+    pub fn assign(&self, mut wanted: Vec<ModelAssignment>, images: Vec<ImageAssignment>) {
+        let models = wanted.iter().map(|model| (model.uri.clone(), Wish { pinned: model.pinned, keep: model.keep }));
+        let images = images.into_iter().map(|image| {
+            let wish = Wish { pinned: image.pinned, keep: image.keep };
+            (image.image, wish)
+        });
+        self.0.models.room.wish(models.chain(images).collect());
         let mut places = self.0.places();
         let named: HashSet<&str> = wanted.iter().map(|model| model.uri.as_str()).collect();
         for (_, place) in places.iter().filter(|(uri, _)| !named.contains(uri.as_str())) {
@@ -96,11 +100,14 @@ impl Shelf {
         }
     }
 
-    /// Removes all versions of a model from the disk; bytes that the disk has back.
+    /// Removes all versions of a model, or an image, from the disk; bytes that the disk has back.
     ///
     /// # Errors
-    /// Why it stays: replicas that have it, by name, a fetch that goes on, a pin, or the disk.
+    /// Why it stays: replicas that have it, by name, a fetch that goes on, a pin, the disk or the engine.
     pub async fn evict(&self, uri: &str) -> Result<u64, String> {
+        if !uri.contains("://") {
+            return self.0.models.room.evict_image(uri).await;
+        }
         let leaving = {
             let places = self.0.places();
             places.get(uri).filter(|place| place.wish.borrow().is_none()).map(|place| place.over.clone())
@@ -370,7 +377,9 @@ impl Task {
 
 /// What keeps room from others, and how firmly.
 fn in_the_way(report: &CacheReport) -> HashSet<(String, bool, bool)> {
-    report.models.iter().map(|model| (model.key.clone(), model.in_use, model.pinned)).collect()
+    let models = report.models.iter().map(|model| (model.key.clone(), model.in_use, model.pinned));
+    let images = report.images.iter().map(|image| (image.id.clone(), image.in_use, image.pinned));
+    models.chain(images).collect()
 }
 
 fn versions(report: &CacheReport, uri: &str) -> HashSet<String> {

@@ -95,15 +95,15 @@ async fn what_is_asked_for_is_fetched_and_what_cannot_be_is_tried_again() {
     let (models, shelf) = open(directory.path(), None, 0);
     let uri = format!("{server}/m/1000");
     let unresolved = ModelAssignment { unresolved: "no such secret".into(), ..ask(&uri, Rung::Cached, 0) };
-    shelf.assign(vec![unresolved.clone(), ask(&format!("{server}/left/10"), Rung::Unspecified, 0)]);
+    shelf.assign(vec![unresolved.clone(), ask(&format!("{server}/left/10"), Rung::Unspecified, 0)], vec![]);
     // The first try fails, the second follows at once.
     says.missing.store(1, Ordering::SeqCst);
     let other = format!("{server}/other/20");
-    shelf.assign(vec![unresolved, ask(&other, Rung::Cached, 0)]);
+    shelf.assign(vec![unresolved, ask(&other, Rung::Cached, 0)], vec![]);
     one(&models, &other, "it is fetched", |_| true).await;
     assert_eq!(says.missing.load(Ordering::SeqCst), 0);
     assert!(reported(&models, &uri).is_empty(), "not without its secret");
-    shelf.assign(vec![ask(&uri, Rung::Cached, 0)]);
+    shelf.assign(vec![ask(&uri, Rung::Cached, 0)], vec![]);
     let model = one(&models, &uri, "the other one, too", |_| true).await;
     assert!(model.fetch_took.is_some() && !model.staged && !model.in_use, "{model:?}");
     assert!(reported(&models, &format!("{server}/left/10")).is_empty());
@@ -115,7 +115,7 @@ async fn a_staged_model_stays_in_the_page_cache_until_nobody_needs_it() {
     let directory = directory();
     let (models, shelf) = open(directory.path(), None, 3 * MIB);
     let uri = format!("{server}/m/{}", 2 * MIB);
-    shelf.assign(vec![ask(&uri, Rung::Staged, 0)]);
+    shelf.assign(vec![ask(&uri, Rung::Staged, 0)], vec![]);
     let whole = |model: &CachedModel| model.staged && model.resident_bytes == model.bytes;
     let model = one(&models, &uri, "it is staged", whole).await;
     assert!(model.stage_took.is_some());
@@ -128,9 +128,9 @@ async fn a_staged_model_stays_in_the_page_cache_until_nobody_needs_it() {
 
     let held = models.hold("r", [uri.clone()]);
     one(&models, &uri, "a replica has it", |model| model.in_use).await;
-    shelf.assign(vec![ask(&uri, Rung::Cached, 0)]);
+    shelf.assign(vec![ask(&uri, Rung::Cached, 0)], vec![]);
     let other = format!("{server}/other/{}", 2 * MIB + 1);
-    shelf.assign(vec![ask(&other, Rung::Staged, 0)]);
+    shelf.assign(vec![ask(&other, Rung::Staged, 0)], vec![]);
     one(&models, &other, "the other one is on the disk, past the budget", |_| true).await;
     assert!(residency(&folder).await.unwrap().whole(), "the replica needs its pages");
     assert!(reported(&models, &uri)[0].staged && !reported(&models, &other)[0].staged);
@@ -146,7 +146,7 @@ async fn pins_hold_for_all_versions_and_outlive_the_process() {
     let uri = format!("{server}/m/1000");
     let (models, shelf) = open(directory.path(), None, 0);
     models.ensure(&uri, &Credentials::new(), |_| {}).await.unwrap();
-    shelf.assign(vec![ModelAssignment { pinned: true, ..ask(&uri, Rung::Unspecified, 0) }]);
+    shelf.assign(vec![ModelAssignment { pinned: true, ..ask(&uri, Rung::Unspecified, 0) }], vec![]);
     assert!(reported(&models, &uri)[0].pinned);
     says.changed.store(true, Ordering::SeqCst);
     drop((models, shelf));
@@ -156,7 +156,7 @@ async fn pins_hold_for_all_versions_and_outlive_the_process() {
     let both: Vec<_> = reported(&models, &uri).into_iter().map(|model| model.pinned).collect();
     assert_eq!(both, [true, true]);
     assert_eq!(shelf.evict(&uri).await.unwrap_err(), "it is pinned");
-    shelf.assign(vec![]);
+    shelf.assign(vec![], vec![]);
     assert!(reported(&models, &uri).iter().all(|model| !model.pinned));
     assert_eq!(shelf.evict(&uri).await.unwrap(), 2000);
 }
@@ -168,12 +168,12 @@ async fn an_evicted_model_is_gone_with_all_that_was_left_of_it() {
     let (models, shelf) = open(directory.path(), None, MIB);
     let (uri, twin) = (format!("{server}/m/1000"), format!("{server}/twin/1000"));
     models.ensure(&twin, &Credentials::new(), |_| {}).await.unwrap();
-    shelf.assign(vec![ask(&uri, Rung::Staged, 0)]);
+    shelf.assign(vec![ask(&uri, Rung::Staged, 0)], vec![]);
     one(&models, &uri, "it is staged", |model| model.staged).await;
     let held = models.hold("m-00001-abc", [uri.clone()]);
     assert_eq!(shelf.evict(&uri).await.unwrap_err(), "in use by m-00001-abc");
     drop(held);
-    shelf.assign(vec![]);
+    shelf.assign(vec![], vec![]);
     assert_eq!(shelf.evict(&uri).await.unwrap(), 0, "its twin has the content, too");
     assert_eq!(shelf.evict(&uri).await.unwrap(), 0, "it was not there");
     assert_eq!(shelf.evict(&twin).await.unwrap(), 1000);
@@ -182,10 +182,10 @@ async fn an_evicted_model_is_gone_with_all_that_was_left_of_it() {
     }
 
     says.hangs.store(true, Ordering::SeqCst);
-    shelf.assign(vec![ask(&uri, Rung::Cached, 0)]);
+    shelf.assign(vec![ask(&uri, Rung::Cached, 0)], vec![]);
     eventually("its fetch has begun", || async { (models.cache().partials().len() == 1).then_some(()) }).await;
     assert_eq!(shelf.evict(&uri).await.unwrap_err(), "it is being fetched");
-    shelf.assign(vec![]);
+    shelf.assign(vec![], vec![]);
     shelf.evict(&uri).await.unwrap();
     assert!(models.cache().partials().is_empty());
 }
@@ -199,10 +199,10 @@ async fn what_nobody_waits_for_displaces_only_what_is_kept_less() {
     let none = Credentials::new();
     models.ensure(&uri("unasked", 60), &none, |_| {}).await.unwrap();
     let (first, second) = (uri("first", 61), uri("second", 62));
-    shelf.assign(vec![ask(&first, Rung::Cached, 7)]);
+    shelf.assign(vec![ask(&first, Rung::Cached, 7)], vec![]);
     one(&models, &first, "it takes the room of what nobody asked for", |_| true).await;
     assert!(reported(&models, &uri("unasked", 60)).is_empty());
-    shelf.assign(vec![ask(&first, Rung::Cached, 7), ask(&second, Rung::Cached, 7)]);
+    shelf.assign(vec![ask(&first, Rung::Cached, 7), ask(&second, Rung::Cached, 7)], vec![]);
     let error = models.ensure(&second, &none, |_| {}).await.unwrap_err();
     assert_eq!(error.reason(), "CacheFull");
     assert!(error.to_string().contains("kept before it"), "{error}");
@@ -213,10 +213,10 @@ async fn what_nobody_waits_for_displaces_only_what_is_kept_less() {
     let error = models.ensure(&first, &none, |_| {}).await.unwrap_err();
     assert_eq!(error.reason(), "CacheFull", "the first does not take it back");
     // It comes back once there is room.
-    shelf.assign(vec![ask(&first, Rung::Cached, 7)]);
+    shelf.assign(vec![ask(&first, Rung::Cached, 7)], vec![]);
     shelf.evict(&second).await.unwrap();
     one(&models, &first, "the first is back", |_| true).await;
-    shelf.assign(vec![ask(&first, Rung::Cached, 7), ask(&second, Rung::Cached, 8)]);
+    shelf.assign(vec![ask(&first, Rung::Cached, 7), ask(&second, Rung::Cached, 8)], vec![]);
     one(&models, &second, "what is kept more takes its room", |_| true).await;
     assert!(reported(&models, &first).is_empty());
 }

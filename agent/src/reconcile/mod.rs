@@ -181,12 +181,15 @@ impl Reconciler {
             }
         }
         // After the replicas: what they have now is not let go of.
-        self.shelf.assign(assignment.models);
+        self.shelf.assign(assignment.models, assignment.images);
     }
 
     fn spawn(&self, inner: &mut Inner, desired: Desired, adopted: Option<crate::runtime::Running>) {
         let name = desired.assignment.replica.clone();
-        let held = self.models.hold(&name, desired.assignment.models.iter().map(|model| model.uri.clone()));
+        let image = desired.assignment.container.iter().map(|container| &container.image);
+        let image = image.filter(|image| !image.is_empty()).cloned();
+        let models = desired.assignment.models.iter().map(|model| model.uri.clone());
+        let held = self.models.hold(&name, models.chain(image));
         let (sender, receiver) = watch::channel(desired);
         let life = Life {
             runtime: Arc::clone(&self.runtime),

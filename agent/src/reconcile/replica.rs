@@ -43,7 +43,7 @@ pub(super) struct Life {
     pub(super) endpoints: Arc<dyn Endpoints>,
     pub(super) way_back: WayBack,
     pub(super) models: Models,
-    /// Its models stay on the node while it lives.
+    /// Its models and its image stay on the node while it lives.
     pub(super) _held: Held,
     pub(super) statuses: Statuses,
     pub(super) desired: watch::Receiver<Desired>,
@@ -146,6 +146,8 @@ impl Life {
             });
         };
         let getting = async {
+            let image = assignment.container.as_ref().map_or("", |container| &container.image);
+            models.settled(image).await;
             let pulled = runtime.prepare(&assignment, &say).await.map_err(|error| Failure::of_error(&error))?;
             let got = models::fetch(&models, &assignment, &statuses).await;
             let got = got.map_err(|error| Failure::of_model(&error))?;

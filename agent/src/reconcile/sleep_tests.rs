@@ -41,7 +41,7 @@ impl Node {
     fn tell(&self, replicas: impl IntoIterator<Item = ReplicaAssignment>) {
         let replicas = replicas.into_iter().collect();
         let version = self.reconciler.lock().version.unwrap_or(0) + 1;
-        self.reconciler.assign(Assignment { version, replicas, models: Vec::new() });
+        self.reconciler.assign(Assignment { version, replicas, ..Default::default() });
     }
 
     async fn awake() -> Self {

@@ -231,7 +231,7 @@ async fn a_replicas_models_are_held_until_it_has_stopped() {
     report.wait_for(in_use).await.unwrap();
     node.phases(&[ReplicaPhase::Ready]).await;
     assert!(in_use(&report.borrow()), "taken over with its models");
-    node.reconciler.assign(Assignment { version: 1, replicas: vec![], models: Vec::new() });
+    node.reconciler.assign(Assignment { version: 1, replicas: vec![], ..Default::default() });
     report.wait_for(|report| !in_use(report)).await.unwrap();
 }
 
@@ -340,7 +340,7 @@ impl Node {
             draining: *draining,
             ..Default::default()
         });
-        self.reconciler.assign(Assignment { version, replicas: replicas.collect(), models: Vec::new() });
+        self.reconciler.assign(Assignment { version, replicas: replicas.collect(), ..Default::default() });
     }
 
     /// Waits until the replicas, by name, are in these phases.

@@ -1,11 +1,12 @@
 //! Which runtime a replica gets.
 
-use std::{net::IpAddr, path::PathBuf, time::Duration};
+use std::{net::IpAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use pilotlight_proto::fleet::v1::ReplicaAssignment;
 
 use super::{DockerRuntime, Exit, Mount, ProcessRuntime, Running, Runtime, RuntimeError, Say, SleepMark};
+use crate::models::Images;
 
 /// Processes and containers side by side: an image is run as a container. A command without an image,
 /// and the command `pilotlight`, which is this very program, are run as processes.
@@ -39,6 +40,10 @@ fn contained(assignment: &ReplicaAssignment) -> bool {
 impl Runtime for AnyRuntime {
     async fn prepare(&self, assignment: &ReplicaAssignment, say: Say<'_>) -> Result<bool, RuntimeError> {
         self.of(assignment).prepare(assignment, say).await
+    }
+
+    fn images(&self) -> Option<Arc<dyn Images>> {
+        self.docker.images()
     }
 
     async fn start(&self, assignment: &ReplicaAssignment, mounts: &[Mount]) -> Result<Running, RuntimeError> {

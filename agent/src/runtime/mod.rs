@@ -14,6 +14,7 @@ use std::{
     collections::BTreeMap,
     net::{IpAddr, Ipv4Addr, SocketAddr},
     path::PathBuf,
+    sync::Arc,
     time::{Duration, SystemTime},
 };
 
@@ -21,6 +22,7 @@ use async_trait::async_trait;
 use pilotlight_proto::fleet::v1::{ContainerSpec, ReplicaAssignment};
 use tokio::process::Command;
 
+use crate::models::Images;
 pub use auto::AnyRuntime;
 pub use docker::{DockerRuntime, DockerSettings, GpuMode};
 pub use process::ProcessRuntime;
@@ -158,6 +160,10 @@ pub trait Runtime: Send + Sync + 'static {
     /// something had to be fetched.
     async fn prepare(&self, _assignment: &ReplicaAssignment, _say: Say<'_>) -> Result<bool, RuntimeError> {
         Ok(false)
+    }
+    /// Images that it has pulled; `None`: it has no images.
+    fn images(&self) -> Option<Arc<dyn Images>> {
+        None
     }
     /// Starts a replica that sees `mounts`.
     async fn start(&self, assignment: &ReplicaAssignment, mounts: &[Mount]) -> Result<Running, RuntimeError>;

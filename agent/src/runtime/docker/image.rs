@@ -1,6 +1,11 @@
 //! Images: whether they are here, and getting them from a registry.
 
-use std::{collections::BTreeMap, path::Path, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
+    sync::Arc,
+    time::Duration,
+};
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use bollard::{
@@ -15,7 +20,7 @@ use futures::StreamExt as _;
 use serde::Deserialize;
 use tokio::time::Instant;
 
-use super::{super::Say, RuntimeError, is_missing};
+use super::{super::Say, RuntimeError, is_missing, pulled::Pulled};
 
 /// A pull of which nothing is heard for this long has failed; unpacking a large layer is silent.
 const SILENCE: Duration = Duration::from_secs(600);
@@ -24,9 +29,10 @@ const SAID_EVERY: Duration = Duration::from_secs(2);
 /// The registry of images that name none.
 const DOCKER_HUB: &str = "docker.io";
 
-/// Gets the image as the policy says. True where something of it was not here.
+/// Gets the image as the policy says. True where something of it was not here. What is pulled is noted.
 pub(super) async fn ensure(
     docker: &Docker,
+    pulled: &Arc<Pulled>,
     image: &str,
     policy: &str,
     credentials: Option<DockerCredentials>,
@@ -35,14 +41,17 @@ pub(super) async fn ensure(
     let failed = |reason, message: String| RuntimeError::Container { reason, message };
     check_name(image).map_err(|why| failed("InvalidImageName", format!("image {image:?}: {why}")))?;
     let here = match docker.inspect_image(image).await {
-        Ok(_) => true,
-        Err(error) if is_missing(&error) => false,
+        Ok(found) => Some(found.id.unwrap_or_default()),
+        Err(error) if is_missing(&error) => None,
         Err(error) => return Err(failed("ImageInspectError", format!("image {image}: {error}"))),
     };
-    match (policy, here) {
-        ("Always", _) | ("IfNotPresent" | "", false) => {}
-        ("IfNotPresent" | "", true) | ("Never", true) => return Ok(false),
-        ("Never", false) => {
+    match (policy, &here) {
+        ("Always", _) | ("IfNotPresent" | "", None) => {}
+        ("IfNotPresent" | "" | "Never", Some(id)) => {
+            pulled.asked_for(image, id);
+            return Ok(false);
+        }
+        ("Never", None) => {
             let message = format!("image {image} is not on this node, and imagePullPolicy is Never");
             return Err(failed("ErrImageNeverPull", message));
         }
@@ -53,9 +62,13 @@ pub(super) async fn ensure(
             });
         }
     }
-    let pulled = pull(docker, image, credentials, say).await;
-    let pulled = pulled.map_err(|why| failed("ErrImagePull", format!("cannot pull image {image}: {why}")))?;
-    Ok(pulled || !here)
+    let began = Instant::now();
+    let note = pulled.begin(image).await;
+    let note = note.map_err(|error| failed("ImageInspectError", format!("image {image}: {error}")))?;
+    let came = pull(docker, image, credentials, say).await;
+    let came = came.map_err(|why| failed("ErrImagePull", format!("cannot pull image {image}: {why}")))?;
+    note.done(came.then(|| began.elapsed())).await;
+    Ok(came || here.is_none())
 }
 
 /// True where bytes came.
@@ -156,6 +169,26 @@ fn registry(name: &str) -> (&str, &str) {
         Some((host, path)) if host.contains(['.', ':']) || host == "localhost" => (host, path),
         _ => (DOCKER_HUB, name),
     }
+}
+
+/// The whole of a name, of which people leave out what goes without saying.
+pub(super) fn canonical(image: &str) -> String {
+    let (name, tag, digest) = parts(image);
+    let (host, path) = registry(name);
+    let official = if host == DOCKER_HUB && !path.contains('/') { "library/" } else { "" };
+    let tag = tag.or(digest.is_none().then_some("latest")).map(|tag| format!(":{tag}")).unwrap_or_default();
+    let digest = digest.map(|digest| format!("@{digest}")).unwrap_or_default();
+    format!("{host}/{official}{path}{tag}{digest}")
+}
+
+/// The digest of an image's manifest, as the registry has it that it was pulled from by one of these names;
+/// empty where the engine knows none.
+pub(super) fn digest_of(image: &ImageInspect, names: &BTreeSet<String>) -> String {
+    let repository = |name: &str| registry(parts(name).0).1.to_owned();
+    let ours: BTreeSet<String> = names.iter().map(|name| repository(name)).collect();
+    let all = || image.repo_digests.iter().flatten();
+    let found = all().find(|name| ours.contains(&repository(name))).or_else(|| all().next());
+    found.and_then(|name| parts(name).2).unwrap_or_default().to_owned()
 }
 
 /// Names as the OCI distribution specification has them.
@@ -278,6 +311,23 @@ mod tests {
         assert_eq!(with_tag("localhost:5000/a"), "localhost:5000/a:latest");
         assert_eq!(with_tag("a:1"), "a:1");
         assert_eq!(with_tag(&digest), digest);
+    }
+
+    #[test]
+    fn what_goes_without_saying_makes_no_other_name() {
+        for (name, whole) in [
+            ("a", "docker.io/library/a:latest"),
+            ("docker.io/library/a:latest", "docker.io/library/a:latest"),
+            ("b/a:1", "docker.io/b/a:1"),
+            ("localhost:5000/a", "localhost:5000/a:latest"),
+            ("ghcr.io/b/a@sha256:00", "ghcr.io/b/a@sha256:00"),
+        ] {
+            assert_eq!(canonical(name), whole);
+        }
+        let digests = ["a.io/x@sha256:01", "b.io/y@sha256:02"].map(str::to_owned);
+        let image = ImageInspect { repo_digests: Some(digests.to_vec()), ..Default::default() };
+        let of = |names: &[&str]| digest_of(&image, &names.iter().map(|name| (*name).to_owned()).collect());
+        assert_eq!((of(&["b.io/y:1"]).as_str(), of(&[]).as_str()), ("sha256:02", "sha256:01"));
     }
 
     #[test]

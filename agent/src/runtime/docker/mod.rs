@@ -3,7 +3,9 @@
 mod answers;
 mod create;
 mod image;
+mod layers;
 mod logs;
+mod pulled;
 mod settings;
 mod volumes;
 
@@ -12,7 +14,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
     sync::{
-        Mutex, PoisonError,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
@@ -40,8 +42,10 @@ use super::{
     state::{Directories, LOG, ReplicaState},
     unix_now,
 };
+use crate::models::Images;
 use answers::{exit_of, gateway, is_missing, lives, published, resident};
 use create::{Parts, Place};
+use pulled::Pulled;
 pub use settings::{DockerSettings, GpuMode};
 use volumes::Places;
 
@@ -61,6 +65,7 @@ pub struct DockerRuntime {
     settings: DockerSettings,
     directories: Directories,
     places: Places,
+    pulled: Arc<Pulled>,
     scope: String,
     host: IpAddr,
     podman: bool,
@@ -105,8 +110,10 @@ impl DockerRuntime {
         let places = Places { host_roots: settings.host_path_roots.clone(), claims: settings.claims.clone(), secrets };
         info!(socket, version = version.version.unwrap_or_default(), podman, %host, "container engine answers");
         let directories = Directories::new(data_dir);
+        let pulled = Arc::new(Pulled::open(docker.clone(), data_dir));
         Ok(Self {
             docker,
+            pulled,
             settings,
             directories,
             places,
@@ -286,7 +293,12 @@ impl Runtime for DockerRuntime {
         }
         let own = self.settings.registry_config.as_deref();
         let credentials = image::credentials(&container.image, &assignment.registry_configs, own);
-        image::ensure(&self.docker, &container.image, &container.image_pull_policy, credentials, say).await
+        image::ensure(&self.docker, &self.pulled, &container.image, &container.image_pull_policy, credentials, say)
+            .await
+    }
+
+    fn images(&self) -> Option<Arc<dyn Images>> {
+        Some(Arc::clone(&self.pulled) as _)
     }
 
     async fn start(&self, assignment: &ReplicaAssignment, models: &[Mount]) -> Result<Running, RuntimeError> {
