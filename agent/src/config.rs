@@ -31,7 +31,7 @@ pub struct Config {
     pub max_request_body: u64,
     /// A part of a model of which no byte comes for this long is asked for again.
     pub fetch_stall: std::time::Duration,
-    /// Bytes that all fetched models together may take on disk; `None`: as many as the disk has.
+    /// Bytes that all fetched models and pulled images together may take on disk; `None`: as many as the disk has.
     pub cache_budget: Option<u64>,
     /// Bytes of main memory that models without requests may fill, asleep or in the page cache; `None`: half of it.
     pub warm_memory: Option<u64>,

@@ -87,8 +87,9 @@ pub struct NodeArgs {
     /// Ask again for a part of a model of which no byte comes for this long, 1s to 1h.
     #[arg(long, env = "PILOTLIGHT_FETCH_STALL", default_value = "30s", value_parser = stall, value_name = "DURATION")]
     fetch_stall: std::time::Duration,
-    /// Bytes that fetched models may take on disk, such as 500GiB; models that no replica uses go to make
-    /// room, those that nobody asked to keep first, the one used longest ago before others. Default: no limit but the disk's.
+    /// Bytes that fetched models and pulled container images may take on disk, such as 500GiB; those that no
+    /// replica uses go to make room, what nobody asked to keep first, the one used longest ago before others.
+    /// Default: no limit but the disk's.
     #[arg(long, env = "PILOTLIGHT_CACHE_BUDGET", value_parser = cache_budget, value_name = "SIZE")]
     cache_budget: Option<ByteSize>,
     /// Main memory that models without requests may fill: replicas that sleep, and weights in the page

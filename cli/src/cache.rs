@@ -2,7 +2,8 @@
 
 use bytesize::ByteSize;
 use pilotlight_proto::control::v1::{
-    CachedModel, EvictModelRequest, EvictedModel, ListCacheRequest, PinModelRequest, WarmModelRequest,
+    CachedImage, CachedModel, EvictModelRequest, EvictedModel, ListCacheRequest, ListCacheResponse, PinModelRequest,
+    WarmModelRequest,
 };
 use serde_json::{Value, json};
 
@@ -14,10 +15,10 @@ use crate::{
     table::{Table, age, moment},
 };
 
-/// What to do with the models on the nodes' disks.
+/// What to do with the models and images on the nodes' disks.
 #[derive(Debug, clap::Subcommand)]
 pub enum Command {
-    /// List models that are on the nodes' disks.
+    /// List models that are on the nodes' disks, and container images that agents have pulled.
     #[command(visible_alias = "list")]
     Ls {
         /// Of this node alone.
@@ -44,7 +45,7 @@ pub enum Command {
         #[arg(short, long, default_value = "default")]
         namespace: String,
     },
-    /// Keep a model from being removed, where it is and wherever it comes to be.
+    /// Keep a model or an image from being removed, where it is and wherever it comes to be.
     Pin {
         #[command(flatten)]
         place: Place,
@@ -54,7 +55,7 @@ pub enum Command {
         #[command(flatten)]
         place: Place,
     },
-    /// Remove a model from nodes' disks, and take back that it was to be warm or pinned.
+    /// Remove a model or an image from nodes' disks, and take back that it was to be warm or pinned.
     ///
     /// Prints what each node has freed. Exit status 1: it stays on a node, such as where a replica has it.
     Evict {
@@ -63,10 +64,10 @@ pub enum Command {
     },
 }
 
-/// A model, and where.
+/// A model or an image, and where.
 #[derive(Debug, clap::Args)]
 pub struct Place {
-    /// Its address, such as s3://bucket/prefix.
+    /// A model's address, such as s3://bucket/prefix; or an image as services name it.
     uri: String,
     /// On this node alone. Default: on all that there are, and those that join.
     #[arg(long, value_name = "NAME")]
@@ -142,35 +143,51 @@ fn evicted(uri: &str, nodes: Vec<EvictedModel>) -> Result<(), Failure> {
 
 async fn list(mut client: Client, node: Option<String>, output: Format) -> Result<(), Failure> {
     let request = ListCacheRequest { node: node.unwrap_or_default() };
-    let models = client.list_cache(request).await?.into_inner().models;
+    let found = client.list_cache(request).await?.into_inner();
     if matches!(output, Format::Json | Format::Yaml) {
-        return output::print_value(&json::list(models.iter().map(value).collect()), output);
+        let items = found.models.iter().map(value).chain(found.images.iter().map(image_value));
+        return output::print_value(&json::list(items.collect()), output);
     }
-    if models.is_empty() {
+    if found.models.is_empty() && found.images.is_empty() {
         use std::io::Write as _;
-        writeln!(std::io::stderr(), "No models found.")?;
+        writeln!(std::io::stderr(), "No models and no images found.")?;
         return Ok(());
     }
-    output::print(&table(models, output == Format::Wide))
+    output::print(&table(found, output == Format::Wide))
+}
+
+/// What an image has of a model's fields means the same.
+fn image_value(image: &CachedImage) -> Value {
+    json!({
+        "kind": "Image", "node": image.node, "uri": image.image, "key": key(image), "id": image.id, "bytes": image.bytes,
+        "inUse": image.in_use, "fetchSeconds": image.pull_took.map(|took| json::seconds(&Some(took))), "rung": "Cached",
+        "pinned": image.pinned, "lastUsed": moment(image.last_used),
+    })
+}
+
+/// Tells versions of one name apart.
+fn key(image: &CachedImage) -> &str {
+    if image.digest.is_empty() { &image.id } else { &image.digest }
 }
 
 fn value(model: &CachedModel) -> Value {
     json!({
-        "node": model.node, "uri": model.uri, "key": model.key, "bytes": model.bytes, "inUse": model.in_use,
+        "kind": "Model", "node": model.node, "uri": model.uri, "key": model.key, "bytes": model.bytes, "inUse": model.in_use,
         "fetchSeconds": model.fetch_took.map(|took| json::seconds(&Some(took))),
         "rung": model.rung, "residentBytes": model.resident_bytes, "pinned": model.pinned, "lastUsed": moment(model.last_used),
     })
 }
 
-fn table(models: Vec<CachedModel>, wide: bool) -> String {
-    let columns = ["NODE", "MODEL", "RUNG", "SIZE", "IN USE", "PINNED", "LAST USED", "RESIDENT", "KEY"];
+fn table(found: ListCacheResponse, wide: bool) -> String {
+    let columns = ["NODE", "KIND", "URI", "RUNG", "SIZE", "IN USE", "PINNED", "LAST USED", "RESIDENT", "KEY"];
     let shown = if wide { columns.len() } else { columns.len() - 2 };
     let mut table = Table::new(&columns[..shown]);
     let flag = |flag: bool| if flag { "yes" } else { "no" }.to_owned();
-    for model in models {
+    let models = found.models.into_iter().map(|model| {
         let resident = resident(&model);
-        let cells = [
+        [
             model.node,
+            "Model".to_owned(),
             model.uri,
             model.rung,
             ByteSize(model.bytes).to_string(),
@@ -179,7 +196,24 @@ fn table(models: Vec<CachedModel>, wide: bool) -> String {
             age(model.last_used),
             resident,
             model.key,
-        ];
+        ]
+    });
+    let images = found.images.into_iter().map(|image| {
+        let key = key(&image).to_owned();
+        [
+            image.node,
+            "Image".to_owned(),
+            image.image,
+            "Cached".to_owned(),
+            ByteSize(image.bytes).to_string(),
+            flag(image.in_use),
+            flag(image.pinned),
+            age(image.last_used),
+            "-".to_owned(),
+            key,
+        ]
+    });
+    for cells in models.chain(images) {
         table.row(cells.into_iter().take(shown));
     }
     table.text()
@@ -207,10 +241,23 @@ mod tests {
             in_use: true,
             ..CachedModel::default()
         };
-        let text = table(vec![model.clone()], false);
-        assert_eq!(text.lines().next().unwrap(), "NODE    MODEL      RUNG     SIZE      IN USE   PINNED   LAST USED");
-        assert_eq!(text.lines().nth(1).unwrap(), "gpu-1   s3://b/m   Cached   3.0 MiB   yes      no       <unknown>");
-        let wide = table(vec![model], true);
-        assert!(wide.contains("c0ffee") && wide.contains("99%"), "{wide}");
+        let image = CachedImage {
+            node: "gpu-1".into(),
+            image: "registry/server:1".into(),
+            digest: "sha256:d16e57".into(),
+            bytes: 20 << 20,
+            pinned: true,
+            ..CachedImage::default()
+        };
+        let found = ListCacheResponse { models: vec![model], images: vec![image] };
+        let text = table(found.clone(), false);
+        let lines = [
+            "NODE    KIND    URI                 RUNG     SIZE       IN USE   PINNED   LAST USED",
+            "gpu-1   Model   s3://b/m            Cached   3.0 MiB    yes      no       <unknown>",
+            "gpu-1   Image   registry/server:1   Cached   20.0 MiB   no       yes      <unknown>",
+        ];
+        assert_eq!(text.lines().collect::<Vec<_>>(), lines);
+        let wide = table(found, true);
+        assert!(wide.contains("c0ffee") && wide.contains("99%") && wide.contains("sha256:d16e57"), "{wide}");
     }
 }

@@ -1,4 +1,4 @@
-//! Models on nodes' disks: what operators ask for.
+//! Models and images on nodes' disks: what operators ask for.
 
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
@@ -34,6 +34,10 @@ pub(super) async fn warm(
         "Staged" => WarmRung::Staged,
         _ => return Err(Status::invalid_argument(format!("rung: {rung:?}, expected Cached or Staged"))),
     };
+    if shelf::is_image(&uri) {
+        let message = format!("uri: {uri:?}: images can be pinned and evicted; they are pulled by their replicas");
+        return Err(Status::invalid_argument(message));
+    }
     let service = given(service);
     if service.as_ref().is_some_and(|service| service.split('/').filter(|part| !part.is_empty()).count() != 2) {
         let message = format!("service: {:?}, expected <namespace>/<name>", service.unwrap_or_default());

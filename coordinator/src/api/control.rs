@@ -221,9 +221,8 @@ impl Control for ControlService {
     async fn list_cache(&self, request: Request<control::ListCacheRequest>) -> Answer<control::ListCacheResponse> {
         self.access.operator(&request, Role::Viewer)?;
         let node = request.into_inner().node;
-        let models = self.handle.read(move |world, _| cached::list(world, &node)).await.map_err(status)?;
-        let models = models.ok_or_else(|| Status::not_found("no such node has joined"))?;
-        Ok(Response::new(control::ListCacheResponse { models }))
+        let list = self.handle.read(move |world, _| cached::list(world, &node)).await.map_err(status)?;
+        list.map(Response::new).ok_or_else(|| Status::not_found("no such node has joined"))
     }
 
     async fn warm_model(&self, request: Request<control::WarmModelRequest>) -> Answer<control::WarmModelResponse> {

@@ -1,4 +1,4 @@
-//! Models on the nodes' disks, as their agents report them. Pure.
+//! Models and images on the nodes' disks, as their agents report them. Pure.
 
 use std::collections::BTreeSet;
 
@@ -12,15 +12,40 @@ pub fn addresses(report: &fleet::CacheReport) -> BTreeSet<String> {
     report.models.iter().map(|model| model.uri.clone()).collect()
 }
 
-/// All models of one node, or of all where `node` is empty, in order. `None`: no such node has joined.
-pub fn list(world: &World, node: &str) -> Option<Vec<control::CachedModel>> {
+/// True where an image goes by this name, digest or id.
+pub fn is(image: &fleet::CachedImage, name: &str) -> bool {
+    image.names.iter().any(|own| own == name) || image.digest == name || image.id == name
+}
+
+/// All models and images of one node, or of all where `node` is empty, in order. `None`: no such node has
+/// joined.
+pub fn list(world: &World, node: &str) -> Option<control::ListCacheResponse> {
     if !node.is_empty() && !world.nodes.contains_key(node) {
         return None;
     }
-    let nodes = world.nodes.values().filter(|state| node.is_empty() || state.record.name == node);
-    let mut models: Vec<_> = nodes.flat_map(|state| state.cached.models.iter().map(|model| of(state, model))).collect();
+    let nodes = || world.nodes.values().filter(|state| node.is_empty() || state.record.name == node);
+    let mut models: Vec<_> =
+        nodes().flat_map(|state| state.cached.models.iter().map(|model| of(state, model))).collect();
     models.sort_by(|a, b| (&a.node, &a.uri, &a.key).cmp(&(&b.node, &b.uri, &b.key)));
-    Some(models)
+    let mut images: Vec<_> =
+        nodes().flat_map(|state| state.cached.images.iter().map(|image| pulled(state, image))).collect();
+    images.sort_by(|a, b| (&a.node, &a.image, &a.id).cmp(&(&b.node, &b.image, &b.id)));
+    Some(control::ListCacheResponse { models, images })
+}
+
+fn pulled(node: &NodeState, image: &fleet::CachedImage) -> control::CachedImage {
+    let unnamed = || if image.digest.is_empty() { &image.id } else { &image.digest };
+    control::CachedImage {
+        node: node.record.name.clone(),
+        image: image.names.first().unwrap_or_else(unnamed).clone(),
+        id: image.id.clone(),
+        digest: image.digest.clone(),
+        bytes: image.bytes,
+        in_use: image.in_use,
+        pinned: image.pinned,
+        last_used: image.last_used,
+        pull_took: image.pull_took,
+    }
 }
 
 fn of(node: &NodeState, model: &fleet::CachedModel) -> control::CachedModel {

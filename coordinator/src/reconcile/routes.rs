@@ -130,7 +130,8 @@ pub fn assignment(world: &World, node: &NodeState) -> fleet::Assignment {
             })
         })
         .collect();
-    fleet::Assignment { version: node.assignment_version, replicas, models: shelf::models(world, node) }
+    let (models, images) = (shelf::models(world, node), shelf::images(world, node));
+    fleet::Assignment { version: node.assignment_version, replicas, models, images }
 }
 
 /// The resolved main container, as agents get it. Secrets are filled in here and nowhere before; one that

@@ -1,4 +1,4 @@
-//! What is to become of models on nodes, beside what their replicas need.
+//! What is to become of models and images on nodes, beside what their replicas need.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -6,6 +6,7 @@ use pilotlight_proto::fleet::v1::{self as fleet, ReplicaPhase};
 use tracing::info;
 
 use super::{
+    cached,
     commands::CommandError,
     run::{Reconciler, WRITES_AT_ONCE},
     storage::{self, Credentials},
@@ -39,7 +40,14 @@ pub enum ModelChange {
     Forget,
 }
 
-/// Refuses addresses of which no node keeps a copy.
+/// True for what can only be an image's name: addresses of models have a scheme.
+pub fn is_image(uri: &str) -> bool {
+    let sign = |sign: char| sign.is_ascii_alphanumeric() || "._-/:@".contains(sign);
+    // "s3:/bucket" is an address with a slip.
+    !uri.contains(":/") && uri.starts_with(|sign: char| sign.is_ascii_alphanumeric()) && uri.chars().all(sign)
+}
+
+/// Refuses addresses of which no node keeps a copy. Names of images are taken.
 ///
 /// # Errors
 /// Names the field, the value and what is allowed.
@@ -49,26 +57,41 @@ pub fn check_address(uri: &str) -> Result<(), String> {
         return Err(format!("uri: {uri:?}: expected at most {ADDRESS_MOST} bytes without white space"));
     }
     match uri.split_once("://") {
+        None if is_image(uri) => Ok(()),
         Some((scheme, rest)) if KEPT.contains(&scheme) && !rest.split('/').next().unwrap_or_default().is_empty() => {
             Ok(())
         }
         Some((scheme @ ("pvc" | "file"), _)) => {
             Err(format!("uri: {uri:?}: {scheme}:// is served in place and not kept; expected one of {}", allowed()))
         }
-        _ => Err(format!("uri: {uri:?}: expected an address that begins with one of {}", allowed())),
+        _ => Err(format!("uri: {uri:?}: expected an address that begins with one of {}, or an image", allowed())),
     }
 }
 
 /// What is to become of models on a node, in order of address.
 pub fn models(world: &World, node: &NodeState) -> Vec<fleet::ModelAssignment> {
     let mut all = BTreeMap::new();
-    for record in asked(world, &node.record.name) {
+    for record in asked(world, &node.record.name).filter(|record| !is_image(&record.uri)) {
         let model = of_record(world, record);
         let peers = storage::peers(world, &node.record.name, &model.uri);
         raise(&mut all, fleet::ModelAssignment { peers, ..model });
     }
     chosen(node, &mut all);
     all.into_values().collect()
+}
+
+/// What is to become of images on a node, in order of name.
+pub fn images(world: &World, node: &NodeState) -> Vec<fleet::ImageAssignment> {
+    let mut all: BTreeMap<&str, fleet::ImageAssignment> = BTreeMap::new();
+    for record in asked(world, &node.record.name).filter(|record| is_image(&record.uri)) {
+        let image = all.entry(&record.uri).or_default();
+        (image.pinned, image.keep) = (image.pinned | record.pinned, ASKED);
+    }
+    for (name, keep) in &node.shelf.images {
+        let image = all.entry(name).or_default();
+        image.keep = image.keep.max(*keep);
+    }
+    all.into_iter().map(|(name, image)| fleet::ImageAssignment { image: name.to_owned(), ..image }).collect()
 }
 
 /// Adds what the coordinator itself has chosen by [`super::warmth`]. It has nothing fetched: what is not there
@@ -134,14 +157,15 @@ fn of_record(world: &World, record: &ModelRecord) -> fleet::ModelAssignment {
     }
 }
 
-/// Nodes that have a model on their disks, as they said last; `None` for all nodes.
+/// Nodes that have a model, or an image, on their disks, as they said last; `None` for all nodes.
 pub fn holders(world: &World, uri: &str, node: Option<&str>) -> BTreeSet<String> {
     let nodes = world.nodes.values().filter(|state| node.is_none_or(|node| state.record.name == node));
-    let has = |state: &&NodeState| state.cached.models.iter().any(|model| model.uri == uri);
+    let has_image = |state: &NodeState| state.cached.images.iter().any(|image| cached::is(image, uri));
+    let has = |state: &&NodeState| state.cached.models.iter().any(|model| model.uri == uri) || has_image(state);
     nodes.filter(has).map(|state| state.record.name.clone()).collect()
 }
 
-/// Replicas that sleep only as long as nobody needs their room, and have a model, on one node or on all.
+/// Replicas that sleep only as long as nobody needs their room, and have a model or an image, on one node or on all.
 pub fn evictable(world: &World, node: Option<&str>, uri: &str) -> Vec<String> {
     let nodes = world.nodes.keys().filter(|name| node.is_none_or(|node| node == name.as_str()));
     let promised = |name: &String| {
@@ -151,14 +175,17 @@ pub fn evictable(world: &World, node: Option<&str>, uri: &str) -> Vec<String> {
     nodes.flat_map(|node| sleepers(world, node, uri)).filter(|name| !promised(name)).collect()
 }
 
-/// Replicas of a node that sleep and have a model: they have to leave before it can be removed.
+/// Replicas of a node that sleep and have a model or an image: they have to leave before it can be removed.
 pub fn sleepers(world: &World, node: &str, uri: &str) -> Vec<String> {
     let Some(node) = world.nodes.get(node) else { return Vec::new() };
     let asleep = node.replicas.iter().filter_map(|name| world.replicas.get(name));
     let asleep = asleep.filter(|replica| replica.phase() == ReplicaPhase::Asleep);
     let has = |revision: &str| {
         let revision = world.revisions.get(revision);
-        revision.is_some_and(|state| storage::models(world, &state.record).iter().any(|model| model.uri == uri))
+        revision.is_some_and(|state| match is_image(uri) {
+            true => state.record.template.container.image == uri,
+            false => storage::models(world, &state.record).iter().any(|model| model.uri == uri),
+        })
     };
     asleep.filter(|replica| has(&replica.record.revision)).map(|replica| replica.record.name.clone()).collect()
 }

@@ -91,7 +91,10 @@ fn only_what_is_fetched_can_be_kept() {
         said,
         "uri: \"pvc://claim/m\": pvc:// is served in place and not kept; expected one of s3://, gs://, hf://, https://, http://"
     );
-    for uri in ["", "m", "s3://", "s3:///m", "hdfs://h/m", "s3://b/m m", &format!("s3://{}", "b".repeat(3000))] {
+    for image in ["a", "registry:5000/a/b:1", "a@sha256:00"] {
+        assert_eq!(shelf::check_address(image), Ok(()));
+    }
+    for uri in ["", "/m", "s3://", "s3:///m", "hdfs://h/m", "s3://b/m m", &format!("s3://{}", "b".repeat(3000))] {
         assert!(shelf::check_address(uri).unwrap_err().starts_with("uri: "), "{uri}");
     }
 }
@@ -119,6 +122,25 @@ fn what_is_asked_of_a_node_and_of_all_adds_up() {
     assert_eq!((other.rung(), other.pinned), (Rung::Unspecified, true));
     change(&mut world, "s3://other/m", Some("b"), ModelChange::Pin(false)).unwrap();
     assert!(world.asked.is_empty());
+}
+
+#[test]
+fn images_are_pinned_like_models_and_told_apart() {
+    let mut world = world(true);
+    let image = "registry/a:1";
+    change(&mut world, image, None, ModelChange::Pin(true)).unwrap();
+    world.nodes.get_mut("a").unwrap().shelf.images = BTreeMap::from([(image.into(), 3), ("registry/b:1".into(), 4)]);
+    let told = |node: &str| routes::assignment(&world, &world.nodes[node]);
+    assert!(told("a").models.is_empty());
+    let of = |image: &str, pinned, keep| fleet::ImageAssignment { image: image.into(), pinned, keep };
+    assert_eq!(told("a").images, [of(image, true, u32::MAX), of("registry/b:1", false, 4)]);
+    assert_eq!(told("b").images, [of(image, true, u32::MAX)]);
+    let there = fleet::CachedImage { names: vec![image.into()], digest: "sha256:1".into(), ..Default::default() };
+    world.nodes.get_mut("b").unwrap().cached.images = vec![there];
+    for name in [image, "sha256:1"] {
+        assert_eq!(shelf::holders(&world, name, None).into_iter().collect::<Vec<_>>(), ["b"]);
+    }
+    assert!(shelf::holders(&world, "registry/b:1", None).is_empty());
 }
 
 #[test]

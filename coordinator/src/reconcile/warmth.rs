@@ -1,5 +1,5 @@
 //! How warm a node keeps what nobody needs now: who sleeps on, which weights are in the page cache, and
-//! which models leave the disk first. Pure.
+//! which models and images leave the disk first. Pure.
 //!
 //! [`crate::eviction`] chooses; here it is fed with what is seen. Looked at anew every [`INTERVAL`], and at
 //! once where a model finds no room on a disk.
@@ -30,19 +30,21 @@ const HORIZON: Duration = Duration::from_secs(120);
 /// about the same do not take turns.
 const STAYS: f64 = 1.5;
 
-/// What becomes of the models on one node's disk.
+/// What becomes of the models and images on one node's disk.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Shelf {
     /// Addresses of those that are kept in the page cache.
     pub staged: BTreeSet<String>,
     /// By address: which leave the disk first, as `ModelAssignment.keep`.
     pub keep: BTreeMap<String, u32>,
+    /// The same of images, by name.
+    pub images: BTreeMap<String, u32>,
 }
 
 /// What a look at one node says.
 #[derive(Debug, Default, PartialEq)]
 pub struct Look {
-    /// The models on its disk.
+    /// What is on its disk.
     pub shelf: Shelf,
     /// Names of sleepers that leave, since the node's memory for idle models does not suffice.
     pub leave: Vec<String>,
@@ -50,18 +52,25 @@ pub struct Look {
     pub worth: Vec<(String, f64)>,
 }
 
-/// Revisions that take requests, by the address of the model that they load.
-pub type Users<'a> = BTreeMap<String, Vec<&'a RevisionState>>;
+/// Revisions that take requests, by what they need on the disk.
+#[derive(Debug, Default)]
+pub struct Users<'a> {
+    /// By the address of the model that they load.
+    models: BTreeMap<String, Vec<&'a RevisionState>>,
+    /// By the name of their image.
+    images: BTreeMap<&'a str, Vec<&'a RevisionState>>,
+}
 
 /// See [`Users`].
 pub fn users(world: &World) -> Users<'_> {
-    let mut users = Users::new();
-    for revision in world.revisions.values().filter(|revision| !revision.record.template.storage.is_empty()) {
-        if world.reachable(revision)
+    let mut users = Users::default();
+    for revision in world.revisions.values().filter(|revision| world.reachable(revision)) {
+        if !revision.record.template.storage.is_empty()
             && let Some(uri) = storage::first_address(world, &revision.record)
         {
-            users.entry(uri).or_default().push(revision);
+            users.models.entry(uri).or_default().push(revision);
         }
+        users.images.entry(&revision.record.template.container.image).or_default().push(revision);
     }
     users
 }
@@ -88,7 +97,8 @@ pub fn look(world: &World, node: &NodeState, users: &Users<'_>, now: Timestamp) 
     let sleepers = here.iter().filter(|replica| sleeps(replica));
     let mut entries: Vec<Entry> = sleepers.filter_map(|replica| sleeper(world, replica, &models, now)).collect();
     let by_revision: BTreeSet<&str> = here.iter().map(|replica| replica.record.revision.as_str()).collect();
-    let idle = users.iter().filter(|(_, users)| !users.iter().any(|user| by_revision.contains(&*user.record.key())));
+    let idle =
+        users.models.iter().filter(|(_, users)| !users.iter().any(|user| by_revision.contains(&*user.record.key())));
     let staged: Vec<Entry> = idle.filter_map(|(uri, users)| stageable(uri, users, &models, now)).collect();
     let mut shelf = Shelf { staged: staged.iter().map(|entry| entry.name.clone()).collect(), ..Shelf::default() };
     entries.extend(staged);
@@ -103,8 +113,9 @@ pub fn look(world: &World, node: &NodeState, users: &Users<'_>, now: Timestamp) 
     if let Some(name) = makes_room_on_disk(&here, &entries, &leave) {
         leave.push(name);
     }
-    let keep = users.iter().filter_map(|(uri, users)| Some((uri.clone(), keep(users, models.bytes(uri)?, now))));
+    let keep = users.models.iter().filter_map(|(uri, users)| Some((uri.clone(), keep(users, models.bytes(uri)?, now))));
     shelf.keep = keep.collect();
+    shelf.images = keep_images(node, users, now);
     let worth = here.iter().filter_map(|replica| worth(world, replica, &models, now)).collect();
     Look { shelf, leave, worth }
 }
@@ -130,10 +141,12 @@ fn makes_room_on_disk(here: &[&ReplicaState], entries: &[Entry], leave: &[String
     least.map(|entry| entry.name.clone())
 }
 
-/// Models on a node's disk, by address.
+/// Models on a node's disk, by address, and images.
 struct Models<'a> {
     /// Bytes of all versions, and whether they are in the page cache.
     by_uri: BTreeMap<&'a str, (u64, bool)>,
+    /// Bytes of images, by name.
+    images: BTreeMap<&'a str, u64>,
 }
 
 impl<'a> Models<'a> {
@@ -144,7 +157,9 @@ impl<'a> Models<'a> {
             *bytes += model.bytes;
             *staged |= model.staged;
         }
-        Self { by_uri }
+        let images = node.cached.images.iter();
+        let images = images.flat_map(|image| image.names.iter().map(|name| (name.as_str(), image.bytes)));
+        Self { by_uri, images: images.collect() }
     }
 
     fn bytes(&self, uri: &str) -> Option<u64> {
@@ -184,7 +199,8 @@ fn sleeper(world: &World, replica: &ReplicaState, models: &Models<'_>, now: Time
     let revision = world.revisions.get(&replica.record.revision)?;
     let asleep_host = replica.status.as_ref().map_or(0, |status| status.memory_bytes);
     let weights = weights(world, revision, models);
-    let footprint = Footprint { asleep_host, weights, disk: weights, ..Footprint::default() };
+    let image = models.images.get(revision.record.template.container.image.as_str()).copied().unwrap_or(0);
+    let footprint = Footprint { asleep_host, weights, disk: weights + image, ..Footprint::default() };
     let pinned = world.keeps_promise(revision, replica).then_some(Rung::Asleep);
     Some(Entry { pinned, ..entry(&replica.record.name, Rung::Asleep, footprint, &revision.costs, need(revision, now)) })
 }
@@ -209,11 +225,28 @@ fn joint<'a>(users: &[&'a RevisionState], now: Timestamp) -> Option<(f64, &'a Co
 /// See `ModelAssignment.keep`: the logarithm of what is lost per byte, so that it changes only where it
 /// matters; at least 1, since 0 is for what nobody has asked for.
 fn keep(users: &[&RevisionState], bytes: u64, now: Timestamp) -> u32 {
-    /// 2^-64 seconds per byte count as nothing.
-    const LEAST: f64 = 64.0;
     let footprint = Footprint { weights: bytes, disk: bytes, ..Footprint::default() };
     let Some((need, costs)) = joint(users, now) else { return 0 };
-    let lost = costs.with_estimates(&footprint).lost(Rung::Cached, Rung::Absent) * need;
+    rank(costs.with_estimates(&footprint).lost(Rung::Cached, Rung::Absent) * need, bytes)
+}
+
+/// The same of images, by name: what is lost is the pull, as long as it took the last time.
+fn keep_images(node: &NodeState, users: &Users<'_>, now: Timestamp) -> BTreeMap<String, u32> {
+    let names = node.cached.images.iter().flat_map(|image| image.names.iter().map(move |name| (name, image)));
+    let keep = names.filter_map(|(name, image)| {
+        let (need, _) = joint(users.images.get(name.as_str())?, now)?;
+        let took = image.pull_took.and_then(|took| Duration::try_from(took).ok());
+        let footprint = Footprint { disk: image.bytes, ..Footprint::default() };
+        let estimated = || Costs::estimated(&footprint).lost(Rung::Cached, Rung::Absent);
+        let lost = took.map_or_else(estimated, |took| took.as_secs_f64());
+        Some((name.clone(), rank(lost * need, image.bytes)))
+    });
+    keep.collect()
+}
+
+fn rank(lost: f64, bytes: u64) -> u32 {
+    /// 2^-64 seconds per byte count as nothing.
+    const LEAST: f64 = 64.0;
     ((lost / bytes.max(1) as f64).log2() + LEAST).round().clamp(1.0, 2.0 * LEAST) as u32
 }
 

@@ -130,3 +130,23 @@ fn a_model_that_finds_no_room_on_the_disk_gets_it_from_a_sleeper() {
     cell.world.remove_replica("rarely-1");
     assert_eq!(look_at(&cell).leave, ["often-1"]);
 }
+
+#[test]
+fn an_image_is_kept_by_who_needs_it_and_what_its_pull_took() {
+    let mut cell = cell();
+    for service in ["often", "rarely", "slow"] {
+        cell = cell.applied(service, 0, "");
+        let revision = cell.world.revisions.get_mut(&format!("default/{service}")).unwrap();
+        revision.record.template.container.image = format!("registry/{service}:1");
+        let pull_took = Some(prost_types::Duration { seconds: if service == "slow" { 100 } else { 10 }, nanos: 0 });
+        let names = vec![format!("registry/{service}:1")];
+        node(&mut cell).cached.images.push(fleet::CachedImage { names, bytes: GIB, pull_took, ..Default::default() });
+    }
+    let other = fleet::CachedImage { names: vec!["registry/nobody:1".into()], bytes: GIB, ..Default::default() };
+    node(&mut cell).cached.images.push(other);
+    let cell = asked(asked(asked(cell, "rarely", &[9_000]), "often", &[90, 60, 30]), "slow", &[90, 60, 30]);
+    let keep = look_at(&cell).shelf.images;
+    let of = |name: &str| keep[&format!("registry/{name}:1")];
+    assert!(of("slow") > of("often") && of("often") > of("rarely") && of("rarely") > 0, "{keep:?}");
+    assert_eq!(keep.len(), 3, "nobody needs the other: it counts as 0");
+}
