@@ -74,7 +74,7 @@ async fn a_sleeper_outlives_its_agent_and_wakes_with_the_next() {
         let replica = assignment(docker, own);
         let tell = |agent: &Reconciler, version, asleep| {
             let replicas = vec![ReplicaAssignment { asleep, ..replica.clone() }];
-            agent.assign(Assignment { version, replicas, models: Vec::new() });
+            agent.assign(Assignment { version, replicas, ..Default::default() });
         };
         let first = agent(docker, data.path()).await;
         tell(&first, 1, false);
@@ -101,7 +101,7 @@ async fn a_sleeper_outlives_its_agent_and_wakes_with_the_next() {
             let took = [woken, slept].map(|way| Duration::try_from(way.took.unwrap()).unwrap());
             println!("docker {docker}, own endpoints {own}: woke in {:?}, slept in {:?}", took[0], took[1]);
         }
-        second.assign(Assignment { version: 100, replicas: Vec::new(), models: Vec::new() });
+        second.assign(Assignment { version: 100, replicas: Vec::new(), ..Default::default() });
         phase(&second, ReplicaPhase::Stopped).await;
     }
 }

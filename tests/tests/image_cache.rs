@@ -40,7 +40,7 @@ fn must(args: &[&str]) -> String {
 
 /// Pushes images of one base layer and a layer of their own, and leaves none of them here.
 fn push(registry: &Registry, names: &[&str]) -> Vec<Pushed> {
-    let base = format!("pilotlight-layers:{}", std::process::id());
+    let base = format!("pilotlight-layers:{}-{}", std::process::id(), names[0]);
     build(&base, &vec![7; 20 * MIB]);
     let directory = tempfile::tempdir().unwrap();
     let pushed = names.iter().map(|name| {
@@ -140,4 +140,32 @@ async fn images_that_were_pulled_share_the_budget_and_no_other_image_is_touched(
     gone(&dev, "slept").await;
     dev.operator.must(&["cache", "evict", &slept.tag]);
     assert!(!here(&slept.tag) && here(&others.tag));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pull_that_the_agent_did_not_outlive_is_known_to_the_next_one() {
+    let Some(registry) = Registry::start().await else { return };
+    let [came, before] = &push(&registry, &["came", "before"])[..] else { panic!() };
+    let mut dev = Dev::start(&["--runtime=docker", "--cache-budget=30MiB"], vec![]).await;
+    dev.kill_9();
+    // As where both were being pulled, and the agent was killed before it could note what came; the second
+    // was here before.
+    must(&["pull", &before.tag]);
+    let id = must(&["image", "inspect", "--format", "{{.Id}}", &before.tag]).trim().to_owned();
+    must(&["pull", &came.tag]);
+    let notes = serde_json::json!({"pulling": {came.tag.clone(): [id], before.tag.clone(): [id]}});
+    std::fs::write(dev.data().join("agent/images.json"), notes.to_string()).unwrap();
+    dev.restart().await;
+    image_is(&dev, &came.tag, |image| image["inUse"] == false).await;
+    assert_eq!(listed(&dev).len(), 1);
+
+    let theirs = format!("pilotlight-theirs-{}:1", std::process::id());
+    // A name that somebody else has given it keeps it.
+    must(&["tag", &came.tag, &theirs]);
+    let refused = dev.operator.run(&["cache", "evict", &came.tag]);
+    assert!(refused.code == 1 && refused.err.contains(&format!("it is also named {theirs}")), "{refused:?}");
+    assert!(here(&came.tag));
+    must(&["rmi", &theirs]);
+    dev.operator.must(&["cache", "evict", &came.tag]);
+    assert!(!here(&came.tag) && here(&before.tag));
 }

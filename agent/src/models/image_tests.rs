@@ -159,6 +159,25 @@ async fn what_is_past_the_budget_after_a_pull_goes_in_order_of_rank_and_use() {
 }
 
 #[tokio::test]
+async fn an_agent_that_ends_lets_go_of_nothing() {
+    let (directory, engine) = (tempfile::tempdir().unwrap(), Arc::new(Engine::default()));
+    let models = models(directory.path(), 50, &engine);
+    let (one, other) = (models.hold("r", [name("a")]), models.hold("s", [name("b")]));
+    engine.pulled("a", 60, 1);
+    engine.pulled("b", 60, 2);
+    reported(&models, &["a", "b"]).await;
+    drop(one);
+    engine.are(&["b"]).await;
+    models.close();
+    drop(other);
+    // Whoever wants room gets it all the same, and by then all that was to come of it has.
+    engine.pulled("c", 60, 3);
+    reported(&models, &["b", "c"]).await;
+    models.room.fit().await;
+    assert_eq!(engine.there(), ["b", "c"]);
+}
+
+#[tokio::test]
 async fn an_image_is_evicted_unless_it_is_needed() {
     let (directory, engine) = (tempfile::tempdir().unwrap(), Arc::new(Engine::default()));
     let models = models(directory.path(), 1000, &engine);

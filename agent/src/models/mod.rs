@@ -204,6 +204,11 @@ impl Models {
         self.room.hold(Holder::Replica(replica.to_owned()), uris)
     }
 
+    /// The agent is about to end: what it lets go of now may still be in use.
+    pub fn close(&self) {
+        self.room.close();
+    }
+
     /// Waits until an image that is held is not about to be removed any more.
     pub async fn settled(&self, image: &str) {
         self.room.settled(image).await;

@@ -50,6 +50,8 @@ struct Inner {
     /// Images, by id, and which of them the engine was asked to remove.
     images: BTreeMap<String, Image>,
     leaving: BTreeSet<String>,
+    /// The agent is about to end.
+    closed: bool,
     /// Who has a model, by its address, or an image, by its name: no name is an address.
     held: HashMap<String, Vec<Holder>>,
     /// What goes on, by the key of its model.

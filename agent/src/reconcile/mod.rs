@@ -206,6 +206,7 @@ impl Reconciler {
 
     /// Ends this node's work: stops all replicas, or leaves them to the next agent process.
     pub async fn shutdown(&self, stop_replicas: bool) {
+        self.models.close();
         let tasks: Vec<Task> = self.lock().tasks.drain().map(|(_, task)| task).collect();
         for task in &tasks {
             if stop_replicas {

@@ -137,9 +137,14 @@ impl Room {
         self.tell(&inner);
     }
 
+    /// From now on what is let go of is not held for unused: its replicas may outlive this process.
+    pub(in super::super) fn close(&self) {
+        self.lock().closed = true;
+    }
+
     /// Has what is past the budget go, as far as it can. An image's size is known only once it is here, so
     /// that this comes after its pull.
-    pub(super) async fn fit(&self) {
+    pub(in super::super) async fn fit(&self) {
         let Some(budget) = self.budget else { return };
         let _turn = self.turn.lock().await;
         let mut stays = BTreeSet::new();
@@ -157,6 +162,9 @@ impl Room {
     /// Removes models that are to go, unless images are to go first: those, by id. Blocks.
     fn try_to_fit(&self, budget: u64, stays: &BTreeSet<String>) -> Vec<String> {
         let mut inner = self.lock();
+        if inner.closed {
+            return Vec::new();
+        }
         let entries = self.entries(&inner, None, stays);
         let gone = match victims(&entries, 0, budget) {
             Ok(gone) => gone,

@@ -186,18 +186,19 @@ impl Pulled {
         self.docker.list_containers(Some(all)).await
     }
 
-    async fn layers(&self, id: &str, found: &ImageInspect) -> Result<BTreeMap<String, u64>, Error> {
+    async fn layers(&self, id: &str, found: &ImageInspect) -> BTreeMap<String, u64> {
         let known = || self.layers.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(known) = known().get(id) {
-            return Ok(known.clone());
+            return known.clone();
         }
-        let history = self.docker.image_history(id).await?;
+        // Without it the image counts as a whole.
+        let history = self.docker.image_history(id).await.unwrap_or_default();
         let bytes = |size: i64| u64::try_from(size).unwrap_or(0);
         let steps: Vec<_> = history.iter().map(|step| (step.created_by.as_str(), bytes(step.size))).collect();
         let names = found.root_fs.as_ref().and_then(|root| root.layers.clone()).unwrap_or_default();
         let layers = layers::bytes(id, bytes(found.size.unwrap_or(0)), &names, &steps);
         known().insert(id.to_owned(), layers.clone());
-        Ok(layers)
+        layers
     }
 
     /// Removes a name, and the image with its last one.
@@ -289,7 +290,7 @@ impl Images for Pulled {
                 self.forget(&id);
                 continue;
             };
-            let layers = self.layers(&id, &found).await.map_err(failed)?;
+            let layers = self.layers(&id, &found).await;
             images.push(Image {
                 digest: digest_of(&found, &note.names),
                 bytes: layers.values().sum(),
@@ -326,5 +327,36 @@ impl Images for Pulled {
             (note.last_used, note.pinned) = (last_used, pinned);
             self.write(&notes, false);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn containers_and_names_that_are_not_ours_keep_an_image() {
+        let note = |names: &[&str]| Note {
+            names: names.iter().map(|name| (*name).to_owned()).collect(),
+            took: None,
+            last_used: SystemTime::UNIX_EPOCH,
+            pinned: false,
+        };
+        let tagged = |tags: &[&str]| ImageInspect {
+            repo_tags: Some(tags.iter().map(|tag| (*tag).to_owned()).collect()),
+            ..ImageInspect::default()
+        };
+        let ours = note(&["docker.io/library/a:1", "a@sha256:00"]);
+        assert_eq!(kept_by("id", &tagged(&["a:1"]), &ours, &[]), None);
+        assert_eq!(kept_by("id", &tagged(&["<none>:<none>"]), &note(&[]), &[]), None, "a newer one has its name");
+        let why = kept_by("id", &tagged(&["a:1", "theirs:2"]), &ours, &[]).unwrap();
+        assert_eq!(why, "it is also named theirs:2");
+        let container = |image: &str| ContainerSummary {
+            image_id: Some(image.to_owned()),
+            names: Some(vec!["/theirs".to_owned()]),
+            ..ContainerSummary::default()
+        };
+        let why = kept_by("id", &tagged(&["a:1"]), &ours, &[container("other"), container("id")]).unwrap();
+        assert_eq!(why, "in use by container theirs");
     }
 }
