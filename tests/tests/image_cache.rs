@@ -6,6 +6,7 @@ use pilotlight_tests::{
     container::{build, docker},
     eventually,
     registry::{Pushed, Registry},
+    s3::{KEY, S3, SECRET},
 };
 use serde_json::Value;
 
@@ -168,4 +169,53 @@ async fn a_pull_that_the_agent_did_not_outlive_is_known_to_the_next_one() {
     must(&["rmi", &theirs]);
     dev.operator.must(&["cache", "evict", &came.tag]);
     assert!(!here(&came.tag) && here(&before.tag));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_model_that_finds_no_room_gets_it_from_the_image_of_a_sleeper() {
+    let Some(registry) = Registry::start().await else { return };
+    let [first, second] = &push(&registry, &["first", "second"])[..] else { panic!() };
+    let s3 = S3::start().await;
+    for (name, mib) in [("small", 10), ("large", 30)] {
+        s3.put("models", &format!("{name}/model.bin"), &vec![9; mib * MIB]);
+    }
+    let env = [
+        ("AWS_ACCESS_KEY_ID", KEY),
+        ("AWS_SECRET_ACCESS_KEY", SECRET),
+        ("AWS_REGION", "us-east-1"),
+        ("AWS_ENDPOINT_URL", &s3.endpoint()),
+        ("AWS_ALLOW_HTTP", "true"),
+    ];
+    let env = env.map(|(name, value)| (name, value.to_owned())).to_vec();
+    let dev = Dev::start(&["--runtime=auto", "--cache-budget=50MiB"], env).await;
+    runs(&dev, "first", &first.tag).await;
+    gone(&dev, "first").await;
+    assert_eq!(dev.operator.apply(&service("second", &second.tag, 0), &[]).code, 0);
+    assert_eq!(dev.gateway.get("second.default.localhost", "/").await.unwrap().status, 200);
+    dev.operator.replicas_are("second", 1, "Asleep").await;
+    assert!(here(&first.tag), "both fit");
+
+    // The image that nobody uses goes at once.
+    let files = |name: &str| {
+        service(name, "none", 1).replace(
+            "image: \"none\"",
+            &format!(
+                "command: [python3, -m, http.server, $(PORT), --bind, 127.0.0.1, --directory, /mnt/models], \
+                 env: [{{name: STORAGE_URI, value: \"s3://models/{name}\"}}]"
+            ),
+        )
+    };
+    assert_eq!(dev.operator.apply(&files("small"), &[]).code, 0);
+    dev.operator.replicas_are("small", 1, "Ready").await;
+    assert!(!here(&first.tag) && here(&second.tag));
+    dev.operator.replicas_are("second", 1, "Asleep").await;
+
+    // The other one's sleeper has to leave first.
+    assert_eq!(dev.operator.apply(&files("large"), &[]).code, 0);
+    dev.operator.replicas_are("large", 1, "Ready").await;
+    dev.operator.replicas_are("second", 0, "").await;
+    assert!(!here(&second.tag));
+    assert!(listed(&dev).is_empty());
+    gone(&dev, "small").await;
+    gone(&dev, "large").await;
 }
