@@ -28,14 +28,14 @@ pub enum Command {
         #[arg(short, long, value_enum, default_value_t)]
         output: Format,
     },
-    /// Fetch a model to nodes ahead of need, and keep it there until it is evicted.
+    /// Fetch a model, or pull an image, to nodes ahead of need, and keep it there until it is evicted.
     ///
     /// Replicas that need the room still take it: of models that nobody uses, those that were asked for go
     /// last. To rule that out, pin it, too.
     Warm {
         #[command(flatten)]
         place: Place,
-        /// How warm: on the disk, or read into main memory, too.
+        /// How warm: on the disk, or read into main memory, too (models only).
         #[arg(long, value_enum, default_value_t)]
         rung: Rung,
         /// Fetch it with this service's secrets: a name, or namespace/name.

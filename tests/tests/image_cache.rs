@@ -136,6 +136,11 @@ async fn images_that_were_pulled_share_the_budget_and_no_other_image_is_touched(
     let freed = dev.operator.must(&["cache", "evict", &last.tag]);
     assert!(freed.contains("10.0 MiB freed"), "what it shares with the other one stays: {freed}");
     assert!(!here(&last.tag));
+    // Pulled ahead of need, before any service has it.
+    dev.operator.must(&["cache", "warm", &last.tag]);
+    image_is(&dev, &last.tag, |image| image["inUse"] == false && image["pinned"] == false).await;
+    dev.operator.must(&["cache", "evict", &last.tag]);
+    assert!(!here(&last.tag));
     let foreign = dev.operator.run(&["cache", "evict", &others.tag]);
     assert_eq!((foreign.code, foreign.err), (0, format!("{} is on no node.\n", others.tag)));
     gone(&dev, "slept").await;

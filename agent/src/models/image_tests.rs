@@ -59,6 +59,17 @@ impl Images for Engine {
         Ok(self.images.lock().unwrap().clone())
     }
 
+    async fn pull(self: Arc<Self>, name: &str, registry_configs: &[String]) -> Result<(), String> {
+        if registry_configs.is_empty() {
+            return Err("unauthorized".to_owned());
+        }
+        let id = name.trim_start_matches("registry/").trim_end_matches(":1");
+        if !self.there().iter().any(|there| there == id) {
+            self.pulled(id, 60, 5);
+        }
+        Ok(())
+    }
+
     async fn remove(&self, id: &str) -> Result<(), String> {
         if self.slow.load(std::sync::atomic::Ordering::SeqCst) {
             self.go_on.notified().await;
@@ -140,7 +151,7 @@ async fn what_is_past_the_budget_after_a_pull_goes_in_order_of_rank_and_use() {
         engine.pulled(id, 60, used);
     }
     reported(&models, &["a", "b", "c"]).await;
-    let wish = |id: &str, keep, pinned| ImageAssignment { image: name(id), keep, pinned };
+    let wish = |id: &str, keep, pinned| ImageAssignment { image: name(id), keep, pinned, ..Default::default() };
     shelf.assign(vec![], vec![wish("a", 7, false)]);
     engine.pulled("d", 60, 4);
     engine.are(&["a", "c", "d"]).await;
@@ -188,7 +199,7 @@ async fn an_image_is_evicted_unless_it_is_needed() {
     let held = models.hold("r-1", [name("a")]);
     assert_eq!(shelf.evict(&name("a")).await.unwrap_err(), "in use by r-1");
     drop(held);
-    shelf.assign(vec![], vec![ImageAssignment { image: name("a"), pinned: true, keep: 1 }]);
+    shelf.assign(vec![], vec![ImageAssignment { image: name("a"), pinned: true, ..Default::default() }]);
     assert_eq!(shelf.evict(&name("a")).await.unwrap_err(), "it is pinned");
     shelf.assign(vec![], vec![]);
     engine.keeps.lock().unwrap().insert("a".to_owned());
@@ -221,4 +232,24 @@ async fn a_replica_waits_for_an_image_that_is_just_being_removed() {
     tokio::join!(settled, goes_on);
     assert!(engine.there().is_empty(), "whoever looks now finds that it is gone");
     assert_eq!(evicting.await.unwrap(), Ok(60));
+}
+
+#[tokio::test]
+async fn an_image_that_is_asked_for_comes_once_with_what_it_takes() {
+    let (directory, engine) = (tempfile::tempdir().unwrap(), Arc::new(Engine::default()));
+    let models = models(directory.path(), 1000, &engine);
+    let shelf = Shelf::new(models.clone(), 0);
+    let warm = |configs: &[&str]| {
+        let registry_configs = configs.iter().map(|config| (*config).to_owned()).collect();
+        vec![ImageAssignment { image: name("a"), warm: true, keep: 9, registry_configs, ..Default::default() }]
+    };
+    shelf.assign(vec![], warm(&[]));
+    shelf.assign(vec![], warm(&["{}"]));
+    reported(&models, &["a"]).await;
+    assert_eq!(shelf.evict(&name("a")).await, Ok(60));
+    shelf.assign(vec![], warm(&["{}", "{}"]));
+    assert!(engine.there().is_empty(), "it does not come by itself");
+    shelf.assign(vec![], vec![]);
+    shelf.assign(vec![], warm(&["{}"]));
+    reported(&models, &["a"]).await;
 }

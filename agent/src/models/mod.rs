@@ -31,6 +31,7 @@ mod shelf_tests;
 pub mod source;
 #[cfg(test)]
 mod tests;
+mod warm_images;
 
 use std::{
     collections::{BTreeMap, HashMap},

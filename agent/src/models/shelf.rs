@@ -15,7 +15,7 @@ use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tracing::{info, warn};
 
-use super::{Credentials, ModelError, Models, room::Wish};
+use super::{Credentials, ModelError, Models, room::Wish, warm_images::WarmImages};
 use crate::{
     reconcile::backoff::CrashBackoff,
     warmth::page_cache::{PageCache, StageError, Staged, residency},
@@ -37,6 +37,7 @@ struct Shared {
     reading: tokio::sync::Mutex<()>,
     look: Duration,
     places: Mutex<HashMap<String, Place>>,
+    images: WarmImages,
 }
 
 /// The task of one model.
@@ -57,7 +58,8 @@ impl Shelf {
     /// With other pauses between looks.
     pub(super) fn looking_each(models: Models, memory: u64, look: Duration) -> Self {
         let pages = Arc::new(PageCache::new(memory));
-        let shared = Shared { models, pages, reading: Default::default(), look, places: Mutex::default() };
+        let (reading, places, images) = Default::default();
+        let shared = Shared { models, pages, reading, look, places, images };
         let shelf = Self(Arc::new(shared));
         tokio::spawn(survey(Arc::clone(&shelf.0)));
         shelf
@@ -67,11 +69,12 @@ impl Shelf {
     /// kept most is seen to first.
     pub fn assign(&self, mut wanted: Vec<ModelAssignment>, images: Vec<ImageAssignment>) {
         let models = wanted.iter().map(|model| (model.uri.clone(), Wish { pinned: model.pinned, keep: model.keep }));
-        let images = images.into_iter().map(|image| {
+        let wishes = images.iter().map(|image| {
             let wish = Wish { pinned: image.pinned, keep: image.keep };
-            (image.image, wish)
+            (image.image.clone(), wish)
         });
-        self.0.models.room.wish(models.chain(images).collect());
+        self.0.models.room.wish(models.chain(wishes).collect());
+        self.0.images.assign(&self.0.models, &images);
         let mut places = self.0.places();
         let named: HashSet<&str> = wanted.iter().map(|model| model.uri.as_str()).collect();
         for (_, place) in places.iter().filter(|(uri, _)| !named.contains(uri.as_str())) {

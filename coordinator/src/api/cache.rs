@@ -23,7 +23,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// Between looks whether those that were to leave have left.
 const LOOK: Duration = Duration::from_millis(50);
 
-/// Keeps a model on nodes.
+/// Keeps a model or an image on nodes.
 pub(super) async fn warm(
     handle: &Handle,
     request: control::WarmModelRequest,
@@ -34,9 +34,8 @@ pub(super) async fn warm(
         "Staged" => WarmRung::Staged,
         _ => return Err(Status::invalid_argument(format!("rung: {rung:?}, expected Cached or Staged"))),
     };
-    if shelf::is_image(&uri) {
-        let message = format!("uri: {uri:?}: images can be pinned and evicted; they are pulled by their replicas");
-        return Err(Status::invalid_argument(message));
+    if shelf::is_image(&uri) && rung != WarmRung::Cached {
+        return Err(Status::invalid_argument(format!("rung: images are {:?} only", WarmRung::Cached)));
     }
     let service = given(service);
     if service.as_ref().is_some_and(|service| service.split('/').filter(|part| !part.is_empty()).count() != 2) {

@@ -8,6 +8,7 @@ use tracing::info;
 use super::{
     cached,
     commands::CommandError,
+    mounted,
     run::{Reconciler, WRITES_AT_ONCE},
     storage::{self, Credentials},
     world::{NodeState, World},
@@ -86,6 +87,12 @@ pub fn images(world: &World, node: &NodeState) -> Vec<fleet::ImageAssignment> {
     for record in asked(world, &node.record.name).filter(|record| is_image(&record.uri)) {
         let image = all.entry(&record.uri).or_default();
         (image.pinned, image.keep) = (image.pinned | record.pinned, ASKED);
+        image.warm |= record.rung.is_some();
+        let service = record.service.as_ref().and_then(|service| world.newest(world.services.get(service)?));
+        if let Some(revision) = service.filter(|_| image.registry_configs.is_empty()) {
+            let (namespace, secrets) = (&revision.record.namespace, &revision.record.template.image_pull_secrets);
+            image.registry_configs = mounted::registry_configs(&world.settings.values, namespace, secrets);
+        }
     }
     for (name, keep) in &node.shelf.images {
         let image = all.entry(name).or_default();

@@ -132,7 +132,8 @@ fn images_are_pinned_like_models_and_told_apart() {
     world.nodes.get_mut("a").unwrap().shelf.images = BTreeMap::from([(image.into(), 3), ("registry/b:1".into(), 4)]);
     let told = |node: &str| routes::assignment(&world, &world.nodes[node]);
     assert!(told("a").models.is_empty());
-    let of = |image: &str, pinned, keep| fleet::ImageAssignment { image: image.into(), pinned, keep };
+    let of =
+        |image: &str, pinned, keep| fleet::ImageAssignment { image: image.into(), pinned, keep, ..Default::default() };
     assert_eq!(told("a").images, [of(image, true, u32::MAX), of("registry/b:1", false, 4)]);
     assert_eq!(told("b").images, [of(image, true, u32::MAX)]);
     let there = fleet::CachedImage { names: vec![image.into()], digest: "sha256:1".into(), ..Default::default() };
@@ -141,6 +142,23 @@ fn images_are_pinned_like_models_and_told_apart() {
         assert_eq!(shelf::holders(&world, name, None).into_iter().collect::<Vec<_>>(), ["b"]);
     }
     assert!(shelf::holders(&world, "registry/b:1", None).is_empty());
+}
+
+#[test]
+fn an_image_is_pulled_ahead_with_a_services_secrets() {
+    let mut world = world(true);
+    let data = Data(BTreeMap::from([(".dockerconfigjson".to_owned(), b"{}".to_vec())]));
+    let (kind, namespace, name) = (AuxiliaryKind::Secret, "default".to_owned(), "pull".to_owned());
+    world.settings.values.remember(Auxiliary { kind, namespace, name, data });
+    let revision = world.revisions.get_mut("default/m-predictor-00001").unwrap();
+    revision.record.template.image_pull_secrets = vec!["pull".into()];
+    let told = |world: &World| routes::assignment(world, &world.nodes["a"]).images.remove(0);
+    change(&mut world, "registry/a:1", Some("a"), warm(WarmRung::Cached, None)).unwrap();
+    assert_eq!((told(&world).warm, told(&world).registry_configs.len()), (true, 0));
+    change(&mut world, "registry/a:1", Some("a"), warm(WarmRung::Cached, Some("default/m"))).unwrap();
+    assert_eq!(told(&world).registry_configs, ["{}"]);
+    change(&mut world, "registry/a:1", Some("a"), ModelChange::Forget).unwrap();
+    assert!(routes::assignment(&world, &world.nodes["a"]).images.is_empty());
 }
 
 #[test]

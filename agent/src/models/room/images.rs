@@ -38,6 +38,11 @@ pub trait Images: Debug + Send + Sync + 'static {
     /// # Errors
     /// The engine does not answer.
     async fn list(&self) -> Result<Vec<Image>, String>;
+    /// Has an image here, pulled where it is not, with credentials as in `ReplicaAssignment.registry_configs`.
+    ///
+    /// # Errors
+    /// Why it cannot be had.
+    async fn pull(self: Arc<Self>, name: &str, registry_configs: &[String]) -> Result<(), String>;
     /// Removes one, never by force.
     ///
     /// # Errors
@@ -91,6 +96,11 @@ impl Room {
         let room = Self { images: Some(Arc::clone(&images)), ..self };
         tokio::spawn(room.clone().tend(images));
         room
+    }
+
+    /// Where images are.
+    pub(in super::super) fn images(&self) -> Option<Arc<dyn Images>> {
+        self.images.clone()
     }
 
     /// Looks at images whenever one may have come or is let go of, and has the budget kept then.

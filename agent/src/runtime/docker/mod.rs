@@ -110,7 +110,7 @@ impl DockerRuntime {
         let places = Places { host_roots: settings.host_path_roots.clone(), claims: settings.claims.clone(), secrets };
         info!(socket, version = version.version.unwrap_or_default(), podman, %host, "container engine answers");
         let directories = Directories::new(data_dir);
-        let pulled = Arc::new(Pulled::open(docker.clone(), data_dir));
+        let pulled = Arc::new(Pulled::open(docker.clone(), data_dir, settings.registry_config.clone()));
         Ok(Self {
             docker,
             pulled,

@@ -21,7 +21,7 @@ use tokio::sync::watch;
 use tracing::{info, warn};
 
 use super::{
-    image::{canonical, digest_of},
+    image::{canonical, credentials, digest_of, ensure},
     is_missing, layers,
 };
 use crate::models::{Image, Images};
@@ -52,6 +52,8 @@ struct Note {
 pub(super) struct Pulled {
     docker: Docker,
     path: PathBuf,
+    /// File with the node's own credentials.
+    registry_config: Option<PathBuf>,
     notes: Mutex<Notes>,
     /// Pulls of this process that go on, by name.
     running: Mutex<HashMap<String, usize>>,
@@ -62,7 +64,7 @@ pub(super) struct Pulled {
 
 impl Pulled {
     /// Reads what a former agent process has noted.
-    pub(super) fn open(docker: Docker, data_dir: &Path) -> Self {
+    pub(super) fn open(docker: Docker, data_dir: &Path, registry_config: Option<PathBuf>) -> Self {
         let path = data_dir.join("images.json");
         let notes = match std::fs::read(&path) {
             Ok(text) => serde_json::from_slice(&text).unwrap_or_else(|error| {
@@ -72,7 +74,7 @@ impl Pulled {
             Err(_) => Notes::default(),
         };
         let (running, layers, changes) = Default::default();
-        Self { docker, path, notes: Mutex::new(notes), running, layers, changes }
+        Self { docker, path, registry_config, notes: Mutex::new(notes), running, layers, changes }
     }
 
     fn notes(&self) -> MutexGuard<'_, Notes> {
@@ -304,6 +306,12 @@ impl Images for Pulled {
             });
         }
         Ok(images)
+    }
+
+    async fn pull(self: Arc<Self>, name: &str, registry_configs: &[String]) -> Result<(), String> {
+        let credentials = credentials(name, registry_configs, self.registry_config.as_deref());
+        let got = ensure(&self.docker, &self, name, "IfNotPresent", credentials, &|_| {}).await;
+        got.map(drop).map_err(|error| error.to_string())
     }
 
     async fn remove(&self, id: &str) -> Result<(), String> {
