@@ -116,7 +116,10 @@ async fn images_that_were_pulled_share_the_budget_and_no_other_image_is_touched(
     let table = dev.operator.must(&["cache", "ls"]);
     assert!(table.lines().any(|line| line.contains("Image") && line.contains(&slept.tag)), "{table}");
 
-    runs(&dev, "others", &others.tag).await;
+    // Pulled again by the agent, and still not its own.
+    let always = service("others", &others.tag, 1).replace("image:", "imagePullPolicy: Always, image:");
+    assert_eq!(dev.operator.apply(&always, &[]).code, 0);
+    dev.operator.replicas_are("others", 1, "Ready").await;
     gone(&dev, "others").await;
     runs(&dev, "last", &last.tag).await;
     eventually("the unused one is gone", || async { (!here(&unused.tag)).then_some(()) }).await;

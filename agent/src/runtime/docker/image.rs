@@ -19,6 +19,7 @@ use bytesize::ByteSize;
 use futures::StreamExt as _;
 use serde::Deserialize;
 use tokio::time::Instant;
+use tracing::warn;
 
 use super::{super::Say, RuntimeError, is_missing, pulled::Pulled};
 
@@ -63,11 +64,14 @@ pub(super) async fn ensure(
         }
     }
     let began = Instant::now();
+    // Without a note it stays here for good, but it is here.
     let note = pulled.begin(image).await;
-    let note = note.map_err(|error| failed("ImageInspectError", format!("image {image}: {error}")))?;
+    let note = note.inspect_err(|error| warn!(image, %error, "images cannot be listed; what is pulled is not noted"));
     let came = pull(docker, image, credentials, say).await;
     let came = came.map_err(|why| failed("ErrImagePull", format!("cannot pull image {image}: {why}")))?;
-    note.done(came.then(|| began.elapsed())).await;
+    if let Ok(note) = note {
+        note.done(came.then(|| began.elapsed())).await;
+    }
     Ok(came || here.is_none())
 }
 
@@ -254,7 +258,7 @@ pub(super) fn credentials(image: &str, given: &[String], own: Option<&Path>) -> 
             Ok(config) => config,
             Err(error) => {
                 // The error tells the place, not the content.
-                tracing::warn!(line = error.line(), column = error.column(), "registry credentials cannot be read");
+                warn!(line = error.line(), column = error.column(), "registry credentials cannot be read");
                 return None;
             }
         };
