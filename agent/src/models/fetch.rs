@@ -66,12 +66,34 @@ struct Plan {
     known: Vec<Option<String>>,
 }
 
+/// What a source has, as a folder can hold it, and the key of that folder. A source that says nothing for as
+/// long as `stall` is not waited for.
+pub(super) async fn list(
+    source: &dyn Source,
+    uri: &str,
+    stall: Duration,
+) -> Result<(String, Vec<Object>), ModelError> {
+    let objects = in_time(source.list(), uri, stall).await?;
+    plan::check(uri, &objects)?;
+    Ok((plan::tree_key(uri, &objects), objects))
+}
+
+async fn in_time<T>(
+    asking: impl Future<Output = Result<T, ModelError>>,
+    uri: &str,
+    stall: Duration,
+) -> Result<T, ModelError> {
+    let late = || ModelError::Source {
+        uri: uri.to_owned(),
+        reason: format!("the store has not said within {stall:?} what is there"),
+    };
+    tokio::time::timeout(stall, asking).await.unwrap_or_else(|_| Err(late()))
+}
+
 impl Fetch {
     /// Fetches the model and gives the key of its folder. What is here already is not fetched.
     pub(super) async fn run(&self) -> Result<String, ModelError> {
-        let mut objects = self.source.list().await?;
-        plan::check(&self.uri, &objects)?;
-        let key = plan::tree_key(&self.uri, &objects);
+        let (key, mut objects) = list(&*self.source, &self.uri, self.stall).await?;
         let total = objects.iter().map(|object| object.size).sum();
         if self.cache.record(&key).is_some() {
             self.progress.send_replace(Progress { done: total, total });
@@ -79,7 +101,8 @@ impl Fetch {
         }
         self.progress.send_replace(Progress { done: 0, total });
         let asking: Vec<_> = objects.iter().map(|object| self.source.checksums(object)).collect();
-        let known: Vec<Checksums> = futures::stream::iter(asking).buffered(PARALLEL).try_collect().await?;
+        let asking = futures::stream::iter(asking).buffered(PARALLEL).try_collect();
+        let known: Vec<Checksums> = in_time(asking, &self.uri, self.stall).await?;
         for (object, Checksums { sha256, md5 }) in objects.iter_mut().zip(known) {
             (object.sha256, object.md5) = (sha256, md5);
         }

@@ -3,6 +3,7 @@
 //! [`plan`] is pure, [`source`] reads from stores, [`cache`] is the disk, `fetch` joins them; [`Models`]
 //! lets replicas that want the same model share one fetch.
 
+mod answers;
 mod archive;
 #[cfg(test)]
 mod archive_tests;
@@ -42,6 +43,7 @@ use futures::FutureExt as _;
 use pilotlight_proto::fleet::v1::CacheReport;
 use tokio::sync::{Semaphore, watch};
 
+pub use answers::Version;
 use cache::Cache;
 use fetch::Fetch;
 pub use fetch::Progress;
@@ -146,6 +148,7 @@ pub struct Models {
     claims: Arc<BTreeMap<String, PathBuf>>,
     stall: Duration,
     running: Arc<Mutex<Running>>,
+    answers: answers::Answers,
     turns: Arc<Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>>,
     /// How other nodes are asked; `None`: they are not.
     ask: Option<Arc<dyn Ask>>,
@@ -173,6 +176,7 @@ impl Models {
             claims: Arc::new(claims),
             stall,
             running: Arc::default(),
+            answers: answers::Answers::default(),
             turns: Arc::default(),
             ask: None,
             lent: Arc::new(Semaphore::new(lend::AT_ONCE)),
@@ -281,7 +285,9 @@ impl Models {
             tokio::select! {
                 done = &mut fetching => {
                     progress(*seen.borrow());
-                    return done.map(|key| self.cache.files(&key));
+                    let key = done?;
+                    self.answers.note(uri, credentials, &key, |key| self.cache.record(key).is_some());
+                    return Ok(self.cache.files(&key));
                 }
                 _ = beat.tick() => if seen.has_changed().unwrap_or(false) {
                     progress(*seen.borrow_and_update());
