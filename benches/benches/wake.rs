@@ -289,10 +289,14 @@ async fn measure() {
         ask(&dev.gateway, &format!("{name}.default.localhost")).await;
     }
     let mut times = RUNGS.map(|_| Times::default());
-    for _ in 0..rounds {
+    for number in 0..rounds {
+        print!("round {number}:");
         for (rung, times) in RUNGS.into_iter().zip(&mut times) {
             round(&fleets, rung, times).await;
+            let last = |of: &[f64]| of.last().map_or(0.0, |seconds| seconds * 1e3);
+            print!(" {} {:.1} ({:.1} own),", rung.name(), last(&times.waited), last(&times.own()));
         }
+        println!();
     }
     println!("{mib} MiB, medians of {rounds} rounds, milliseconds\n");
     println!("| rung | request to answer | fetching | the server's own | Pilotlight's share | its worst |");

@@ -62,7 +62,7 @@ impl Version {
     pub async fn is_current(&self) -> Result<bool, ModelError> {
         let Self { models, uri, credentials, key } = self;
         let listed = async {
-            let source = source::open(uri, credentials)?;
+            let source = source::open(uri, credentials, &models.clients)?;
             fetch::list(&*source, uri, models.stall).await
         };
         let current = listed.await.map(|(listed, _)| listed == *key);

@@ -10,20 +10,21 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use backon::{ExponentialBuilder, Retryable as _};
-use futures::{FutureExt as _, StreamExt as _, TryStreamExt as _};
+use futures::{StreamExt as _, TryStreamExt as _};
 use tokio::sync::watch;
-use tracing::{info, warn};
+use tokio_util::task::AbortOnDropHandle;
+use tracing::{Instrument as _, info, warn};
 
 use super::{
     ModelError,
     archive::{self, ArchiveError},
     cache::{Cache, TreeRecord},
     checksum::{self, Checksums, Mismatch},
-    landing::{File, Landing},
+    landing::{File, Landing, Runway},
     peers::{Ask, PATIENCE, Peers, Refusal},
     plan::{self, Object, RANGE_BYTES},
     room::{Reserved, Room},
@@ -92,7 +93,8 @@ async fn in_time<T>(
 
 impl Fetch {
     /// Fetches the model and gives the key of its folder. What is here already is not fetched.
-    pub(super) async fn run(&self) -> Result<String, ModelError> {
+    pub(super) async fn run(self: Arc<Self>) -> Result<String, ModelError> {
+        let began = Instant::now();
         let (key, mut objects) = list(&*self.source, &self.uri, self.stall).await?;
         let total = objects.iter().map(|object| object.size).sum();
         if self.cache.record(&key).is_some() {
@@ -107,15 +109,15 @@ impl Fetch {
             (object.sha256, object.md5) = (sha256, md5);
         }
         // Until it is published, or has failed.
-        let _reserved = self.reserve(&key, objects.clone()).await?;
+        let _reserved = self.reserve(&key, objects.clone(), began).await?;
         let mut peers = match &self.ask {
-            Some(ask) => Peers::find(ask, &self.peers, &key, &objects).await,
+            Some(ask) => Peers::find(ask, &self.peers, &key, &objects).await.map(Arc::new),
             None => None,
         };
         let (plan, found) = loop {
-            let plan = self.plan(&key, &objects, peers.as_ref())?;
-            let begun = tokio::time::Instant::now();
-            let found = self.content(&plan.files, peers.take().as_ref()).await?;
+            let plan = self.plan(&key, &objects, peers.as_deref())?;
+            let begun = Instant::now();
+            let found = self.content(&plan.files, peers.take()).await?;
             if self.fits(&key, &plan.files, &found)? {
                 info!(uri = %self.uri, bytes = total, took = ?begun.elapsed(), "model fetched");
                 break (plan, found);
@@ -153,29 +155,47 @@ impl Fetch {
         Ok(Plan { files: Arc::new(files), known })
     }
 
-    /// Has all files on disk, and gives their checksums.
-    async fn content(&self, files: &Arc<Vec<File>>, peers: Option<&Peers>) -> Result<Vec<Checksums>, ModelError> {
-        let landing = Landing::start(files);
-        let mut ranges = Vec::new();
-        for (place, file) in files.iter().enumerate() {
-            for range in plan::missing(file.object.size, &file.part.done) {
-                let start = range.start;
-                let landing = &landing;
-                let coming = async move {
-                    self.range(file, range, peers).await?;
-                    if landing.written(place, start).await {
-                        Ok(())
-                    } else {
-                        Err(self.disk(io::Error::other("cannot be synced")))
-                    }
-                };
-                ranges.push(coming.boxed());
-            }
-        }
-        let came = futures::stream::iter(ranges).buffer_unordered(PARALLEL).try_collect::<()>().await;
+    /// Has all files on disk, and gives their checksums. Each range is a task of its own: one task for all of
+    /// them would have no more than one processor.
+    async fn content(
+        self: &Arc<Self>,
+        files: &Arc<Vec<File>>,
+        peers: Option<Arc<Peers>>,
+    ) -> Result<Vec<Checksums>, ModelError> {
+        let (runway, landing) = Landing::start(files);
+        let places = files.iter().enumerate();
+        let ranges: Vec<(usize, Range<u64>)> = places
+            .flat_map(|(place, file)| plan::missing(file.object.size, &file.part.done).into_iter().map(move |r| (place, r)))
+            .collect();
+        let came = futures::stream::iter(ranges)
+            .map(|(place, range)| {
+                let (fetch, files, peers) = (Arc::clone(self), Arc::clone(files), peers.clone());
+                let coming = fetch.land(files, place, range, peers, runway.clone());
+                AbortOnDropHandle::new(tokio::spawn(coming.in_current_span()))
+            })
+            .buffer_unordered(PARALLEL)
+            .map(|ended| ended.unwrap_or_else(|error| Err(self.disk(io::Error::other(error)))))
+            .try_collect::<()>()
+            .await;
+        // Tasks that were cut off give theirs back.
+        drop(runway);
         // Where the disk is to blame, it says more.
         let found = landing.finish().await.map_err(|error| self.disk(error))?;
         came.map(|()| found)
+    }
+
+    /// Has one range on disk, and lets it be synced and hashed.
+    async fn land(
+        self: Arc<Self>,
+        files: Arc<Vec<File>>,
+        place: usize,
+        range: Range<u64>,
+        peers: Option<Arc<Peers>>,
+        runway: Runway,
+    ) -> Result<(), ModelError> {
+        let start = range.start;
+        self.range(&files[place], range, peers.as_deref()).await?;
+        if runway.written(place, start).await { Ok(()) } else { Err(self.disk(io::Error::other("cannot be synced"))) }
     }
 
     /// Compares what came with what the source says, and with what other nodes said of what came from them.
@@ -199,9 +219,9 @@ impl Fetch {
         Ok(fit)
     }
 
-    async fn reserve(&self, key: &str, objects: Vec<Object>) -> Result<Reserved, ModelError> {
+    async fn reserve(&self, key: &str, objects: Vec<Object>, began: Instant) -> Result<Reserved, ModelError> {
         let (room, uri, key) = (self.room.clone(), self.uri.clone(), key.to_owned());
-        let reserved = tokio::task::spawn_blocking(move || room.reserve(&uri, &key, &objects)).await;
+        let reserved = tokio::task::spawn_blocking(move || room.reserve(&uri, &key, &objects, began)).await;
         reserved.unwrap_or_else(|error| Err(self.disk(io::Error::other(error))))
     }
 
@@ -377,7 +397,7 @@ fn unpack(
     let mut objects: Vec<Object> = archive::list(path, kind).map_err(failed)?.into_iter().map(of).collect();
     plan::check(uri, &objects).inspect_err(|_| cache.discard(key))?;
     // For a moment the archive and its files are both there.
-    let _reserved = room.reserve(uri, key, &[objects.as_slice(), archived].concat())?;
+    let _reserved = room.reserve(uri, key, &[objects.as_slice(), archived].concat(), Instant::now())?;
     archive::unpack(path, kind, |number| cache.unpacked(key, number)).map_err(failed)?;
     let mut came = Vec::new();
     for (number, object) in objects.iter_mut().enumerate() {

@@ -35,17 +35,31 @@ type Written = (usize, u64);
 /// What a thread's work comes to.
 type Outcome<T> = oneshot::Receiver<io::Result<T>>;
 
-/// Takes care of ranges that are written.
-pub(super) struct Landing {
+/// Takes in ranges that are written. Cheap to clone.
+#[derive(Clone)]
+pub(super) struct Runway {
     to_sync: mpsc::Sender<Written>,
     to_hash: Vec<mpsc::UnboundedSender<Written>>,
+}
+
+impl Runway {
+    /// A range is written. Waits while too many are not synced; false: the disk refuses, and
+    /// [`Landing::finish`] says why.
+    pub(super) async fn written(&self, file: usize, start: u64) -> bool {
+        let hashes = self.to_hash[file % self.to_hash.len()].send((file, start)).is_ok();
+        self.to_sync.send((file, start)).await.is_ok() && hashes
+    }
+}
+
+/// Takes care of ranges that are written.
+pub(super) struct Landing {
     syncing: Outcome<()>,
     hashing: Vec<Outcome<Vec<(usize, Checksums)>>>,
 }
 
 impl Landing {
     /// What is on disk of these files already is hashed, too.
-    pub(super) fn start(files: &Arc<Vec<File>>) -> Self {
+    pub(super) fn start(files: &Arc<Vec<File>>) -> (Runway, Self) {
         let (to_sync, written) = mpsc::channel(UNSYNCED);
         let of_sync = Arc::clone(files);
         let syncing = apart(move || sync(&of_sync, written));
@@ -56,23 +70,15 @@ impl Landing {
             (to_hash, apart(move || hash(&files, thread, threads, written)))
         });
         let (to_hash, hashing) = hashers.unzip();
-        Self { to_sync, to_hash, syncing, hashing }
+        (Runway { to_sync, to_hash }, Self { syncing, hashing })
     }
 
-    /// A range is written. Waits while too many are not synced; false: the disk refuses, and
-    /// [`Self::finish`] says why.
-    pub(super) async fn written(&self, file: usize, start: u64) -> bool {
-        let hashes = self.to_hash[file % self.to_hash.len()].send((file, start)).is_ok();
-        self.to_sync.send((file, start)).await.is_ok() && hashes
-    }
-
-    /// Waits until all that was written is synced and noted, and gives each file's checksums: its MD5 only
-    /// where the source gave one. Those of files that are not whole say nothing.
+    /// Waits until every [`Runway`] is gone and all that was written is synced and noted, and gives each file's
+    /// checksums: its MD5 only where the source gave one. Those of files that are not whole say nothing.
     ///
     /// # Errors
     /// The disk refuses.
     pub(super) async fn finish(self) -> io::Result<Vec<Checksums>> {
-        drop((self.to_sync, self.to_hash));
         let synced = self.syncing.await.map_err(io::Error::other)?;
         let mut all = Vec::new();
         for hashing in self.hashing {

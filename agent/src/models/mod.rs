@@ -10,6 +10,7 @@ mod archive_tests;
 mod budget;
 pub mod cache;
 mod checksum;
+pub mod clients;
 mod fetch;
 mod landing;
 pub mod lend;
@@ -21,7 +22,6 @@ mod report;
 mod room;
 #[cfg(test)]
 mod room_tests;
-mod s3_head;
 #[cfg(test)]
 mod s3_tests;
 mod shelf;
@@ -45,6 +45,7 @@ use tokio::sync::{Semaphore, watch};
 
 pub use answers::Version;
 use cache::Cache;
+use clients::Clients;
 use fetch::Fetch;
 pub use fetch::Progress;
 use peers::Ask;
@@ -149,6 +150,7 @@ pub struct Models {
     stall: Duration,
     running: Arc<Mutex<Running>>,
     answers: answers::Answers,
+    clients: Clients,
     turns: Arc<Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>>,
     /// How other nodes are asked; `None`: they are not.
     ask: Option<Arc<dyn Ask>>,
@@ -177,6 +179,7 @@ impl Models {
             stall,
             running: Arc::default(),
             answers: answers::Answers::default(),
+            clients: Clients::default(),
             turns: Arc::default(),
             ask: None,
             lent: Arc::new(Semaphore::new(lend::AT_ONCE)),
@@ -262,9 +265,9 @@ impl Models {
             turns.retain(|known, turn| Arc::strong_count(turn) > 1 || known == uri);
             Arc::clone(turns.entry(uri.to_owned()).or_default())
         };
-        let source = source::open(uri, credentials)?;
+        let source = source::open(uri, credentials, &self.clients)?;
         let _held = self.room.hold(Holder::Fetch, [uri.to_owned()]);
-        let fetch = Fetch {
+        let fetch = Arc::new(Fetch {
             uri: uri.to_owned(),
             source,
             peers: peers.to_vec(),
@@ -273,7 +276,7 @@ impl Models {
             room: self.room.clone(),
             stall: self.stall,
             progress: sender,
-        };
+        });
         let mut fetching = async {
             // Whoever comes second finds the model there, after one look at the listing.
             let _turn = turn.lock().await;

@@ -220,11 +220,18 @@ impl Room {
         self.tell(inner);
     }
 
-    /// Makes room for a model, whose unused bytes others give up. Blocks.
+    /// Makes room for a model, whose unused bytes others give up. `began` is when its store was first asked;
+    /// one that is being fetched already keeps its own. Blocks.
     ///
     /// # Errors
     /// It does not fit; or the disk refuses.
-    pub(super) fn reserve(&self, uri: &str, key: &str, objects: &[Object]) -> Result<Reserved, ModelError> {
+    pub(super) fn reserve(
+        &self,
+        uri: &str,
+        key: &str,
+        objects: &[Object],
+        began: Instant,
+    ) -> Result<Reserved, ModelError> {
         let mut inner = self.lock();
         // One that is unpacked has been fetched before.
         let before = inner.fetching.get(key).map(|fetching| fetching.began);
@@ -236,7 +243,7 @@ impl Room {
             }
         }
         let fresh = fetching.known.is_empty() && !self.cache.begun(key);
-        fetching.began = before.unwrap_or_else(|| fresh.then(Instant::now));
+        fetching.began = before.unwrap_or_else(|| fresh.then_some(began));
         let missing = fetching.missing;
         inner.fetching.insert(key.to_owned(), fetching);
         // Gives it back where it does not fit.

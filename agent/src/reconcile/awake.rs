@@ -22,9 +22,9 @@ use crate::{
 
 /// Until it is ready it is asked again after one part in so many of the time that it has taken so far: what
 /// the questions add to its start is small beside it.
-const PART_OF_START: u32 = 100;
-/// But not sooner than this.
-const SHORTEST_PAUSE: Duration = Duration::from_millis(5);
+const PART_OF_START: u32 = 200;
+/// But not sooner than this, and not sooner than the last question took.
+const SHORTEST_PAUSE: Duration = Duration::from_millis(2);
 
 /// How a replica came to be awake.
 pub(super) enum Begin {
@@ -89,13 +89,13 @@ impl Readiness {
         if self.has_loaded { Duration::ZERO } else { self.prober.initial_delay() }
     }
 
-    /// Before the next one.
-    fn pause(&self) -> Duration {
+    /// Before the next one; the last one took so long.
+    fn pause(&self, took: Duration) -> Duration {
         let period = self.prober.period(self.ready);
         if self.ready {
             return period;
         }
-        (self.since.elapsed() / PART_OF_START).max(SHORTEST_PAUSE).min(period)
+        (self.since.elapsed() / PART_OF_START).max(SHORTEST_PAUSE).max(took).min(period)
     }
 
     /// True where it has become ready.
@@ -165,7 +165,8 @@ impl Life {
                 refusal = &mut refused => return Err(self.refused(running, refusal).await),
                 answer = gates.ask(&readiness.prober, pause) => answer,
             };
-            match answer {
+            let took = answer.took;
+            match answer.said {
                 Ok(()) => {
                     if readiness.succeeded() {
                         // What follows is no part of the start.
@@ -189,7 +190,7 @@ impl Life {
                     }
                 }
             }
-            pause = readiness.pause();
+            pause = readiness.pause(took);
         }
     }
 
@@ -262,13 +263,24 @@ struct Gates {
 
 impl Gates {
     /// Asks the readiness probe after `pause`. A success counts once all else is behind the replica, too.
-    async fn ask(&mut self, prober: &Prober, pause: Duration) -> Result<(), String> {
+    async fn ask(&mut self, prober: &Prober, pause: Duration) -> Answer {
         passed(&mut self.has_started).await;
         tokio::time::sleep(pause).await;
-        prober.ask().await?;
-        passed(&mut self.confirmed).await;
-        Ok(())
+        let asked = Instant::now();
+        let said = prober.ask().await;
+        let took = asked.elapsed();
+        if said.is_ok() {
+            passed(&mut self.confirmed).await;
+        }
+        Answer { said, took }
     }
+}
+
+/// What a readiness probe has said.
+struct Answer {
+    said: Result<(), String>,
+    /// How long it took to say so.
+    took: Duration,
 }
 
 /// Waits for true.
@@ -310,27 +322,29 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn it_is_asked_after_a_hundredth_of_the_time_it_has_taken() {
+    async fn it_is_asked_after_a_small_part_of_the_time_it_has_taken() {
         let mut woken = readiness(&Begin::Woken(Instant::now()), None);
         assert_eq!(woken.first_pause(), Duration::ZERO);
-        assert_eq!(woken.pause(), Duration::from_millis(5));
+        assert_eq!(woken.pause(Duration::ZERO), Duration::from_millis(2));
         tokio::time::advance(Duration::from_secs(2)).await;
-        assert_eq!(woken.pause(), Duration::from_millis(20));
+        assert_eq!(woken.pause(Duration::ZERO), Duration::from_millis(10));
+        let dear = Duration::from_millis(30);
+        assert_eq!(woken.pause(dear), dear, "such as a command in a container");
         let slow = readiness(&Begin::Woken(Instant::now()), Some(1));
         tokio::time::advance(Duration::from_secs(60)).await;
-        assert_eq!(woken.pause(), Duration::from_millis(50), "no less often than the probe says");
-        assert_eq!(slow.pause(), Duration::from_millis(600));
+        assert_eq!(woken.pause(Duration::ZERO), Duration::from_millis(50), "no less often than the probe says");
+        assert_eq!(slow.pause(Duration::ZERO), Duration::from_millis(300));
         assert!(!woken.failed() && !woken.succeeded() && woken.succeeded(), "its threshold is 2");
-        assert_eq!(woken.pause(), Duration::from_secs(10));
+        assert_eq!(woken.pause(Duration::ZERO), Duration::from_secs(10));
 
         let mut kept = readiness(&Begin::Kept, None);
         assert_eq!(kept.first_pause(), Duration::ZERO);
         assert!(kept.succeeded(), "once is enough");
         assert!(!kept.failed() && !kept.failed() && kept.failed());
-        assert_eq!(kept.pause(), Duration::from_millis(5), "it may be back at any moment");
+        assert_eq!(kept.pause(Duration::ZERO), Duration::from_millis(2), "it may be back at any moment");
         assert!(!kept.succeeded() && kept.succeeded(), "from then on as any other");
 
         let started = readiness(&Begin::Adopted, None);
-        assert_eq!((started.first_pause(), started.pause()), (Duration::from_secs(9), Duration::from_millis(5)));
+        assert_eq!((started.first_pause(), started.pause(Duration::ZERO)), (Duration::from_secs(9), Duration::from_millis(2)));
     }
 }
