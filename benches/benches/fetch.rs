@@ -108,7 +108,8 @@ fn main() {
     let (mib, rounds) = (from_environment("MODEL_MIB", 2048), from_environment("ROUNDS", 5));
     let bytes = (mib << 20) / SHARDS;
     // By these names a profiler tells the two sides apart.
-    let named = |name: &str| tokio::runtime::Builder::new_multi_thread().enable_all().thread_name(name).build().unwrap();
+    let named =
+        |name: &str| tokio::runtime::Builder::new_multi_thread().enable_all().thread_name(name).build().unwrap();
     let (serving, runtime) = (named("server"), named("client"));
     let server = serving.block_on(S3::start());
     runtime.block_on(upload_model(&server, bytes));

@@ -305,7 +305,8 @@ async fn measure() {
         let own = times.own();
         let worst = own.iter().copied().fold(f64::MIN, f64::max);
         let [waited, fetched, server, own, worst] =
-            [median(&times.waited), median(&times.fetched), median(&times.server), median(&own), worst].map(|s| s * 1e3);
+            [median(&times.waited), median(&times.fetched), median(&times.server), median(&own), worst]
+                .map(|s| s * 1e3);
         println!("| {} | {waited:.1} | {fetched:.1} | {server:.1} | {own:.1} | {worst:.1} |", rung.name());
     }
 }

@@ -61,7 +61,7 @@ pub(super) struct Fetch {
     pub(super) progress: watch::Sender<Progress>,
 }
 
-/// What is to be fetched, and what is here: the SHA-256 of each file whose content is.
+/// What is to be fetched, and what is here: the name of each content that is.
 struct Plan {
     files: Arc<Vec<File>>,
     known: Vec<Option<String>>,
@@ -69,11 +69,7 @@ struct Plan {
 
 /// What a source has, as a folder can hold it, and the key of that folder. A source that says nothing for as
 /// long as `stall` is not waited for.
-pub(super) async fn list(
-    source: &dyn Source,
-    uri: &str,
-    stall: Duration,
-) -> Result<(String, Vec<Object>), ModelError> {
+pub(super) async fn list(source: &dyn Source, uri: &str, stall: Duration) -> Result<(String, Vec<Object>), ModelError> {
     let objects = in_time(source.list(), uri, stall).await?;
     plan::check(uri, &objects)?;
     Ok((plan::tree_key(uri, &objects), objects))
@@ -105,7 +101,7 @@ impl Fetch {
         let asking: Vec<_> = objects.iter().map(|object| self.source.checksums(object)).collect();
         let asking = futures::stream::iter(asking).buffered(PARALLEL).try_collect();
         let known: Vec<Checksums> = in_time(asking, &self.uri, self.stall).await?;
-        for (object, Checksums { sha256, md5 }) in objects.iter_mut().zip(known) {
+        for (object, Checksums { sha256, md5, .. }) in objects.iter_mut().zip(known) {
             (object.sha256, object.md5) = (sha256, md5);
         }
         // Until it is published, or has failed.
@@ -145,9 +141,9 @@ impl Fetch {
             let left: u64 = missing.iter().map(|range| range.end - range.start).sum();
             done -= left;
             let mut told = part.told();
-            if let (None, Some(sha256), true) = (&told, peers.and_then(|peers| peers.blob(number)), left > 0) {
-                part.tell(sha256).map_err(|error| self.disk(error))?;
-                told = Some(sha256.to_owned());
+            if let (None, Some(name), true) = (&told, peers.and_then(|peers| peers.blob(number)), left > 0) {
+                part.tell(name).map_err(|error| self.disk(error))?;
+                told = Some(name.to_owned());
             }
             files.push(File { number, object: object.clone(), part, told });
         }
@@ -165,7 +161,9 @@ impl Fetch {
         let (runway, landing) = Landing::start(files);
         let places = files.iter().enumerate();
         let ranges: Vec<(usize, Range<u64>)> = places
-            .flat_map(|(place, file)| plan::missing(file.object.size, &file.part.done).into_iter().map(move |r| (place, r)))
+            .flat_map(|(place, file)| {
+                plan::missing(file.object.size, &file.part.done).into_iter().map(move |r| (place, r))
+            })
             .collect();
         let came = futures::stream::iter(ranges)
             .map(|(place, range)| {
@@ -203,8 +201,8 @@ impl Fetch {
     fn fits(&self, key: &str, files: &[File], found: &[Checksums]) -> Result<bool, ModelError> {
         let mut fit = true;
         for (file, found) in files.iter().zip(found) {
-            let listed = Checksums { sha256: file.object.sha256.clone(), md5: file.object.md5.clone() };
-            let told = Checksums { sha256: file.told.clone(), md5: None };
+            let listed = Checksums { sha256: file.object.sha256.clone(), md5: file.object.md5.clone(), blake3: None };
+            let told = Checksums::of_name(file.told.as_deref());
             let Some(mismatch) = listed.differ(found).or_else(|| told.differ(found)) else { continue };
             let Mismatch { kind, expected, found } = mismatch;
             let path = file.object.path.clone();
@@ -262,15 +260,15 @@ impl Fetch {
     /// As much of a range as other nodes give, one after another.
     async fn ask_peers(&self, peers: &Peers, coming: &Coming<'_>) -> io::Result<()> {
         // Only what is noted as theirs; a file may have been begun by the word of others.
-        let Some(sha256) = peers.blob(coming.file.number) else { return Ok(()) };
-        if coming.file.told.as_deref() != Some(sha256) {
+        let Some(name) = peers.blob(coming.file.number) else { return Ok(()) };
+        if coming.file.told.as_deref() != Some(name) {
             return Ok(());
         }
         let first = coming.file.number + usize::try_from(coming.range.start / RANGE_BYTES).unwrap_or_default();
         for peer in peers.order(first) {
             let Some(_turn) = peer.turn().await else { continue };
             let copying = async {
-                match peers.read(peer, sha256, coming.left()).await {
+                match peers.read(peer, name, coming.left()).await {
                     Ok(content) => self.copy(std::future::ready(Ok(content)), coming).await.map(|()| true),
                     Err(Refusal::Busy) => Ok(false),
                     Err(Refusal::Unfit(reason)) => Err(Trouble::Source(reason)),
@@ -357,11 +355,11 @@ fn publish(
     found: Vec<Checksums>,
 ) -> Result<(), ModelError> {
     let files = plan.files.iter().zip(found);
-    let came: Vec<_> = files.map(|(file, found)| (file.part.path.clone(), found.sha256.unwrap_or_default())).collect();
+    let came: Vec<_> = files.map(|(file, found)| (file.part.path.clone(), found.name().unwrap_or_default())).collect();
     if let (Some(kind), [(path, _)]) = (archive::kind(uri), came.as_slice()) {
         return unpack(cache, room, uri, key, kind, path, &objects);
     }
-    let mut new = came.iter().map(|(_, sha256)| sha256.clone());
+    let mut new = came.iter().map(|(_, name)| name.clone());
     let blobs = plan.known.iter().filter_map(|known| known.clone().or_else(|| new.next())).collect();
     let record = TreeRecord { uri: uri.to_owned(), objects, blobs };
     room.publish(key, &record, &came).map_err(|error| ModelError::Disk { uri: uri.to_owned(), error })
@@ -405,7 +403,7 @@ fn unpack(
         object.sha256 = checksum::of_file(&path, false).map_err(disk)?.sha256;
         came.push((path, object.sha256.clone().unwrap_or_default()));
     }
-    let blobs = came.iter().map(|(_, sha256)| sha256.clone()).collect();
+    let blobs = came.iter().map(|(_, name)| name.clone()).collect();
     let record = TreeRecord { uri: uri.to_owned(), objects, blobs };
     room.publish(key, &record, &came).map_err(disk)
 }

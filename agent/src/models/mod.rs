@@ -11,6 +11,7 @@ mod budget;
 pub mod cache;
 mod checksum;
 pub mod clients;
+mod content;
 mod fetch;
 mod landing;
 pub mod lend;

@@ -326,7 +326,7 @@ impl Room {
         unused.map(|blob| self.cache.drop_unused(blob)).sum()
     }
 
-    /// Takes in finished files, by path and SHA-256, and makes the model visible. Blocks.
+    /// Takes in finished files, by path and their contents' names, and makes the model visible. Blocks.
     ///
     /// # Errors
     /// The disk refuses.
@@ -337,8 +337,8 @@ impl Room {
         came: &[(std::path::PathBuf, String)],
     ) -> io::Result<()> {
         let mut inner = self.lock();
-        for (path, sha256) in came {
-            self.cache.adopt(path, sha256)?;
+        for (path, name) in came {
+            self.cache.adopt(path, name)?;
         }
         self.cache.publish(key, record)?;
         let began = inner.fetching.get(key).and_then(|fetching| fetching.began);

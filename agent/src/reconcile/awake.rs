@@ -345,6 +345,9 @@ mod tests {
         assert!(!kept.succeeded() && kept.succeeded(), "from then on as any other");
 
         let started = readiness(&Begin::Adopted, None);
-        assert_eq!((started.first_pause(), started.pause(Duration::ZERO)), (Duration::from_secs(9), Duration::from_millis(2)));
+        assert_eq!(
+            (started.first_pause(), started.pause(Duration::ZERO)),
+            (Duration::from_secs(9), Duration::from_millis(2))
+        );
     }
 }

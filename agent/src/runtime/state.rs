@@ -1,8 +1,7 @@
 //! What is kept on disk of each replica, so that a later agent process finds it again.
 
 use std::{
-    fs,
-    io,
+    fs, io,
     path::{Path, PathBuf},
 };
 
