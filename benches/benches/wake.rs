@@ -1,6 +1,9 @@
 //! How long a request waits for the same model of 1 GiB, by the rung of the ladder on which it finds it, and
-//! Pilotlight's own share of that: what is left without fetching, and without what the very same server takes
-//! when it is started, or halted and continued, by hand in the same round.
+//! Pilotlight's own share of that: what is left without fetching, and without what the model's server takes for
+//! itself. Where it is started, that is what this very process says of itself, from its first listening until its
+//! model was there (that the kernel makes a process of it, and what comes before listening, is in the own share);
+//! where it was asleep or serving, what the same server takes when it is halted and continued, woken, or asked by
+//! hand in the same round.
 //!
 //! The model comes from an S3 server on this machine; the server is the example server, which reads all of it
 //! into memory before it is ready, as a process. Nothing here has a GPU. `MODEL_MIB` is another size than 1024,
@@ -68,14 +71,14 @@ struct Times {
     waited: Vec<f64>,
     /// Of that, fetching.
     fetched: Vec<f64>,
-    /// The server alone, from the same rung.
-    alone: Vec<f64>,
+    /// The server's own, from the same rung.
+    server: Vec<f64>,
 }
 
 impl Times {
     fn own(&self) -> Vec<f64> {
-        let all = self.waited.iter().zip(&self.fetched).zip(&self.alone);
-        all.map(|((waited, fetched), alone)| waited - fetched - alone).collect()
+        let all = self.waited.iter().zip(&self.fetched).zip(&self.server);
+        all.map(|((waited, fetched), server)| waited - fetched - server).collect()
     }
 }
 
@@ -129,11 +132,6 @@ async fn drop_pages(folder: &Path) {
     assert!(left.resident * 100 < left.total, "{left:?}: is TMPDIR on a disk?");
 }
 
-/// Wholly in the page cache.
-async fn read_pages(folder: &Path) {
-    std::sync::Arc::new(PageCache::new(u64::MAX)).stage(folder).await.unwrap();
-}
-
 /// The server without Pilotlight.
 struct Alone {
     child: Child,
@@ -141,10 +139,9 @@ struct Alone {
 }
 
 impl Alone {
-    /// Starts it and asks until it answers, without pauses to speak of.
-    async fn start(folder: &Path) -> (Self, f64) {
+    /// Starts it and asks until it answers.
+    async fn start(folder: &Path) -> Self {
         let port = free_port();
-        let begun = Instant::now();
         let mut command = Command::new(pilotlight());
         command.args(["example-server", "iris", "--port", &port.to_string(), "--load"]).arg(folder);
         let child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
@@ -155,7 +152,7 @@ impl Alone {
                 _ => tokio::time::sleep(Duration::from_millis(1)).await,
             }
         }
-        (Self { child, gateway }, begun.elapsed().as_secs_f64())
+        Self { child, gateway }
     }
 
     /// Halted and continued.
@@ -221,9 +218,6 @@ async fn round(fleets: &Fleets, rung: Rung, times: &mut Times) {
             dev.operator.must(&["cache", "evict", URI]);
         }
         Rung::Cached => {
-            // What lies below this machine's disk has its own cache: it is the same for both.
-            drop_pages(&folder(dev)).await;
-            read_pages(&folder(dev)).await;
             drop_pages(&folder(dev)).await;
         }
         Rung::Staged => {
@@ -238,22 +232,27 @@ async fn round(fleets: &Fleets, rung: Rung, times: &mut Times) {
     times.waited.push(ask(&dev.gateway, &host).await);
     let fetched = model(dev).and_then(|model| model["fetchSeconds"].as_f64()).filter(|_| rung == Rung::Absent);
     times.fetched.push(fetched.unwrap_or(0.0));
-    times.alone.push(alone(&folder(dev), rung).await);
+    times.server.push(match rung {
+        Rung::Absent | Rung::Cached | Rung::Staged => loading(&dev.gateway, &host).await,
+        Rung::Paused | Rung::Asleep | Rung::Serving => by_hand(&folder(dev), rung).await,
+    });
 }
 
-/// The same rung without Pilotlight; what was just fetched is in the page cache.
-async fn alone(folder: &Path, rung: Rung) -> f64 {
-    if rung == Rung::Cached {
-        drop_pages(folder).await
-    } else {
-        read_pages(folder).await
-    }
-    let (server, started) = Alone::start(folder).await;
+/// How long the service's replica says that it loaded.
+async fn loading(gateway: &Gateway, host: &str) -> f64 {
+    let answer = gateway.get(host, "/stats").await.unwrap();
+    let stats: Value = serde_json::from_str(&answer.body).unwrap();
+    let took = stats["loadMicroseconds"].as_f64().filter(|took| *took > 0.0);
+    took.expect("it has loaded") / 1e6
+}
+
+/// What the same server takes from a rung on which it is loaded.
+async fn by_hand(folder: &Path, rung: Rung) -> f64 {
+    let server = Alone::start(folder).await;
     match rung {
-        Rung::Absent | Rung::Cached | Rung::Staged => started,
         Rung::Paused => server.paused().await,
         Rung::Asleep => server.slept().await,
-        Rung::Serving => ask(&server.gateway, "alone").await,
+        _ => ask(&server.gateway, "alone").await,
     }
 }
 
@@ -290,20 +289,25 @@ async fn measure() {
         ask(&dev.gateway, &format!("{name}.default.localhost")).await;
     }
     let mut times = RUNGS.map(|_| Times::default());
-    for _ in 0..rounds {
+    for number in 0..rounds {
+        print!("round {number}:");
         for (rung, times) in RUNGS.into_iter().zip(&mut times) {
             round(&fleets, rung, times).await;
+            let last = |of: &[f64]| of.last().map_or(0.0, |seconds| seconds * 1e3);
+            print!(" {} {:.1} ({:.1} own),", rung.name(), last(&times.waited), last(&times.own()));
         }
+        println!();
     }
     println!("{mib} MiB, medians of {rounds} rounds, milliseconds\n");
-    println!("| rung | request to answer | fetching | server alone | own share | own share, worst |");
+    println!("| rung | request to answer | fetching | the server's own | Pilotlight's share | its worst |");
     println!("| --- | --- | --- | --- | --- | --- |");
     for (rung, times) in RUNGS.into_iter().zip(&times) {
         let own = times.own();
         let worst = own.iter().copied().fold(f64::MIN, f64::max);
-        let [waited, fetched, alone, own, worst] =
-            [median(&times.waited), median(&times.fetched), median(&times.alone), median(&own), worst].map(|s| s * 1e3);
-        println!("| {} | {waited:.1} | {fetched:.1} | {alone:.1} | {own:.1} | {worst:.1} |", rung.name());
+        let [waited, fetched, server, own, worst] =
+            [median(&times.waited), median(&times.fetched), median(&times.server), median(&own), worst]
+                .map(|s| s * 1e3);
+        println!("| {} | {waited:.1} | {fetched:.1} | {server:.1} | {own:.1} | {worst:.1} |", rung.name());
     }
 }
 

@@ -5,7 +5,7 @@ use std::{
         Arc, OnceLock,
         atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use serde::Serialize;
@@ -20,6 +20,9 @@ pub struct Server {
     classifier: OnceLock<Classifier>,
     weights: OnceLock<Weights>,
     asleep: AtomicBool,
+    began: Instant,
+    /// How long loading took.
+    load_took: OnceLock<Duration>,
     counts: Arc<Counts>,
 }
 
@@ -45,6 +48,8 @@ pub struct Stats {
     pub max_in_flight: u64,
     /// Bytes of the weights that were loaded into memory.
     pub weight_bytes: u64,
+    /// From the moment at which the server began to listen until its model was there, microseconds; 0 before that.
+    pub load_microseconds: u64,
     /// Process id, so that a caller behind a proxy can tell servers apart.
     pub pid: u32,
 }
@@ -58,6 +63,8 @@ impl Server {
             classifier: OnceLock::new(),
             weights: OnceLock::new(),
             asleep: AtomicBool::new(false),
+            began: Instant::now(),
+            load_took: OnceLock::new(),
             counts: Arc::default(),
         }
     }
@@ -65,6 +72,7 @@ impl Server {
     /// The model is there. A second one is ignored.
     pub fn loaded(&self, classifier: Classifier) {
         // Models are loaded once per process; the first one stays.
+        let _ = self.load_took.set(self.began.elapsed());
         let _ = self.classifier.set(classifier);
     }
 
@@ -101,6 +109,7 @@ impl Server {
             in_flight: self.counts.in_flight.load(Relaxed),
             max_in_flight: self.counts.max_in_flight.load(Relaxed),
             weight_bytes: self.weights.get().map_or(0, Weights::bytes),
+            load_microseconds: self.load_took.get().map_or(0, |took| took.as_micros().try_into().unwrap_or(u64::MAX)),
             pid: std::process::id(),
         }
     }

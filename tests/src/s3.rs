@@ -1,5 +1,7 @@
 //! An S3 server on a directory: `s3s-fs`, which checks signatures.
 
+mod files;
+
 use std::{
     convert::Infallible,
     net::SocketAddr,
@@ -16,6 +18,8 @@ use hyper_util::{
     server::conn::auto,
 };
 use s3s::{auth::SimpleAuth, service::S3ServiceBuilder};
+
+use files::Files;
 
 /// The one access key that the server knows.
 pub const KEY: &str = "AKIDPILOTLIGHT";
@@ -36,7 +40,8 @@ impl S3 {
     /// It cannot.
     pub async fn start() -> Self {
         let root = tempfile::tempdir().unwrap();
-        let mut builder = S3ServiceBuilder::new(s3s_fs::FileSystem::new(root.path()).unwrap());
+        let inner = s3s_fs::FileSystem::new(root.path()).unwrap();
+        let mut builder = S3ServiceBuilder::new(Files { root: root.path().to_owned(), inner });
         builder.set_auth(SimpleAuth::from_single(KEY, SECRET));
         let service = builder.build();
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();

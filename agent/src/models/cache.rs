@@ -2,14 +2,14 @@
 //! was cut off has left.
 //!
 //! ```text
-//! blobs/<sha256>            each content once
+//! blobs/<name>              each content once, by its SHA-256 or `blake3-` and its BLAKE3
 //! trees/<key>/files/…       a whole model; appears by one rename
 //! trees/<key>/tree.json     what it is; its time of change is when it was last used
 //! trees/<key>/pinned        where an operator keeps it: it is not removed
 //! partial/<key>/uri         which model is being fetched
 //! partial/<key>/<n>.data    file n of a model that is being fetched
 //! partial/<key>/<n>.done    starts of its ranges that are on disk, one a line
-//! partial/<key>/<n>.told    its SHA-256 by another node's word, where bytes may have come from one
+//! partial/<key>/<n>.told    its name by another node's word, where bytes may have come from one
 //! ```
 
 use std::{
@@ -35,7 +35,7 @@ pub struct TreeRecord {
     pub uri: String,
     /// As listed when it was fetched.
     pub objects: Vec<Object>,
-    /// SHA-256 of each, in the same order.
+    /// Name of each content, in the same order.
     pub blobs: Vec<String>,
 }
 
@@ -102,8 +102,8 @@ impl Cache {
     }
 
     /// Where a blob is, or would be.
-    pub fn blob(&self, sha256: &str) -> PathBuf {
-        self.root.join("blobs").join(sha256)
+    pub fn blob(&self, name: &str) -> PathBuf {
+        self.root.join("blobs").join(name)
     }
 
     fn tree(&self, key: &str) -> PathBuf {
@@ -139,13 +139,13 @@ impl Cache {
         self.partial(key).join(format!("{number}.unpacked"))
     }
 
-    /// Takes in a finished file under its SHA-256. A blob that is there already is kept, and the new copy
+    /// Takes in a finished file under its content's name. A blob that is there already is kept, and the new copy
     /// goes.
     ///
     /// # Errors
     /// The disk refuses.
-    pub fn adopt(&self, path: &Path, sha256: &str) -> io::Result<()> {
-        let blob = self.blob(sha256);
+    pub fn adopt(&self, path: &Path, name: &str) -> io::Result<()> {
+        let blob = self.blob(name);
         if blob.exists() { fs::remove_file(path) } else { fs::rename(path, blob) }
     }
 
@@ -153,8 +153,8 @@ impl Cache {
     ///
     /// # Errors
     /// The disk refuses.
-    pub fn drop_unused(&self, sha256: &str) -> io::Result<u64> {
-        let blob = self.blob(sha256);
+    pub fn drop_unused(&self, name: &str) -> io::Result<u64> {
+        let blob = self.blob(name);
         let about = fs::metadata(&blob)?;
         if about.nlink() > 1 {
             return Ok(0);
@@ -175,12 +175,12 @@ impl Cache {
         }
         let files = staged.join("files");
         fs::create_dir_all(&files)?;
-        for (object, sha256) in record.objects.iter().zip(&record.blobs) {
+        for (object, blob) in record.objects.iter().zip(&record.blobs) {
             let link = files.join(&object.path);
             if let Some(parent) = link.parent() {
                 fs::create_dir_all(parent)?;
             }
-            fs::hard_link(self.blob(sha256), link)?;
+            fs::hard_link(self.blob(blob), link)?;
         }
         let mut file = File::create(staged.join("tree.json"))?;
         file.write_all(&serde_json::to_vec(record)?)?;
@@ -327,7 +327,7 @@ impl Part {
         (&self.journal).write_all(lines.as_bytes())
     }
 
-    /// The SHA-256 that another node gave for a file of which bytes may have come from there.
+    /// The name that another node gave for a file of which bytes may have come from there.
     pub fn told(&self) -> Option<String> {
         fs::read_to_string(self.path.with_extension("told")).ok()
     }
@@ -336,10 +336,10 @@ impl Part {
     ///
     /// # Errors
     /// The disk refuses.
-    pub fn tell(&self, sha256: &str) -> io::Result<()> {
+    pub fn tell(&self, name: &str) -> io::Result<()> {
         let path = self.path.with_extension("told");
         let mut file = File::create(&path)?;
-        file.write_all(sha256.as_bytes())?;
+        file.write_all(name.as_bytes())?;
         file.sync_all()?;
         path.parent().map_or(Ok(()), |directory| File::open(directory)?.sync_all())
     }

@@ -10,7 +10,10 @@ use base64::{Engine as _, prelude::BASE64_STANDARD};
 use http::HeaderMap;
 use md5::{Digest as _, Md5};
 
-use super::plan::hex;
+use super::{
+    content::{self, Named},
+    plan::hex,
+};
 
 const SHA256_BYTES: usize = 32;
 const MD5_BYTES: usize = 16;
@@ -22,6 +25,8 @@ pub struct Checksums {
     pub sha256: Option<String>,
     /// MD5 of the whole content.
     pub md5: Option<String>,
+    /// BLAKE3 of the whole content; no store gives it, other nodes do.
+    pub blake3: Option<String>,
 }
 
 /// A difference between what was listed and what came.
@@ -48,18 +53,37 @@ impl Checksums {
         Self {
             sha256: text("x-amz-checksum-sha256").and_then(|value| of_base64(value, SHA256_BYTES)),
             md5: etag.filter(is_md5).filter(|_| !kms && !client_key),
+            blake3: None,
         }
     }
 
     /// What a web server's answer to a HEAD says: `Content-MD5` (RFC 1864).
     pub fn of_web(headers: &HeaderMap) -> Self {
         let md5 = headers.get("content-md5").and_then(|value| value.to_str().ok());
-        Self { sha256: None, md5: md5.and_then(|value| of_base64(value, MD5_BYTES)) }
+        Self { md5: md5.and_then(|value| of_base64(value, MD5_BYTES)), ..Self::default() }
+    }
+
+    /// What another node says of a content by its name.
+    pub(super) fn of_name(name: Option<&str>) -> Self {
+        match name.and_then(content::parse) {
+            Some((Named::Sha256, hex)) => Self { sha256: Some(hex.to_owned()), ..Self::default() },
+            Some((Named::Blake3, hex)) => Self { blake3: Some(hex.to_owned()), ..Self::default() },
+            None => Self::default(),
+        }
+    }
+
+    /// The content's name; `None` where neither hash of which names are made was computed.
+    pub(super) fn name(&self) -> Option<String> {
+        self.sha256.clone().or_else(|| Some(content::by_blake3(self.blake3.as_deref()?)))
     }
 
     /// The first that what came does not have. `found` must have each that is expected.
     pub fn differ(&self, found: &Self) -> Option<Mismatch> {
-        let pairs = [("SHA-256", &self.sha256, &found.sha256), ("MD5", &self.md5, &found.md5)];
+        let pairs = [
+            ("SHA-256", &self.sha256, &found.sha256),
+            ("MD5", &self.md5, &found.md5),
+            ("BLAKE3", &self.blake3, &found.blake3),
+        ];
         pairs.into_iter().find_map(|(kind, expected, found)| {
             let (expected, found) = (expected.clone()?, found.clone().unwrap_or_default());
             (expected != found).then_some(Mismatch { kind, expected, found })
@@ -85,7 +109,7 @@ pub fn of_file(path: &Path, with_md5: bool) -> io::Result<Checksums> {
         let read = file.read(&mut buffer)?;
         if read == 0 {
             let sha256 = Some(hex(sha256.finish().as_ref()));
-            return Ok(Checksums { sha256, md5: md5.map(|md5| hex(&md5.finalize())) });
+            return Ok(Checksums { sha256, md5: md5.map(|md5| hex(&md5.finalize())), blake3: None });
         }
         sha256.update(&buffer[..read]);
         if let Some(md5) = &mut md5 {

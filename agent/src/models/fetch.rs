@@ -10,20 +10,21 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use backon::{ExponentialBuilder, Retryable as _};
-use futures::{FutureExt as _, StreamExt as _, TryStreamExt as _};
+use futures::{StreamExt as _, TryStreamExt as _};
 use tokio::{runtime::Handle, sync::watch};
-use tracing::{info, warn};
+use tokio_util::task::AbortOnDropHandle;
+use tracing::{Instrument as _, info, warn};
 
 use super::{
     ModelError,
     archive::{self, ArchiveError},
     cache::{Cache, TreeRecord},
     checksum::{self, Checksums, Mismatch},
-    landing::{File, Landing},
+    landing::{File, Landing, Runway},
     peers::{Ask, PATIENCE, Peers, Refusal},
     plan::{self, Object, RANGE_BYTES},
     room::Room,
@@ -60,18 +61,37 @@ pub(super) struct Fetch {
     pub(super) progress: watch::Sender<Progress>,
 }
 
-/// What is to be fetched, and what is here: the SHA-256 of each file whose content is.
+/// What is to be fetched, and what is here: the name of each content that is.
 struct Plan {
     files: Arc<Vec<File>>,
     known: Vec<Option<String>>,
 }
 
+/// What a source has, as a folder can hold it, and the key of that folder. A source that says nothing for as
+/// long as `stall` is not waited for.
+pub(super) async fn list(source: &dyn Source, uri: &str, stall: Duration) -> Result<(String, Vec<Object>), ModelError> {
+    let objects = in_time(source.list(), uri, stall).await?;
+    plan::check(uri, &objects)?;
+    Ok((plan::tree_key(uri, &objects), objects))
+}
+
+async fn in_time<T>(
+    asking: impl Future<Output = Result<T, ModelError>>,
+    uri: &str,
+    stall: Duration,
+) -> Result<T, ModelError> {
+    let late = || ModelError::Source {
+        uri: uri.to_owned(),
+        reason: format!("the store has not said within {stall:?} what is there"),
+    };
+    tokio::time::timeout(stall, asking).await.unwrap_or_else(|_| Err(late()))
+}
+
 impl Fetch {
     /// Fetches the model and gives the key of its folder. What is here already is not fetched.
-    pub(super) async fn run(&self) -> Result<String, ModelError> {
-        let mut objects = self.source.list().await?;
-        plan::check(&self.uri, &objects)?;
-        let key = plan::tree_key(&self.uri, &objects);
+    pub(super) async fn run(self: Arc<Self>) -> Result<String, ModelError> {
+        let began = Instant::now();
+        let (key, mut objects) = list(&*self.source, &self.uri, self.stall).await?;
         let total = objects.iter().map(|object| object.size).sum();
         if self.cache.record(&key).is_some() {
             self.progress.send_replace(Progress { done: total, total });
@@ -79,20 +99,22 @@ impl Fetch {
         }
         self.progress.send_replace(Progress { done: 0, total });
         let asking: Vec<_> = objects.iter().map(|object| self.source.checksums(object)).collect();
-        let known: Vec<Checksums> = futures::stream::iter(asking).buffered(PARALLEL).try_collect().await?;
-        for (object, Checksums { sha256, md5 }) in objects.iter_mut().zip(known) {
+        let asking = futures::stream::iter(asking).buffered(PARALLEL).try_collect();
+        let known: Vec<Checksums> = in_time(asking, &self.uri, self.stall).await?;
+        for (object, Checksums { sha256, md5, .. }) in objects.iter_mut().zip(known) {
             (object.sha256, object.md5) = (sha256, md5);
         }
         // Until it is published, or has failed.
         let _reserved = self.room.reserve(&self.uri, &key, &objects).await?;
+        self.room.began(&key, began);
         let mut peers = match &self.ask {
-            Some(ask) => Peers::find(ask, &self.peers, &key, &objects).await,
+            Some(ask) => Peers::find(ask, &self.peers, &key, &objects).await.map(Arc::new),
             None => None,
         };
         let (plan, found) = loop {
-            let plan = self.plan(&key, &objects, peers.as_ref())?;
-            let begun = tokio::time::Instant::now();
-            let found = self.content(&plan.files, peers.take().as_ref()).await?;
+            let plan = self.plan(&key, &objects, peers.as_deref())?;
+            let begun = Instant::now();
+            let found = self.content(&plan.files, peers.take()).await?;
             if self.fits(&key, &plan.files, &found)? {
                 info!(uri = %self.uri, bytes = total, took = ?begun.elapsed(), "model fetched");
                 break (plan, found);
@@ -120,9 +142,9 @@ impl Fetch {
             let left: u64 = missing.iter().map(|range| range.end - range.start).sum();
             done -= left;
             let mut told = part.told();
-            if let (None, Some(sha256), true) = (&told, peers.and_then(|peers| peers.blob(number)), left > 0) {
-                part.tell(sha256).map_err(|error| self.disk(error))?;
-                told = Some(sha256.to_owned());
+            if let (None, Some(name), true) = (&told, peers.and_then(|peers| peers.blob(number)), left > 0) {
+                part.tell(name).map_err(|error| self.disk(error))?;
+                told = Some(name.to_owned());
             }
             files.push(File { number, object: object.clone(), part, told });
         }
@@ -130,29 +152,49 @@ impl Fetch {
         Ok(Plan { files: Arc::new(files), known })
     }
 
-    /// Has all files on disk, and gives their checksums.
-    async fn content(&self, files: &Arc<Vec<File>>, peers: Option<&Peers>) -> Result<Vec<Checksums>, ModelError> {
-        let landing = Landing::start(files);
-        let mut ranges = Vec::new();
-        for (place, file) in files.iter().enumerate() {
-            for range in plan::missing(file.object.size, &file.part.done) {
-                let start = range.start;
-                let landing = &landing;
-                let coming = async move {
-                    self.range(file, range, peers).await?;
-                    if landing.written(place, start).await {
-                        Ok(())
-                    } else {
-                        Err(self.disk(io::Error::other("cannot be synced")))
-                    }
-                };
-                ranges.push(coming.boxed());
-            }
-        }
-        let came = futures::stream::iter(ranges).buffer_unordered(PARALLEL).try_collect::<()>().await;
+    /// Has all files on disk, and gives their checksums. Each range is a task of its own: one task for all of
+    /// them would have no more than one processor.
+    async fn content(
+        self: &Arc<Self>,
+        files: &Arc<Vec<File>>,
+        peers: Option<Arc<Peers>>,
+    ) -> Result<Vec<Checksums>, ModelError> {
+        let (runway, landing) = Landing::start(files);
+        let places = files.iter().enumerate();
+        let ranges: Vec<(usize, Range<u64>)> = places
+            .flat_map(|(place, file)| {
+                plan::missing(file.object.size, &file.part.done).into_iter().map(move |r| (place, r))
+            })
+            .collect();
+        let came = futures::stream::iter(ranges)
+            .map(|(place, range)| {
+                let (fetch, files, peers) = (Arc::clone(self), Arc::clone(files), peers.clone());
+                let coming = fetch.land(files, place, range, peers, runway.clone());
+                AbortOnDropHandle::new(tokio::spawn(coming.in_current_span()))
+            })
+            .buffer_unordered(PARALLEL)
+            .map(|ended| ended.unwrap_or_else(|error| Err(self.disk(io::Error::other(error)))))
+            .try_collect::<()>()
+            .await;
+        // Tasks that were cut off give theirs back.
+        drop(runway);
         // Where the disk is to blame, it says more.
         let found = landing.finish().await.map_err(|error| self.disk(error))?;
         came.map(|()| found)
+    }
+
+    /// Has one range on disk, and lets it be synced and hashed.
+    async fn land(
+        self: Arc<Self>,
+        files: Arc<Vec<File>>,
+        place: usize,
+        range: Range<u64>,
+        peers: Option<Arc<Peers>>,
+        runway: Runway,
+    ) -> Result<(), ModelError> {
+        let start = range.start;
+        self.range(&files[place], range, peers.as_deref()).await?;
+        if runway.written(place, start).await { Ok(()) } else { Err(self.disk(io::Error::other("cannot be synced"))) }
     }
 
     /// Compares what came with what the source says, and with what other nodes said of what came from them.
@@ -160,8 +202,8 @@ impl Fetch {
     fn fits(&self, key: &str, files: &[File], found: &[Checksums]) -> Result<bool, ModelError> {
         let mut fit = true;
         for (file, found) in files.iter().zip(found) {
-            let listed = Checksums { sha256: file.object.sha256.clone(), md5: file.object.md5.clone() };
-            let told = Checksums { sha256: file.told.clone(), md5: None };
+            let listed = Checksums { sha256: file.object.sha256.clone(), md5: file.object.md5.clone(), blake3: None };
+            let told = Checksums::of_name(file.told.as_deref());
             let Some(mismatch) = listed.differ(found).or_else(|| told.differ(found)) else { continue };
             let Mismatch { kind, expected, found } = mismatch;
             let path = file.object.path.clone();
@@ -213,15 +255,15 @@ impl Fetch {
     /// As much of a range as other nodes give, one after another.
     async fn ask_peers(&self, peers: &Peers, coming: &Coming<'_>) -> io::Result<()> {
         // Only what is noted as theirs; a file may have been begun by the word of others.
-        let Some(sha256) = peers.blob(coming.file.number) else { return Ok(()) };
-        if coming.file.told.as_deref() != Some(sha256) {
+        let Some(name) = peers.blob(coming.file.number) else { return Ok(()) };
+        if coming.file.told.as_deref() != Some(name) {
             return Ok(());
         }
         let first = coming.file.number + usize::try_from(coming.range.start / RANGE_BYTES).unwrap_or_default();
         for peer in peers.order(first) {
             let Some(_turn) = peer.turn().await else { continue };
             let copying = async {
-                match peers.read(peer, sha256, coming.left()).await {
+                match peers.read(peer, name, coming.left()).await {
                     Ok(content) => self.copy(std::future::ready(Ok(content)), coming).await.map(|()| true),
                     Err(Refusal::Busy) => Ok(false),
                     Err(Refusal::Unfit(reason)) => Err(Trouble::Source(reason)),
@@ -308,11 +350,11 @@ fn publish(
     found: Vec<Checksums>,
 ) -> Result<(), ModelError> {
     let files = plan.files.iter().zip(found);
-    let came: Vec<_> = files.map(|(file, found)| (file.part.path.clone(), found.sha256.unwrap_or_default())).collect();
+    let came: Vec<_> = files.map(|(file, found)| (file.part.path.clone(), found.name().unwrap_or_default())).collect();
     if let (Some(kind), [(path, _)]) = (archive::kind(uri), came.as_slice()) {
         return unpack(cache, room, uri, key, kind, path, &objects);
     }
-    let mut new = came.iter().map(|(_, sha256)| sha256.clone());
+    let mut new = came.iter().map(|(_, name)| name.clone());
     let blobs = plan.known.iter().filter_map(|known| known.clone().or_else(|| new.next())).collect();
     let record = TreeRecord { uri: uri.to_owned(), objects, blobs };
     room.publish(key, &record, &came).map_err(|error| ModelError::Disk { uri: uri.to_owned(), error })
@@ -357,7 +399,7 @@ fn unpack(
         object.sha256 = checksum::of_file(&path, false).map_err(disk)?.sha256;
         came.push((path, object.sha256.clone().unwrap_or_default()));
     }
-    let blobs = came.iter().map(|(_, sha256)| sha256.clone()).collect();
+    let blobs = came.iter().map(|(_, name)| name.clone()).collect();
     let record = TreeRecord { uri: uri.to_owned(), objects, blobs };
     room.publish(key, &record, &came).map_err(disk)
 }

@@ -9,6 +9,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::{
     cache::Part,
     checksum::Checksums,
+    content::{self, Named},
     plan::{self, Object, RANGE_BYTES},
 };
 
@@ -25,8 +26,16 @@ pub(super) struct File {
     pub(super) number: usize,
     pub(super) object: Object,
     pub(super) part: Part,
-    /// SHA-256 by another node's word, where bytes may have come from one.
+    /// Its name by another node's word, where bytes may have come from one.
     pub(super) told: Option<String>,
+}
+
+impl File {
+    /// By which hash its content will be named.
+    fn named(&self) -> Named {
+        let told = self.told.as_deref().and_then(content::parse).map(|(named, _)| named);
+        if self.object.sha256.is_some() { Named::Sha256 } else { told.unwrap_or(Named::Blake3) }
+    }
 }
 
 /// A range that is written: its file, by its place among those that are fetched, and its start.
@@ -35,17 +44,31 @@ type Written = (usize, u64);
 /// What a thread's work comes to.
 type Outcome<T> = oneshot::Receiver<io::Result<T>>;
 
-/// Takes care of ranges that are written.
-pub(super) struct Landing {
+/// Takes in ranges that are written. Cheap to clone.
+#[derive(Clone)]
+pub(super) struct Runway {
     to_sync: mpsc::Sender<Written>,
     to_hash: Vec<mpsc::UnboundedSender<Written>>,
+}
+
+impl Runway {
+    /// A range is written. Waits while too many are not synced; false: the disk refuses, and
+    /// [`Landing::finish`] says why.
+    pub(super) async fn written(&self, file: usize, start: u64) -> bool {
+        let hashes = self.to_hash[file % self.to_hash.len()].send((file, start)).is_ok();
+        self.to_sync.send((file, start)).await.is_ok() && hashes
+    }
+}
+
+/// Takes care of ranges that are written.
+pub(super) struct Landing {
     syncing: Outcome<()>,
     hashing: Vec<Outcome<Vec<(usize, Checksums)>>>,
 }
 
 impl Landing {
     /// What is on disk of these files already is hashed, too.
-    pub(super) fn start(files: &Arc<Vec<File>>) -> Self {
+    pub(super) fn start(files: &Arc<Vec<File>>) -> (Runway, Self) {
         let (to_sync, written) = mpsc::channel(UNSYNCED);
         let of_sync = Arc::clone(files);
         let syncing = apart(move || sync(&of_sync, written));
@@ -56,23 +79,15 @@ impl Landing {
             (to_hash, apart(move || hash(&files, thread, threads, written)))
         });
         let (to_hash, hashing) = hashers.unzip();
-        Self { to_sync, to_hash, syncing, hashing }
+        (Runway { to_sync, to_hash }, Self { syncing, hashing })
     }
 
-    /// A range is written. Waits while too many are not synced; false: the disk refuses, and
-    /// [`Self::finish`] says why.
-    pub(super) async fn written(&self, file: usize, start: u64) -> bool {
-        let hashes = self.to_hash[file % self.to_hash.len()].send((file, start)).is_ok();
-        self.to_sync.send((file, start)).await.is_ok() && hashes
-    }
-
-    /// Waits until all that was written is synced and noted, and gives each file's checksums: its MD5 only
-    /// where the source gave one. Those of files that are not whole say nothing.
+    /// Waits until every [`Runway`] is gone and all that was written is synced and noted, and gives each file's
+    /// checksums: its MD5 only where the source gave one. Those of files that are not whole say nothing.
     ///
     /// # Errors
     /// The disk refuses.
     pub(super) async fn finish(self) -> io::Result<Vec<Checksums>> {
-        drop((self.to_sync, self.to_hash));
         let synced = self.syncing.await.map_err(io::Error::other)?;
         let mut all = Vec::new();
         for hashing in self.hashing {
@@ -137,15 +152,48 @@ struct Running<'f> {
     at: u64,
     /// Starts of ranges that are written and not hashed.
     ready: BTreeSet<u64>,
-    sha256: ring::digest::Context,
+    name: Name,
     md5: Option<Md5>,
+}
+
+/// What becomes a content's name.
+enum Name {
+    Sha256(Box<ring::digest::Context>),
+    Blake3(Box<blake3::Hasher>),
+}
+
+impl Name {
+    fn new(named: Named) -> Self {
+        match named {
+            Named::Sha256 => Self::Sha256(Box::new(ring::digest::Context::new(&ring::digest::SHA256))),
+            Named::Blake3 => Self::Blake3(Box::default()),
+        }
+    }
+
+    fn update(&mut self, content: &[u8]) {
+        match self {
+            Self::Sha256(context) => context.update(content),
+            Self::Blake3(hasher) => drop(hasher.update(content)),
+        }
+    }
+
+    fn checksums(self) -> Checksums {
+        match self {
+            Self::Sha256(context) => {
+                Checksums { sha256: Some(plan::hex(context.finish().as_ref())), ..Checksums::default() }
+            }
+            Self::Blake3(hasher) => {
+                Checksums { blake3: Some(hasher.finalize().to_hex().to_string()), ..Checksums::default() }
+            }
+        }
+    }
 }
 
 impl<'f> Running<'f> {
     fn new(file: &'f File) -> Self {
-        let sha256 = ring::digest::Context::new(&ring::digest::SHA256);
+        let name = Name::new(file.named());
         let md5 = file.object.md5.as_ref().map(|_| Md5::new());
-        Self { file, at: 0, ready: file.part.done.clone(), sha256, md5 }
+        Self { file, at: 0, ready: file.part.done.clone(), name, md5 }
     }
 
     /// Just written, most of it is read from memory.
@@ -155,7 +203,7 @@ impl<'f> Running<'f> {
             while self.at < end {
                 let chunk = usize::try_from(end - self.at).unwrap_or(usize::MAX).min(buffer.len());
                 self.file.part.data.read_exact_at(&mut buffer[..chunk], self.at)?;
-                self.sha256.update(&buffer[..chunk]);
+                self.name.update(&buffer[..chunk]);
                 if let Some(md5) = &mut self.md5 {
                     md5.update(&buffer[..chunk]);
                 }
@@ -166,9 +214,6 @@ impl<'f> Running<'f> {
     }
 
     fn checksums(self) -> Checksums {
-        Checksums {
-            sha256: Some(plan::hex(self.sha256.finish().as_ref())),
-            md5: self.md5.map(|md5| plan::hex(&md5.finalize())),
-        }
+        Checksums { md5: self.md5.map(|md5| plan::hex(&md5.finalize())), ..self.name.checksums() }
     }
 }

@@ -3,12 +3,15 @@
 //! [`plan`] is pure, [`source`] reads from stores, [`cache`] is the disk, `fetch` joins them; [`Models`]
 //! lets replicas that want the same model share one fetch.
 
+mod answers;
 mod archive;
 #[cfg(test)]
 mod archive_tests;
 mod budget;
 pub mod cache;
 mod checksum;
+pub mod clients;
+mod content;
 mod fetch;
 #[cfg(test)]
 mod image_tests;
@@ -22,7 +25,6 @@ mod report;
 mod room;
 #[cfg(test)]
 mod room_tests;
-mod s3_head;
 #[cfg(test)]
 mod s3_tests;
 mod shelf;
@@ -45,7 +47,9 @@ use futures::FutureExt as _;
 use pilotlight_proto::fleet::v1::CacheReport;
 use tokio::sync::{Semaphore, watch};
 
+pub use answers::Version;
 use cache::Cache;
+use clients::Clients;
 use fetch::Fetch;
 pub use fetch::Progress;
 use peers::Ask;
@@ -149,6 +153,8 @@ pub struct Models {
     claims: Arc<BTreeMap<String, PathBuf>>,
     stall: Duration,
     running: Arc<Mutex<Running>>,
+    answers: answers::Answers,
+    clients: Clients,
     turns: Arc<Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>>,
     /// How other nodes are asked; `None`: they are not.
     ask: Option<Arc<dyn Ask>>,
@@ -176,6 +182,8 @@ impl Models {
             claims: Arc::new(claims),
             stall,
             running: Arc::default(),
+            answers: answers::Answers::default(),
+            clients: Clients::default(),
             turns: Arc::default(),
             ask: None,
             lent: Arc::new(Semaphore::new(lend::AT_ONCE)),
@@ -277,9 +285,9 @@ impl Models {
             turns.retain(|known, turn| Arc::strong_count(turn) > 1 || known == uri);
             Arc::clone(turns.entry(uri.to_owned()).or_default())
         };
-        let source = source::open(uri, credentials)?;
+        let source = source::open(uri, credentials, &self.clients)?;
         let _held = self.room.hold(Holder::Fetch, [uri.to_owned()]);
-        let fetch = Fetch {
+        let fetch = Arc::new(Fetch {
             uri: uri.to_owned(),
             source,
             peers: peers.to_vec(),
@@ -288,7 +296,7 @@ impl Models {
             room: self.room.clone(),
             stall: self.stall,
             progress: sender,
-        };
+        });
         let mut fetching = async {
             // Whoever comes second finds the model there, after one look at the listing.
             let _turn = turn.lock().await;
@@ -300,7 +308,9 @@ impl Models {
             tokio::select! {
                 done = &mut fetching => {
                     progress(*seen.borrow());
-                    return done.map(|key| self.cache.files(&key));
+                    let key = done?;
+                    self.answers.note(uri, credentials, &key, |key| self.cache.record(key).is_some());
+                    return Ok(self.cache.files(&key));
                 }
                 _ = beat.tick() => if seen.has_changed().unwrap_or(false) {
                     progress(*seen.borrow_and_update());

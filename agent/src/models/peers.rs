@@ -1,5 +1,5 @@
 //! Other nodes that have a model whole: its bytes may come from there. What it consists of is always the
-//! store's word, and what came is checked by its SHA-256.
+//! store's word, and what came is checked by the hash that is its name.
 
 use std::{
     ops::Range,
@@ -18,7 +18,8 @@ use tracing::{debug, info};
 
 use super::{
     cache::TreeRecord,
-    lend::{blob_path, is_sha256, tree_path},
+    content,
+    lend::{blob_path, tree_path},
     plan::Object,
     source::Content,
 };
@@ -48,7 +49,7 @@ pub trait Ask: Send + Sync {
 pub(super) struct Peers {
     ask: Arc<dyn Ask>,
     nodes: Vec<Peer>,
-    /// SHA-256 of each file, in the listing's order.
+    /// Name of each file's content, in the listing's order.
     blobs: Vec<String>,
 }
 
@@ -92,7 +93,7 @@ impl Peers {
         Some(Self { ask: Arc::clone(ask), nodes, blobs })
     }
 
-    /// SHA-256 of a file, by its place in the listing.
+    /// Name of a file's content, by its place in the listing.
     pub(super) fn blob(&self, number: usize) -> Option<&str> {
         self.blobs.get(number).map(String::as_str)
     }
@@ -104,8 +105,8 @@ impl Peers {
     }
 
     /// A part of a content from one node.
-    pub(super) async fn read(&self, peer: &Peer, sha256: &str, range: Range<u64>) -> Result<Content, Refusal> {
-        match self.ask.get(&peer.name, &blob_path(sha256), Some(range)).await {
+    pub(super) async fn read(&self, peer: &Peer, blob: &str, range: Range<u64>) -> Result<Content, Refusal> {
+        match self.ask.get(&peer.name, &blob_path(blob), Some(range)).await {
             Ok((StatusCode::PARTIAL_CONTENT, content)) => Ok(content),
             Ok((StatusCode::SERVICE_UNAVAILABLE, _)) => Err(Refusal::Busy),
             Ok((status, _)) => Err(Refusal::Unfit(format!("the node answers {status}"))),
@@ -152,8 +153,9 @@ fn same(record: &TreeRecord, objects: &[Object]) -> bool {
     let alike = |(theirs, ours): (&Object, &Object)| {
         (&theirs.path, theirs.size, &theirs.etag) == (&ours.path, ours.size, &ours.etag)
     };
-    let named =
-        |(blob, ours): (&String, &Object)| is_sha256(blob) && ours.sha256.as_ref().is_none_or(|sha256| sha256 == blob);
+    let named = |(blob, ours): (&String, &Object)| {
+        content::parse(blob).is_some() && ours.sha256.as_ref().is_none_or(|sha256| sha256 == blob)
+    };
     record.objects.len() == objects.len()
         && record.blobs.len() == objects.len()
         && record.objects.iter().zip(objects).all(alike)

@@ -292,6 +292,14 @@ impl Room {
         Ok(Step::Done(reserved))
     }
 
+    /// Notes when the store of a model that is being fetched was first asked.
+    pub(super) fn began(&self, key: &str, asked: Instant) {
+        let mut inner = self.lock();
+        if let Some(began) = inner.fetching.get_mut(key).and_then(|fetching| fetching.began.as_mut()) {
+            *began = asked.min(*began);
+        }
+    }
+
     /// What comes with a fetch, beside what is here.
     fn coming(&self, inner: &Inner, uri: &str, key: &str, objects: &[Object]) -> Fetching {
         let mut fetching = Fetching { uri: uri.to_owned(), ..Fetching::default() };
@@ -356,7 +364,7 @@ impl Room {
         unused.map(|blob| self.cache.drop_unused(blob)).sum()
     }
 
-    /// Takes in finished files, by path and SHA-256, and makes the model visible. Blocks.
+    /// Takes in finished files, by path and their contents' names, and makes the model visible. Blocks.
     ///
     /// # Errors
     /// The disk refuses.
@@ -367,8 +375,8 @@ impl Room {
         came: &[(std::path::PathBuf, String)],
     ) -> io::Result<()> {
         let mut inner = self.lock();
-        for (path, sha256) in came {
-            self.cache.adopt(path, sha256)?;
+        for (path, name) in came {
+            self.cache.adopt(path, name)?;
         }
         self.cache.publish(key, record)?;
         let began = inner.fetching.get(key).and_then(|fetching| fetching.began);

@@ -97,7 +97,7 @@ async fn a_cut_off_fetch_goes_on_and_equal_content_is_kept_once() {
     upload(&s3, "copy/renamed.bin", &weights, true).await;
     let directory = tempfile::tempdir().unwrap();
     let first = models(&directory);
-    let listed = source::open("s3://store/m", &credentials(&s3)).unwrap().list().await.unwrap();
+    let listed = source::open("s3://store/m", &credentials(&s3), &Clients::default()).unwrap().list().await.unwrap();
     let part = first.cache().part(&plan::tree_key("s3://store/m", &listed), 0, listed[0].size).unwrap();
     // As a process leaves it that is killed after its first range.
     std::os::unix::fs::FileExt::write_all_at(&part.data, &weights[..RANGE_BYTES as usize], 0).unwrap();

@@ -15,8 +15,8 @@ use serde::Deserialize;
 use super::{
     ModelError,
     checksum::Checksums,
+    clients::{Clients, SeenHeaders},
     plan::Object,
-    s3_head::{SeenHeaders, headers_seen},
 };
 
 /// Bytes of a range, as they come.
@@ -25,7 +25,8 @@ pub type Content = BoxStream<'static, Result<Bytes, String>>;
 /// `AWS_ACCESS_KEY_ID`. Never printed.
 pub type Credentials = BTreeMap<String, String>;
 
-const CONNECT_WITHIN: Duration = Duration::from_secs(10);
+/// Longest wait for a connection.
+pub(super) const CONNECT_WITHIN: Duration = Duration::from_secs(10);
 const HUB: &str = "https://huggingface.co";
 
 /// One place that a model can be read from.
@@ -35,7 +36,7 @@ pub trait Source: Send + Sync {
     async fn list(&self) -> Result<Vec<Object>, ModelError>;
     /// Checksums of a file's content, as far as the source knows them beyond the listing.
     async fn checksums(&self, object: &Object) -> Result<Checksums, ModelError> {
-        Ok(Checksums { sha256: object.sha256.clone(), md5: object.md5.clone() })
+        Ok(Checksums { sha256: object.sha256.clone(), md5: object.md5.clone(), blake3: None })
     }
     /// A part of a file, not empty; fails where the file is not any more what was listed.
     async fn read(&self, object: &Object, range: Range<u64>) -> Result<Content, String>;
@@ -45,24 +46,24 @@ pub trait Source: Send + Sync {
 ///
 /// # Errors
 /// The scheme is not known here, or the credentials cannot be used.
-pub fn open(uri: &str, credentials: &Credentials) -> Result<Arc<dyn Source>, ModelError> {
-    // Both clients take the process's provider; another part of the program may have set it.
-    let _ = rustls::crypto::ring::default_provider().install_default();
+pub fn open(uri: &str, credentials: &Credentials, clients: &Clients) -> Result<Arc<dyn Source>, ModelError> {
     let bad = |reason: String| ModelError::Source { uri: uri.to_owned(), reason };
     let Some((scheme, rest)) = uri.split_once("://") else {
         return Err(bad("is no address; expected s3://, gs://, https://, http://, hf:// or pvc://".to_owned()));
     };
     let (first, path) = rest.split_once('/').unwrap_or((rest, ""));
+    let client = || clients.get().map_err(|error| bad(format!("no client: {error}")));
+    let opened = |store: object_store::Result<_>| store.map_err(|error| bad(error.to_string()));
     match scheme {
         "s3" => {
-            let store = |headers| s3(first, credentials, headers).map_err(|error| bad(error.to_string()));
+            let store = |checksums| opened(s3(first, credentials, checksums, clients));
             bucket(uri, store(false)?, Some(store(true)?), path)
         }
-        "gs" => bucket(uri, gcs(first, credentials).map_err(|error| bad(error.to_string()))?, None, path),
+        "gs" => bucket(uri, opened(gcs(first, credentials, clients))?, None, path),
         "https" if first.ends_with(".blob.core.windows.net") => {
             let container = path.split_once('/').map_or(path, |(container, _)| container);
             let below = path.split_once('/').map_or("", |(_, below)| below);
-            bucket(uri, azure(first, container, credentials).map_err(|error| bad(error.to_string()))?, None, below)
+            bucket(uri, opened(azure(first, container, credentials, clients))?, None, below)
         }
         "http" | "https" => Ok(Arc::new(Web { client: client()?, url: uri.to_owned() })),
         "hf" => {
@@ -84,11 +85,6 @@ pub fn open(uri: &str, credentials: &Credentials) -> Result<Arc<dyn Source>, Mod
     }
 }
 
-fn client() -> Result<reqwest::Client, ModelError> {
-    let built = reqwest::Client::builder().connect_timeout(CONNECT_WITHIN).http1_only().build();
-    built.map_err(|error| ModelError::Source { uri: String::new(), reason: format!("no client: {error}") })
-}
-
 fn options(http: bool) -> ClientOptions {
     // A whole range may take long; that bytes keep coming is watched by the fetch.
     ClientOptions::new().with_timeout_disabled().with_connect_timeout(CONNECT_WITHIN).with_allow_http(http)
@@ -105,7 +101,12 @@ fn anonymous(credentials: &Credentials) -> bool {
 }
 
 /// With `checksums`: for HEADs alone, which ask for checksums and show their answers' headers.
-fn s3(bucket: &str, credentials: &Credentials, checksums: bool) -> object_store::Result<Arc<dyn ObjectStore>> {
+fn s3(
+    bucket: &str,
+    credentials: &Credentials,
+    checksums: bool,
+    clients: &Clients,
+) -> object_store::Result<Arc<dyn ObjectStore>> {
     let mut builder = AmazonS3Builder::from_env().with_bucket_name(bucket).with_retry(retries());
     for (name, value) in credentials {
         if let Ok(key) = name.to_ascii_lowercase().parse() {
@@ -124,12 +125,15 @@ fn s3(bucket: &str, credentials: &Credentials, checksums: bool) -> object_store:
     let has_key = credentials.contains_key("AWS_ACCESS_KEY_ID") || std::env::var_os("AWS_ACCESS_KEY_ID").is_some();
     let unsigned = anonymous(credentials) || (given.is_some() && !has_key);
     builder = builder.with_skip_signature(unsigned);
-    let builder =
-        if checksums { headers_seen(builder, options(true)) } else { builder.with_client_options(options(true)) };
+    let builder = if checksums {
+        clients.headers_seen(builder, options(true))
+    } else {
+        builder.with_client_options(options(true)).with_http_connector(clients.connector())
+    };
     Ok(Arc::new(builder.build()?))
 }
 
-fn gcs(bucket: &str, credentials: &Credentials) -> object_store::Result<Arc<dyn ObjectStore>> {
+fn gcs(bucket: &str, credentials: &Credentials, clients: &Clients) -> object_store::Result<Arc<dyn ObjectStore>> {
     let mut builder = GoogleCloudStorageBuilder::from_env().with_bucket_name(bucket).with_retry(retries());
     // The names that KServe's secrets have.
     let names = ["gcloud-application-credentials.json", "GOOGLE_SERVICE_ACCOUNT_KEY"];
@@ -140,10 +144,16 @@ fn gcs(bucket: &str, credentials: &Credentials) -> object_store::Result<Arc<dyn 
         Some(key) => builder.with_service_account_key(key),
         None => builder.with_skip_signature(!own),
     };
-    Ok(Arc::new(builder.with_client_options(options(false)).build()?))
+    let builder = builder.with_client_options(options(false)).with_http_connector(clients.connector());
+    Ok(Arc::new(builder.build()?))
 }
 
-fn azure(host: &str, container: &str, credentials: &Credentials) -> object_store::Result<Arc<dyn ObjectStore>> {
+fn azure(
+    host: &str,
+    container: &str,
+    credentials: &Credentials,
+    clients: &Clients,
+) -> object_store::Result<Arc<dyn ObjectStore>> {
     let account = host.split('.').next().unwrap_or_default();
     let mut builder = MicrosoftAzureBuilder::from_env().with_account(account).with_container_name(container);
     for (name, value) in credentials {
@@ -153,7 +163,8 @@ fn azure(host: &str, container: &str, credentials: &Credentials) -> object_store
     }
     let unsigned = !credentials.keys().any(|name| name.to_ascii_uppercase().starts_with("AZ"));
     let builder = builder.with_retry(retries()).with_skip_signature(unsigned);
-    Ok(Arc::new(builder.with_client_options(options(false)).build()?))
+    let builder = builder.with_client_options(options(false)).with_http_connector(clients.connector());
+    Ok(Arc::new(builder.build()?))
 }
 
 fn bucket(

@@ -119,7 +119,7 @@ async fn what_is_on_disk_is_not_read_again() {
     let uri = format!("http://{address}/model.bin");
     let directory = tempfile::tempdir().unwrap();
     let first = models(&directory);
-    let listed = source::open(&uri, &Credentials::new()).unwrap().list().await.unwrap();
+    let listed = source::open(&uri, &Credentials::new(), &Clients::default()).unwrap().list().await.unwrap();
     let key = plan::tree_key(&uri, &listed);
     // As a process leaves it that is killed after its first range.
     let part = first.cache().part(&key, 0, listed[0].size).unwrap();

@@ -48,7 +48,7 @@ impl Tired {
     /// One that has just become ready and that the data path has not heard of.
     pub(super) fn of_loaded(begin: Option<Begin>, paths: Option<SleepPaths>) -> Self {
         let (from, began) = match begin {
-            Some(Begin::Started(Cold { rung, began })) => (rung, Some(began)),
+            Some(Begin::Started(Cold { look, began, .. })) => (look.rung(), Some(began)),
             _ => (Rung::Serving, None),
         };
         Self { offered: false, paths, from: Some(from), began }

@@ -11,6 +11,7 @@ use super::{
     asleep::Tired,
     failure::{Failure, UNHEALTHY},
     health::{Health, Unhealthy},
+    question::{Question, Refusal},
     replica::{End, Life, Stage, TIMEOUT, duration, told},
     rung::{Cold, transition},
 };
@@ -21,9 +22,9 @@ use crate::{
 
 /// Until it is ready it is asked again after one part in so many of the time that it has taken so far: what
 /// the questions add to its start is small beside it.
-const PART_OF_START: u32 = 100;
-/// But not sooner than this.
-const SHORTEST_PAUSE: Duration = Duration::from_millis(5);
+const PART_OF_START: u32 = 200;
+/// But not sooner than this, and not sooner than the last question took.
+const SHORTEST_PAUSE: Duration = Duration::from_millis(2);
 
 /// How a replica came to be awake.
 pub(super) enum Begin {
@@ -43,10 +44,18 @@ impl Begin {
         matches!(self, Self::Woken(_) | Self::Kept)
     }
 
-    /// What has come to its end now that it is ready.
-    fn transition(&self) -> Option<Transition> {
+    /// What is still to be asked before it may become ready.
+    fn question(&mut self) -> Question {
         match self {
-            Self::Started(Cold { rung, began }) => Some(transition(*rung, Rung::Serving, began.elapsed())),
+            Self::Started(cold) => std::mem::take(&mut cold.question),
+            Self::Adopted | Self::Woken(_) | Self::Kept => Question::default(),
+        }
+    }
+
+    /// What has come to its end now that it is ready.
+    fn transition(self) -> Option<Transition> {
+        match self {
+            Self::Started(Cold { look, began, .. }) => Some(transition(look.rung(), Rung::Serving, began.elapsed())),
             Self::Woken(told) => Some(transition(Rung::Asleep, Rung::Serving, told.elapsed())),
             Self::Adopted | Self::Kept => None,
         }
@@ -80,13 +89,13 @@ impl Readiness {
         if self.has_loaded { Duration::ZERO } else { self.prober.initial_delay() }
     }
 
-    /// Before the next one.
-    fn pause(&self) -> Duration {
+    /// Before the next one; the last one took so long.
+    fn pause(&self, took: Duration) -> Duration {
         let period = self.prober.period(self.ready);
         if self.ready {
             return period;
         }
-        (self.since.elapsed() / PART_OF_START).max(SHORTEST_PAUSE).min(period)
+        (self.since.elapsed() / PART_OF_START).max(SHORTEST_PAUSE).max(took).min(period)
     }
 
     /// True where it has become ready.
@@ -114,7 +123,7 @@ impl Readiness {
 
 impl Life {
     /// Probes a running replica, and tells the data path, until it is to sleep. `span` ends when it is ready.
-    pub(super) async fn awake(&mut self, running: &Running, begin: Begin, span: Span) -> Result<Stage, End> {
+    pub(super) async fn awake(&mut self, running: &Running, mut begin: Begin, span: Span) -> Result<Stage, End> {
         // One that is kept is still told to drain, and ready in a moment.
         let mut offered = matches!(begin, Begin::Kept);
         if !offered {
@@ -128,7 +137,11 @@ impl Life {
         }
         let mut spans = Some((info_span!(parent: &span, "replica.load", otel.kind = "internal"), span));
         let container = running.assignment.container.clone().unwrap_or_default();
-        let (started, mut has_started) = watch::channel(false);
+        let (started, has_started) = watch::channel(false);
+        let (confirm, confirmed) = watch::channel(false);
+        let mut gates = Gates { has_started, confirmed };
+        let refused = begin.question().refused(confirm);
+        tokio::pin!(refused);
         let health = Health::new(&container, running, &self.runtime);
         let unhealthy = if begin.has_loaded() { health.of_started() } else { health }.fails(started);
         tokio::pin!(unhealthy);
@@ -149,9 +162,11 @@ impl Life {
                     return Ok(Stage::Tired(Tired::of_ready(desired.assignment.sleep_paths)));
                 }
                 why = &mut unhealthy => return Err(End::Failed(self.restart(running, why).await)),
-                answer = ask(&readiness.prober, pause, &mut has_started) => answer,
+                refusal = &mut refused => return Err(self.refused(running, refusal).await),
+                answer = gates.ask(&readiness.prober, pause) => answer,
             };
-            match answer {
+            let took = answer.took;
+            match answer.said {
                 Ok(()) => {
                     if readiness.succeeded() {
                         // What follows is no part of the start.
@@ -162,7 +177,7 @@ impl Life {
                             return Ok(Stage::Tired(Tired::of_loaded(begin, assignment.sleep_paths)));
                         }
                         offered = true;
-                        self.ready(running, begin.as_ref().and_then(Begin::transition));
+                        self.ready(running, begin.and_then(Begin::transition));
                     }
                 }
                 Err(reason) => {
@@ -175,7 +190,7 @@ impl Life {
                     }
                 }
             }
-            pause = readiness.pause();
+            pause = readiness.pause(took);
         }
     }
 
@@ -184,6 +199,19 @@ impl Life {
         self.endpoints.not_ready(&running.replica);
         self.update(|status| status.set_phase(ReplicaPhase::Starting));
         self.give_up(running, Failure { reason: UNHEALTHY, message: why.message, exit_code: None }, why.grace).await
+    }
+
+    /// Ends a replica that has started with a model that it may not have.
+    async fn refused(&self, running: &Running, refusal: Refusal) -> End {
+        match refusal {
+            Refusal::Failed(failure) => End::Failed(self.give_up(running, failure, None).await),
+            Refusal::Changed { uri } => {
+                info!(replica = %running.replica, %uri, "the model has changed in its store; starts anew");
+                self.update(|status| status.message = format!("{uri} has changed in its store; starts anew"));
+                self.runtime.stop(running, self.grace()).await;
+                End::Anew
+            }
+        }
     }
 
     fn ready(&self, running: &Running, transition: Option<Transition>) {
@@ -225,13 +253,42 @@ impl Life {
     }
 }
 
-async fn ask(prober: &Prober, pause: Duration, has_started: &mut watch::Receiver<bool>) -> Result<(), String> {
-    // An error means that the container is about to be restarted.
-    if has_started.wait_for(|started| *started).await.is_err() {
+/// What a replica must have behind it before it may be ready.
+struct Gates {
+    /// Its startup probe.
+    has_started: watch::Receiver<bool>,
+    /// The question whether its models are still the right ones.
+    confirmed: watch::Receiver<bool>,
+}
+
+impl Gates {
+    /// Asks the readiness probe after `pause`. A success counts once all else is behind the replica, too.
+    async fn ask(&mut self, prober: &Prober, pause: Duration) -> Answer {
+        passed(&mut self.has_started).await;
+        tokio::time::sleep(pause).await;
+        let asked = Instant::now();
+        let said = prober.ask().await;
+        let took = asked.elapsed();
+        if said.is_ok() {
+            passed(&mut self.confirmed).await;
+        }
+        Answer { said, took }
+    }
+}
+
+/// What a readiness probe has said.
+struct Answer {
+    said: Result<(), String>,
+    /// How long it took to say so.
+    took: Duration,
+}
+
+/// Waits for true.
+async fn passed(gate: &mut watch::Receiver<bool>) {
+    // An error means that the container is about to be stopped.
+    if gate.wait_for(|passed| *passed).await.is_err() {
         std::future::pending::<()>().await;
     }
-    tokio::time::sleep(pause).await;
-    prober.ask().await
 }
 
 #[cfg(test)]
@@ -265,27 +322,32 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn it_is_asked_after_a_hundredth_of_the_time_it_has_taken() {
+    async fn it_is_asked_after_a_small_part_of_the_time_it_has_taken() {
         let mut woken = readiness(&Begin::Woken(Instant::now()), None);
         assert_eq!(woken.first_pause(), Duration::ZERO);
-        assert_eq!(woken.pause(), Duration::from_millis(5));
+        assert_eq!(woken.pause(Duration::ZERO), Duration::from_millis(2));
         tokio::time::advance(Duration::from_secs(2)).await;
-        assert_eq!(woken.pause(), Duration::from_millis(20));
+        assert_eq!(woken.pause(Duration::ZERO), Duration::from_millis(10));
+        let dear = Duration::from_millis(30);
+        assert_eq!(woken.pause(dear), dear, "such as a command in a container");
         let slow = readiness(&Begin::Woken(Instant::now()), Some(1));
         tokio::time::advance(Duration::from_secs(60)).await;
-        assert_eq!(woken.pause(), Duration::from_millis(50), "no less often than the probe says");
-        assert_eq!(slow.pause(), Duration::from_millis(600));
+        assert_eq!(woken.pause(Duration::ZERO), Duration::from_millis(50), "no less often than the probe says");
+        assert_eq!(slow.pause(Duration::ZERO), Duration::from_millis(300));
         assert!(!woken.failed() && !woken.succeeded() && woken.succeeded(), "its threshold is 2");
-        assert_eq!(woken.pause(), Duration::from_secs(10));
+        assert_eq!(woken.pause(Duration::ZERO), Duration::from_secs(10));
 
         let mut kept = readiness(&Begin::Kept, None);
         assert_eq!(kept.first_pause(), Duration::ZERO);
         assert!(kept.succeeded(), "once is enough");
         assert!(!kept.failed() && !kept.failed() && kept.failed());
-        assert_eq!(kept.pause(), Duration::from_millis(5), "it may be back at any moment");
+        assert_eq!(kept.pause(Duration::ZERO), Duration::from_millis(2), "it may be back at any moment");
         assert!(!kept.succeeded() && kept.succeeded(), "from then on as any other");
 
         let started = readiness(&Begin::Adopted, None);
-        assert_eq!((started.first_pause(), started.pause()), (Duration::from_secs(9), Duration::from_millis(5)));
+        assert_eq!(
+            (started.first_pause(), started.pause(Duration::ZERO)),
+            (Duration::from_secs(9), Duration::from_millis(2))
+        );
     }
 }

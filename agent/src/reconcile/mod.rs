@@ -9,6 +9,7 @@ pub(crate) mod backoff;
 mod failure;
 mod health;
 mod models;
+mod question;
 mod replica;
 mod rung;
 #[cfg(test)]

@@ -2,11 +2,11 @@
 
 use std::{collections::HashSet, path::PathBuf};
 
-use pilotlight_proto::fleet::v1::{ReplicaAssignment, ReplicaPhase};
+use pilotlight_proto::fleet::v1::{ModelMount, ReplicaAssignment, ReplicaPhase};
 
 use super::Statuses;
 use crate::{
-    models::{ModelError, Models, Progress, source::Credentials},
+    models::{ModelError, Models, Progress, Version, source::Credentials},
     runtime::Mount,
 };
 
@@ -21,6 +21,32 @@ pub(super) struct Got {
     pub(super) fetched: bool,
 }
 
+impl Got {
+    fn add(&mut self, model: &ModelMount, source: PathBuf, target: &str) {
+        let target = target.trim_end_matches('/').to_owned();
+        self.mounts.push(Mount { source, target, read_only: model.read_only });
+    }
+
+    /// Adds a model that lies in a volume of the node, where it stays. False where it is none.
+    fn add_volume(&mut self, models: &Models, namespace: &str, model: &ModelMount) -> Result<bool, ModelError> {
+        if !model.uri.starts_with("pvc://") {
+            return Ok(false);
+        }
+        let (root, below) = models.volume(namespace, &model.uri)?;
+        self.add(model, below.clone(), &model.mount_path);
+        if !model.claim_root.is_empty() {
+            self.add(model, root, &model.claim_root);
+        }
+        self.folders.push(below);
+        Ok(true)
+    }
+
+    fn add_folder(&mut self, model: &ModelMount, folder: PathBuf) {
+        self.add(model, folder.clone(), &model.mount_path);
+        self.folders.push(folder);
+    }
+}
+
 /// Has all models of a replica in place, one after another.
 pub(super) async fn fetch(
     models: &Models,
@@ -32,21 +58,9 @@ pub(super) async fn fetch(
         if !model.unresolved.is_empty() {
             return Err(ModelError::Source { uri: model.uri.clone(), reason: model.unresolved.clone() });
         }
-        let mut add = |source, target: &str| {
-            let target = target.trim_end_matches('/').to_owned();
-            got.mounts.push(Mount { source, target, read_only: model.read_only });
-        };
-        if model.uri.starts_with("pvc://") {
-            let (root, below) = models.volume(&assignment.namespace, &model.uri)?;
-            add(below.clone(), &model.mount_path);
-            if !model.claim_root.is_empty() {
-                add(root, &model.claim_root);
-            }
-            got.folders.push(below);
+        if got.add_volume(models, &assignment.namespace, model)? {
             continue;
         }
-        let credentials: Credentials =
-            model.credentials.iter().map(|given| (given.name.clone(), given.value.clone())).collect();
         let tell = |progress: Progress| {
             statuses.update(&assignment.replica, |status| {
                 status.set_phase(ReplicaPhase::Fetching);
@@ -57,12 +71,33 @@ pub(super) async fn fetch(
             });
         };
         let here = whole(models);
-        let folder = models.ensure_from(&model.uri, &credentials, &model.peers, tell).await?;
-        add(folder.clone(), &model.mount_path);
+        let folder = models.ensure_from(&model.uri, &credentials(model), &model.peers, tell).await?;
         got.fetched |= !here.contains(&folder);
-        got.folders.push(folder);
+        got.add_folder(model, folder);
     }
     Ok(got)
+}
+
+/// All models of a replica as they were when it, or another one with the same credentials, had them last:
+/// no store is asked. `None` where one is not here, or was not asked for since this process began.
+pub(super) fn as_before(models: &Models, assignment: &ReplicaAssignment) -> Option<(Got, Vec<Version>)> {
+    let (mut got, mut versions) = (Got::default(), Vec::new());
+    for model in &assignment.models {
+        if !model.unresolved.is_empty() {
+            return None;
+        }
+        if got.add_volume(models, &assignment.namespace, model).ok()? {
+            continue;
+        }
+        let (version, folder) = models.before(&model.uri, &credentials(model))?;
+        got.add_folder(model, folder);
+        versions.push(version);
+    }
+    Some((got, versions))
+}
+
+fn credentials(model: &ModelMount) -> Credentials {
+    model.credentials.iter().map(|given| (given.name.clone(), given.value.clone())).collect()
 }
 
 /// Folders of all models that are here whole.

@@ -15,7 +15,8 @@ use super::{
     backoff::CrashBackoff,
     failure::{Failure, SLEEP_FAILED, in_backoff},
     models,
-    rung::{self, Cold},
+    question::Question,
+    rung::{Cold, Look},
     way_back::WayBack,
 };
 use crate::{
@@ -63,6 +64,8 @@ pub(super) enum Stage {
 pub(super) enum End {
     /// It is to leave.
     Leave,
+    /// It has been stopped, to start again at once with what is right now.
+    Anew,
     /// Nothing runs any more.
     Failed(Failure),
 }
@@ -94,6 +97,7 @@ impl Life {
             let failure = match started {
                 Ok((running, begin)) => match self.tend(&running, begin, span).await {
                     End::Leave => return self.leave(&running).await,
+                    End::Anew => continue,
                     End::Failed(failure) => failure,
                 },
                 Err(failure) => failure,
@@ -149,10 +153,15 @@ impl Life {
             let image = assignment.container.as_ref().map_or("", |container| &container.image);
             models.settled(image).await;
             let pulled = runtime.prepare(&assignment, &say).await.map_err(|error| Failure::of_error(&error))?;
-            let got = models::fetch(&models, &assignment, &statuses).await;
-            let got = got.map_err(|error| Failure::of_model(&error))?;
-            let rung = rung::before_start(pulled || got.fetched, &got.folders).await;
-            Ok((got.mounts, Cold { rung, began }))
+            let (got, versions) = match models::as_before(&models, &assignment) {
+                Some(before) => before,
+                None => {
+                    let got = models::fetch(&models, &assignment, &statuses).await;
+                    (got.map_err(|error| Failure::of_model(&error))?, Vec::new())
+                }
+            };
+            let look = Look::begin(pulled || got.fetched, got.folders);
+            Ok((got.mounts, Cold { look, began, question: Question(versions) }))
         };
         let got = tokio::select! {
             got = getting.instrument(span.clone()) => got,
@@ -236,7 +245,7 @@ impl Life {
         failure
     }
 
-    fn grace(&self) -> Duration {
+    pub(super) fn grace(&self) -> Duration {
         let container = self.assignment().container;
         container.and_then(|container| duration(container.termination_grace_period)).unwrap_or(GRACE)
     }

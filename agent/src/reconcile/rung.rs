@@ -7,20 +7,45 @@ use std::{
 
 use pilotlight_proto::fleet::v1::{Rung, Transition};
 use prost_types::Timestamp;
-use tokio::time::Instant;
+use tokio::{sync::oneshot, time::Instant};
 
+use super::question::Question;
 use crate::warmth::page_cache;
 
-/// Longest look at the page cache before a start; it takes some milliseconds per GiB.
-const LOOK: Duration = Duration::from_millis(200);
+/// Longest look at the page cache beside a start; it takes some milliseconds per GiB.
+const LOOK: Duration = Duration::from_secs(10);
 
 /// A start from below.
-#[derive(Debug, Clone, Copy)]
 pub(super) struct Cold {
     /// Where it began.
-    pub(super) rung: Rung,
+    pub(super) look: Look,
     /// When.
     pub(super) began: Instant,
+    /// What is still to be asked of the models that it starts with.
+    pub(super) question: Question,
+}
+
+/// The rung from which a start begins. Nothing waits for it: the pages are looked at while the process starts,
+/// and faster than it reads them.
+pub(super) struct Look(oneshot::Receiver<Rung>);
+
+impl Look {
+    /// Looks at the rung of a replica that is about to be started. `fetched`: something of it was not on the
+    /// node. `folders` are those of its models.
+    pub(super) fn begin(fetched: bool, folders: Vec<PathBuf>) -> Self {
+        let (tell, told) = oneshot::channel();
+        tokio::spawn(async move {
+            let rung = if fetched { Rung::Absent } else { on_disk(&folders).await };
+            // One that is not started after all does not ask.
+            let _ = tell.send(rung);
+        });
+        Self(told)
+    }
+
+    /// What was seen; where that was not done in time, models count as not in the page cache.
+    pub(super) fn rung(mut self) -> Rung {
+        self.0.try_recv().unwrap_or(Rung::Cached)
+    }
 }
 
 /// A change of rung that has just come to its end.
@@ -33,15 +58,11 @@ pub(super) fn transition(from: Rung, to: Rung, took: Duration) -> Transition {
     }
 }
 
-/// The rung of a replica that is about to be started. `fetched`: something of it was not on the node.
-/// `folders` are those of its models. Where the page cache does not tell in time, they count as not in it.
-pub(super) async fn before_start(fetched: bool, folders: &[PathBuf]) -> Rung {
-    if fetched {
-        return Rung::Absent;
-    }
+/// Whether models that are on the disk are wholly in the page cache.
+async fn on_disk(folders: &[PathBuf]) -> Rung {
     let all_resident = async {
         for folder in folders {
-            if !page_cache::residency(folder).await.is_ok_and(|residency| residency.whole()) {
+            if !page_cache::is_resident(folder).await.unwrap_or_default() {
                 return false;
             }
         }
@@ -69,12 +90,11 @@ mod tests {
         let folders = [folder.path().to_owned()];
         let cache = std::sync::Arc::new(PageCache::new(8 << 20));
         cache.unstage(&folders[0]).await.unwrap();
-        assert_eq!(before_start(false, &folders).await, Rung::Cached);
+        assert_eq!(on_disk(&folders).await, Rung::Cached);
         cache.stage(&folders[0]).await.unwrap();
-        assert_eq!(before_start(false, &folders).await, Rung::Staged);
-        assert_eq!(before_start(true, &folders).await, Rung::Absent);
+        assert_eq!(on_disk(&folders).await, Rung::Staged);
         let with_another = [folders[0].clone(), "/nowhere".into()];
-        assert_eq!(before_start(false, &with_another).await, Rung::Cached);
-        assert_eq!(before_start(false, &[]).await, Rung::Cached, "there is nothing that could be staged");
+        assert_eq!(on_disk(&with_another).await, Rung::Cached);
+        assert_eq!(on_disk(&[]).await, Rung::Cached, "there is nothing that could be staged");
     }
 }

@@ -38,7 +38,7 @@ fn replica(asleep: bool) -> ReplicaAssignment {
 }
 
 impl Node {
-    fn tell(&self, replicas: impl IntoIterator<Item = ReplicaAssignment>) {
+    pub(super) fn tell(&self, replicas: impl IntoIterator<Item = ReplicaAssignment>) {
         let replicas = replicas.into_iter().collect();
         let version = self.reconciler.lock().version.unwrap_or(0) + 1;
         self.reconciler.assign(Assignment { version, replicas, ..Default::default() });

@@ -47,6 +47,8 @@ pub(super) struct Fake {
     pub(super) pausing: Mutex<Pausing>,
     /// What has been done, in order: "start", "pause", "resume", and the marks in between.
     pub(super) done: Mutex<Vec<&'static str>>,
+    /// Folders of the models of each start.
+    pub(super) folders: Mutex<Vec<Vec<PathBuf>>>,
 }
 
 impl Fake {
@@ -86,9 +88,10 @@ impl Fake {
 
 #[async_trait]
 impl Runtime for Fake {
-    async fn start(&self, assignment: &ReplicaAssignment, _: &[Mount]) -> Result<Running, RuntimeError> {
+    async fn start(&self, assignment: &ReplicaAssignment, mounts: &[Mount]) -> Result<Running, RuntimeError> {
         let assignment = assignment.clone();
         self.did("start");
+        self.folders.lock().unwrap().push(mounts.iter().map(|mount| mount.source.clone()).collect());
         self.ends.lock().unwrap().insert(assignment.replica.clone(), CancellationToken::new());
         Ok(self.running(assignment))
     }
@@ -310,6 +313,7 @@ impl Node {
             marks: Mutex::new(marks),
             pausing: Mutex::new(Pausing::Works),
             done: Mutex::default(),
+            folders: Mutex::default(),
         });
         let sidecar = Sidecar::new();
         let queue = sidecar.revision(KEY);

@@ -1,8 +1,7 @@
 //! What is kept on disk of each replica, so that a later agent process finds it again.
 
 use std::{
-    fs,
-    io::{self, Write as _},
+    fs, io,
     path::{Path, PathBuf},
 };
 
@@ -87,15 +86,14 @@ impl Directories {
         Ok(directory)
     }
 
-    /// Writes the record whole or not at all.
+    /// Writes the record whole or not at all. This is on the way of starting, so it is not forced onto the
+    /// disk: what ends the machine ends its replicas, too, and a record that is not whole is none.
     pub(super) fn write(&self, replica: &str, state: &ReplicaState) -> Result<(), RuntimeError> {
         let directory = self.make(replica)?;
         let path = directory.join(STATE);
         let write = || -> io::Result<()> {
             let mut file = tempfile::NamedTempFile::new_in(&directory)?;
             serde_json::to_writer(&mut file, state)?;
-            file.flush()?;
-            file.as_file().sync_all()?;
             file.persist(&path).map_err(|error| error.error)?;
             Ok(())
         };

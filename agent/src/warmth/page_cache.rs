@@ -180,6 +180,24 @@ pub async fn residency(folder: &Path) -> Result<Residency, StageError> {
     blocking(move || measure(&model_files(&folder)?)).await
 }
 
+/// True where every page of a folder is in the page cache now. Looks no further than the first file of which
+/// that is not true.
+///
+/// # Errors
+/// A file cannot be read.
+pub async fn is_resident(folder: &Path) -> Result<bool, StageError> {
+    let folder = folder.to_owned();
+    blocking(move || {
+        for file in model_files(&folder)? {
+            if !measure(&[file])?.whole() {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    })
+    .await
+}
+
 async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, StageError> + Send + 'static,
 ) -> Result<T, StageError> {
