@@ -7,7 +7,7 @@
 //! SHA-256, by which it keeps it, syncs all and makes the model appear by one rename. Each round fetches into fresh
 //! folders of one disk; the server's files are in the page cache for both.
 //!
-//! `MODEL_MIB` is another size than 2048, `ROUNDS` another number of rounds than 5; `rclone` is Debian's.
+//! `MODEL_MIB` is another size than 2048, `ROUNDS` another number of rounds than 6; `rclone` is Debian's.
 #![allow(clippy::print_stdout, reason = "its table is what a benchmark is for")]
 
 use std::{
@@ -105,7 +105,7 @@ fn main() {
         return;
     };
     let _ = rustls::crypto::ring::default_provider().install_default();
-    let (mib, rounds) = (from_environment("MODEL_MIB", 2048), from_environment("ROUNDS", 5));
+    let (mib, rounds) = (from_environment("MODEL_MIB", 2048), from_environment("ROUNDS", 6));
     let bytes = (mib << 20) / SHARDS;
     // By these names a profiler tells the two sides apart.
     let named =
@@ -115,22 +115,32 @@ fn main() {
     runtime.block_on(upload_model(&server, bytes));
     let mut own = Vec::new();
     let mut others = FLAGS.map(|_| [Vec::new(), Vec::new()]);
-    for round in 0..rounds {
+    for round in 0..rounds as usize {
         let fresh = tempfile::tempdir().unwrap();
-        settle();
-        let (took, folder) = runtime.block_on(ours(&server, &fresh.path().join("pilotlight")));
-        own.push(took);
-        print!("round {round}: pilotlight {took:.2?}");
-        for (number, (_, flags)) in FLAGS.iter().enumerate() {
-            let directory = fresh.path().join(format!("rclone-{number}"));
+        let (mut folder, mut theirs) = (PathBuf::new(), Vec::new());
+        print!("round {round}:");
+        // Each is first, and last, as often as the others.
+        for turn in 0..=FLAGS.len() {
             settle();
-            let [ended, synced] = rclone(&server, flags, &directory);
-            others[number][0].push(ended);
-            others[number][1].push(synced);
-            same(&folder, &directory.join("large"), bytes);
-            print!(", rclone {ended:.2?} and synced {synced:.2?}");
+            match (turn + round) % (FLAGS.len() + 1) {
+                0 => {
+                    let (took, at) = runtime.block_on(ours(&server, &fresh.path().join("pilotlight")));
+                    own.push(took);
+                    folder = at;
+                    print!(" pilotlight {took:.2?},");
+                }
+                number => {
+                    let directory = fresh.path().join(format!("rclone-{number}"));
+                    let [ended, synced] = rclone(&server, FLAGS[number - 1].1, &directory);
+                    others[number - 1][0].push(ended);
+                    others[number - 1][1].push(synced);
+                    print!(" rclone {ended:.2?} and synced {synced:.2?},");
+                    theirs.push(directory.join("large"));
+                }
+            }
         }
         println!();
+        theirs.iter().for_each(|theirs| same(&folder, theirs, bytes));
     }
     println!("\n{}", String::from_utf8_lossy(&version.stdout).lines().next().unwrap_or_default());
     println!("{mib} MiB in {SHARDS} files from s3s-fs on loopback, median of {rounds} interleaved rounds:\n");
