@@ -5,6 +5,7 @@
 //! blobs/<name>              each content once, by its SHA-256 or `blake3-` and its BLAKE3
 //! trees/<key>/files/…       a whole model; appears by one rename
 //! trees/<key>/tree.json     what it is; its time of change is when it was last used
+//! trees/<key>/unsettled     until all of it is on the disk: the boot of the machine that has it in memory
 //! trees/<key>/pinned        where an operator keeps it: it is not removed
 //! partial/<key>/uri         which model is being fetched
 //! partial/<key>/<n>.data    file n of a model that is being fetched
@@ -23,7 +24,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::plan::Object;
+use super::{plan::Object, settle};
 
 /// Name of the file with a model's address beside what came of it.
 const ORIGIN: &str = "uri";
@@ -62,6 +63,7 @@ impl Cache {
             fs::create_dir_all(root.join(name))?;
         }
         let cache = Self { root };
+        cache.drop_unsettled(settle::boot_id().as_deref())?;
         cache.sweep()?;
         Ok(cache)
     }
@@ -106,7 +108,7 @@ impl Cache {
         self.root.join("blobs").join(name)
     }
 
-    fn tree(&self, key: &str) -> PathBuf {
+    pub(super) fn tree(&self, key: &str) -> PathBuf {
         self.root.join("trees").join(key)
     }
 
@@ -163,11 +165,12 @@ impl Cache {
         Ok(about.len())
     }
 
-    /// Makes a model visible, whole: a folder of links is staged, synced, and renamed into place.
+    /// Makes a model visible, whole: a folder of links is staged, synced, and renamed into place. `boot`: what
+    /// the links lead to is not on the disk yet ([`super::settle`]).
     ///
     /// # Errors
     /// The disk refuses, or a blob is not there.
-    pub fn publish(&self, key: &str, record: &TreeRecord) -> io::Result<PathBuf> {
+    pub fn publish(&self, key: &str, record: &TreeRecord, boot: Option<&str>) -> io::Result<PathBuf> {
         let staged = self.partial(key).join("tree");
         match fs::remove_dir_all(&staged) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
@@ -185,6 +188,9 @@ impl Cache {
         let mut file = File::create(staged.join("tree.json"))?;
         file.write_all(&serde_json::to_vec(record)?)?;
         file.sync_all()?;
+        if let Some(boot) = boot {
+            settle::mark(&staged, boot)?;
+        }
         File::open(&staged)?.sync_all()?;
         let tree = self.root.join("trees").join(key);
         if !tree.exists() {

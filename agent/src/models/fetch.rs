@@ -24,10 +24,11 @@ use super::{
     archive::{self, ArchiveError},
     cache::{Cache, TreeRecord},
     checksum::{self, Checksums, Mismatch},
-    landing::{File, Landing, Runway},
+    landing::{File, Landing, Runway, Syncing},
     peers::{Ask, PATIENCE, Peers, Refusal},
     plan::{self, Object, RANGE_BYTES},
     room::Room,
+    settle,
     source::{Content, Source},
 };
 
@@ -111,20 +112,38 @@ impl Fetch {
             Some(ask) => Peers::find(ask, &self.peers, &key, &objects).await.map(Arc::new),
             None => None,
         };
-        let (plan, found) = loop {
+        let (plan, found, syncing) = loop {
             let plan = self.plan(&key, &objects, peers.as_deref())?;
             let begun = Instant::now();
-            let found = self.content(&plan.files, peers.take()).await?;
+            let (found, syncing) = self.content(&plan.files, peers.take()).await?;
             if self.fits(&key, &plan.files, &found)? {
                 info!(uri = %self.uri, bytes = total, took = ?begun.elapsed(), "model fetched");
-                break (plan, found);
+                break (plan, found, syncing);
+            }
+            syncing.ended().await.map_err(|error| self.disk(error))?;
+        };
+        self.show(Arrival { uri: self.uri.clone(), key: key.clone(), objects, plan, found, boot: None }, syncing)
+            .await?;
+        Ok(key)
+    }
+
+    /// Makes a model visible, whose bytes go on to the disk meanwhile.
+    async fn show(&self, mut arrival: Arrival, syncing: Syncing) -> Result<(), ModelError> {
+        arrival.boot = settle::boot_id();
+        let syncing = match &arrival.boot {
+            Some(_) => Some(syncing),
+            None => {
+                syncing.ended().await.map_err(|error| self.disk(error))?;
+                None
             }
         };
-        let (cache, room, uri, name) = (self.cache.clone(), self.room.clone(), self.uri.clone(), key.clone());
-        let published =
-            tokio::task::spawn_blocking(move || publish(&cache, &room, &uri, &name, objects, &plan, found)).await;
+        let (cache, room, key) = (self.cache.clone(), self.room.clone(), arrival.key.clone());
+        let published = tokio::task::spawn_blocking(move || arrival.publish(&cache, &room)).await;
         published.unwrap_or_else(|error| Err(self.disk(io::Error::other(error))))?;
-        Ok(key)
+        if let Some(syncing) = syncing {
+            tokio::spawn(settle::settle(self.cache.clone(), self.room.clone(), key, syncing));
+        }
+        Ok(())
     }
 
     /// Opens the files that are not here. Once other nodes are asked for one, what they say of it is noted.
@@ -152,13 +171,13 @@ impl Fetch {
         Ok(Plan { files: Arc::new(files), known })
     }
 
-    /// Has all files on disk, and gives their checksums. Each range is a task of its own: one task for all of
+    /// Has all files in place, on their way to the disk, and gives their checksums. Each range is a task of its own: one task for all of
     /// them would have no more than one processor.
     async fn content(
         self: &Arc<Self>,
         files: &Arc<Vec<File>>,
         peers: Option<Arc<Peers>>,
-    ) -> Result<Vec<Checksums>, ModelError> {
+    ) -> Result<(Vec<Checksums>, Syncing), ModelError> {
         let (runway, landing) = Landing::start(files);
         let places = files.iter().enumerate();
         let ranges: Vec<(usize, Range<u64>)> = places
@@ -178,9 +197,13 @@ impl Fetch {
             .await;
         // Tasks that were cut off give theirs back.
         drop(runway);
-        // Where the disk is to blame, it says more.
-        let found = landing.finish().await.map_err(|error| self.disk(error))?;
-        came.map(|()| found)
+        let (found, syncing) = landing.hashed().await;
+        if let Err(why) = came {
+            // Where the disk is to blame, it says more; and what came is noted.
+            syncing.ended().await.map_err(|error| self.disk(error))?;
+            return Err(why);
+        }
+        Ok((found.map_err(|error| self.disk(error))?, syncing))
     }
 
     /// Has one range on disk, and lets it be synced and hashed.
@@ -339,25 +362,33 @@ enum Trouble {
     Source(String),
 }
 
-/// Takes in what came and makes it visible.
-fn publish(
-    cache: &Cache,
-    room: &Room,
-    uri: &str,
-    key: &str,
+/// A model all of whose bytes have come.
+struct Arrival {
+    uri: String,
+    key: String,
     objects: Vec<Object>,
-    plan: &Plan,
+    plan: Plan,
     found: Vec<Checksums>,
-) -> Result<(), ModelError> {
-    let files = plan.files.iter().zip(found);
-    let came: Vec<_> = files.map(|(file, found)| (file.part.path.clone(), found.name().unwrap_or_default())).collect();
-    if let (Some(kind), [(path, _)]) = (archive::kind(uri), came.as_slice()) {
-        return unpack(cache, room, uri, key, kind, path, &objects);
+    /// This boot, where it is still to be synced.
+    boot: Option<String>,
+}
+
+impl Arrival {
+    /// Takes in what came and makes it visible. Blocks.
+    fn publish(self, cache: &Cache, room: &Room) -> Result<(), ModelError> {
+        let Self { uri, key, objects, plan, found, boot } = self;
+        let files = plan.files.iter().zip(found);
+        let came: Vec<_> =
+            files.map(|(file, found)| (file.part.path.clone(), found.name().unwrap_or_default())).collect();
+        if let (Some(kind), [(path, _)]) = (archive::kind(&uri), came.as_slice()) {
+            return unpack(cache, room, &uri, &key, kind, path, &objects);
+        }
+        let mut new = came.iter().map(|(_, name)| name.clone());
+        let blobs = plan.known.iter().filter_map(|known| known.clone().or_else(|| new.next())).collect();
+        let record = TreeRecord { uri: uri.clone(), objects, blobs };
+        let published = room.publish(&key, &record, &came, boot.as_deref());
+        published.map_err(|error| ModelError::Disk { uri, error })
     }
-    let mut new = came.iter().map(|(_, name)| name.clone());
-    let blobs = plan.known.iter().filter_map(|known| known.clone().or_else(|| new.next())).collect();
-    let record = TreeRecord { uri: uri.to_owned(), objects, blobs };
-    room.publish(key, &record, &came).map_err(|error| ModelError::Disk { uri: uri.to_owned(), error })
 }
 
 /// The model is what is in the archive.
@@ -401,5 +432,6 @@ fn unpack(
     }
     let blobs = came.iter().map(|(_, name)| name.clone()).collect();
     let record = TreeRecord { uri: uri.to_owned(), objects, blobs };
-    room.publish(key, &record, &came).map_err(disk)
+    // Each file is synced as it is unpacked.
+    room.publish(key, &record, &came, None).map_err(disk)
 }

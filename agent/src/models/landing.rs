@@ -14,7 +14,9 @@ use super::{
 };
 
 /// Ranges that wait to be synced, at most: beyond them the disk sets the pace, and not memory.
-const UNSYNCED: usize = 16;
+const UNSYNCED: usize = 64;
+/// Of these, synced at once and noted then: what a crash costs.
+const BATCH: usize = 16;
 /// Threads that hash, at most; one does what a fast network brings, unless there is an MD5 to compute, too.
 const HASHERS: usize = 4;
 /// Bytes hashed at once.
@@ -53,7 +55,7 @@ pub(super) struct Runway {
 
 impl Runway {
     /// A range is written. Waits while too many are not synced; false: the disk refuses, and
-    /// [`Landing::finish`] says why.
+    /// [`Syncing::ended`] says why.
     pub(super) async fn written(&self, file: usize, start: u64) -> bool {
         let hashes = self.to_hash[file % self.to_hash.len()].send((file, start)).is_ok();
         self.to_sync.send((file, start)).await.is_ok() && hashes
@@ -62,7 +64,7 @@ impl Runway {
 
 /// Takes care of ranges that are written.
 pub(super) struct Landing {
-    syncing: Outcome<()>,
+    syncing: Syncing,
     hashing: Vec<Outcome<Vec<(usize, Checksums)>>>,
 }
 
@@ -79,23 +81,40 @@ impl Landing {
             (to_hash, apart(move || hash(&files, thread, threads, written)))
         });
         let (to_hash, hashing) = hashers.unzip();
-        (Runway { to_sync, to_hash }, Self { syncing, hashing })
+        (Runway { to_sync, to_hash }, Self { syncing: Syncing(syncing), hashing })
     }
 
-    /// Waits until every [`Runway`] is gone and all that was written is synced and noted, and gives each file's
-    /// checksums: its MD5 only where the source gave one. Those of files that are not whole say nothing.
+    /// Waits until every [`Runway`] is gone and all that was written is hashed, and gives each file's checksums:
+    /// its MD5 only where the source gave one. Those of files that are not whole say nothing. Syncing may go on.
+    pub(super) async fn hashed(self) -> (io::Result<Vec<Checksums>>, Syncing) {
+        let mut all = Vec::new();
+        for hashing in self.hashing {
+            match hashing.await.map_err(io::Error::other).flatten() {
+                Ok(some) => all.extend(some),
+                Err(error) => return (Err(error), self.syncing),
+            }
+        }
+        all.sort_by_key(|(file, _)| *file);
+        (Ok(all.into_iter().map(|(_, checksums)| checksums).collect()), self.syncing)
+    }
+}
+
+/// Ranges on their way to the disk.
+pub(super) struct Syncing(Outcome<()>);
+
+impl Syncing {
+    /// One that the disk has refused.
+    #[cfg(test)]
+    pub(super) fn refused() -> Self {
+        Self(apart(|| Err(io::ErrorKind::StorageFull.into())))
+    }
+
+    /// Waits until all that was written is synced and noted.
     ///
     /// # Errors
     /// The disk refuses.
-    pub(super) async fn finish(self) -> io::Result<Vec<Checksums>> {
-        let synced = self.syncing.await.map_err(io::Error::other)?;
-        let mut all = Vec::new();
-        for hashing in self.hashing {
-            all.extend(hashing.await.map_err(io::Error::other)??);
-        }
-        synced?;
-        all.sort_by_key(|(file, _)| *file);
-        Ok(all.into_iter().map(|(_, checksums)| checksums).collect())
+    pub(super) async fn ended(self) -> io::Result<()> {
+        self.0.await.map_err(io::Error::other)?
     }
 }
 
@@ -114,7 +133,7 @@ fn apart<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send + 'stati
 
 fn sync(files: &[File], mut written: mpsc::Receiver<Written>) -> io::Result<()> {
     let mut batch: Vec<Written> = Vec::new();
-    while written.blocking_recv_many(&mut batch, UNSYNCED) > 0 {
+    while written.blocking_recv_many(&mut batch, BATCH) > 0 {
         batch.sort_unstable();
         for of_file in batch.chunk_by(|(a, _), (b, _)| a == b) {
             let starts: Vec<u64> = of_file.iter().map(|(_, start)| *start).collect();

@@ -27,6 +27,7 @@ mod room;
 mod room_tests;
 #[cfg(test)]
 mod s3_tests;
+mod settle;
 mod shelf;
 #[cfg(test)]
 mod shelf_tests;
@@ -175,6 +176,7 @@ impl Models {
         budget: Option<u64>,
     ) -> io::Result<Self> {
         let cache = Cache::open(root)?;
+        cache.settle_rest();
         let room = Room::open(cache.clone(), budget);
         Ok(Self {
             cache,

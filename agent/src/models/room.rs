@@ -373,12 +373,13 @@ impl Room {
         key: &str,
         record: &TreeRecord,
         came: &[(std::path::PathBuf, String)],
+        boot: Option<&str>,
     ) -> io::Result<()> {
         let mut inner = self.lock();
         for (path, name) in came {
             self.cache.adopt(path, name)?;
         }
-        self.cache.publish(key, record)?;
+        self.cache.publish(key, record, boot)?;
         let began = inner.fetching.get(key).and_then(|fetching| fetching.began);
         let tree = Tree { fetch_took: began.map(|began| began.elapsed()), ..Tree::of(record, SystemTime::now()) };
         let pinned = match &inner.wishes {
@@ -391,6 +392,16 @@ impl Room {
         self.cache.pin(key, pinned)?;
         self.tell(&inner);
         Ok(())
+    }
+
+    /// Takes a model away that the disk has refused; replicas that have it keep what memory has.
+    pub(super) fn lost(&self, key: &str, error: &io::Error) {
+        warn!(key, %error, "the disk has refused a model that is shown already");
+        let mut inner = self.lock();
+        if let Err(error) = self.remove(&mut inner, key, "the disk has refused it") {
+            warn!(key, %error, "it cannot be removed, either");
+        }
+        self.tell(&inner);
     }
 
     fn tell(&self, inner: &Inner) {

@@ -110,6 +110,12 @@ async fn a_model_comes_through_cuts_and_stalls() {
     assert!(std::fs::read(folder.join("model.bin")).unwrap() == whole);
     assert_eq!(*last.lock().unwrap(), Progress { done: whole.len() as u64, total: whole.len() as u64 });
     assert!(std::fs::read_dir(directory.path().join("cache/partial")).unwrap().next().is_none());
+    // It is shown at once, and marked until it is on the disk.
+    let mark = folder.parent().unwrap().join("unsettled");
+    while mark.exists() {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    assert!(folder.join("model.bin").exists());
 }
 
 #[tokio::test]

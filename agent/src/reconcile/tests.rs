@@ -221,7 +221,7 @@ async fn a_replicas_models_are_held_until_it_has_stopped() {
     let models = node_models(cache.path());
     // As it is there from before.
     let record = crate::models::cache::TreeRecord { uri: "s3://b/m".into(), objects: vec![], blobs: vec![] };
-    models.cache().publish("key", &record).unwrap();
+    models.cache().publish("key", &record, None).unwrap();
     drop(models);
     let models = node_models(cache.path());
     let in_use = |report: &fleet::CacheReport| report.models[0].in_use;

@@ -1,0 +1,166 @@
+//! Models are shown as soon as all of their bytes are in files and have been checked: a replica reads them from
+//! memory, and need not wait for the disk. Only a machine that ends before the disk has them all could lose some.
+//! So until then a mark beside the model names the machine's boot; what another boot has marked is not whole.
+
+use std::{
+    fs::{self, File},
+    io::{self, Write as _},
+    path::Path,
+};
+
+use tracing::{info, warn};
+
+use super::{cache::Cache, landing::Syncing, room::Room};
+
+/// Name of the mark in a model's folder.
+const MARK: &str = "unsettled";
+
+/// This boot of the machine; `None` where the kernel does not say, so that everything is synced first.
+pub(super) fn boot_id() -> Option<String> {
+    let read = fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
+    Some(read.trim().to_owned()).filter(|id| !id.is_empty())
+}
+
+/// Writes the mark into the folder of a model that is about to be shown.
+pub(super) fn mark(folder: &Path, boot: &str) -> io::Result<()> {
+    let mut mark = File::create(folder.join(MARK))?;
+    mark.write_all(boot.as_bytes())?;
+    mark.sync_all()
+}
+
+impl Cache {
+    /// Has all of a model on the disk, contents that it shares with others too, and takes its mark away.
+    ///
+    /// # Errors
+    /// The disk refuses: what is there of the model cannot be trusted.
+    pub(super) fn settle(&self, key: &str) -> io::Result<()> {
+        // Removed, it has nothing to lose any more.
+        let Some(record) = self.record(key) else { return Ok(()) };
+        for blob in &record.blobs {
+            match File::open(self.blob(blob)) {
+                Ok(blob) => blob.sync_data()?,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+                Err(error) => return Err(error),
+            }
+        }
+        match fs::remove_file(self.tree(key).join(MARK)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    /// Keys of models that bear a mark.
+    fn unsettled(&self) -> Vec<String> {
+        self.trees().into_iter().map(|(key, _)| key).filter(|key| self.tree(key).join(MARK).exists()).collect()
+    }
+
+    /// Removes models that an earlier boot of the machine did not get to the disk as a whole.
+    pub(super) fn drop_unsettled(&self, boot: Option<&str>) -> io::Result<()> {
+        for key in self.unsettled() {
+            let marked = fs::read_to_string(self.tree(&key).join(MARK))?;
+            if boot != Some(marked.trim()) {
+                warn!(%key, "a model was not wholly on the disk when the machine ended; it is fetched again");
+                self.remove_tree(&key)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Settles what a former process of this boot has left to do, on a thread of its own.
+    pub(super) fn settle_rest(&self) {
+        let (cache, keys) = (self.clone(), self.unsettled());
+        if keys.is_empty() {
+            return;
+        }
+        let settle = move || {
+            for key in keys {
+                if let Err(error) = cache.settle(&key) {
+                    warn!(%key, %error, "a model cannot be synced to the disk");
+                }
+            }
+        };
+        if let Err(error) = std::thread::Builder::new().name("settling".to_owned()).spawn(settle) {
+            warn!(%error, "no thread to sync models; their marks stay");
+        }
+    }
+}
+
+/// Sees to it that a model that is shown already comes to the disk. One that does not is shown no more: what the
+/// disk has refused, memory forgets.
+pub(super) async fn settle(cache: Cache, room: Room, key: String, syncing: Syncing) {
+    let synced = syncing.ended().await;
+    let done = tokio::task::spawn_blocking(move || {
+        let settled = synced.and_then(|()| cache.settle(&key));
+        match &settled {
+            Ok(()) => info!(%key, "model settled on the disk"),
+            Err(error) => room.lost(&key, error),
+        }
+    });
+    if let Err(error) = done.await {
+        warn!(%error, "settling a model was cut off; its mark stays");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::models::cache::TreeRecord;
+
+    /// A cache with a model of one content, marked by this boot or settled.
+    fn cache(root: &Path, boot: Option<&str>) -> Cache {
+        let cache = Cache::open(root.to_owned()).unwrap();
+        fs::write(cache.blob("b"), "content").unwrap();
+        let object = super::super::plan::Object {
+            path: "m".into(),
+            location: "m".into(),
+            size: 7,
+            etag: None,
+            sha256: None,
+            md5: None,
+        };
+        let record = TreeRecord { uri: "u".into(), objects: vec![object], blobs: vec!["b".into()] };
+        cache.begin("k", "u").unwrap();
+        cache.publish("k", &record, boot).unwrap();
+        cache
+    }
+
+    #[test]
+    fn what_another_boot_left_unsettled_is_not_shown() {
+        let root = tempfile::tempdir().unwrap();
+        let there = cache(root.path(), Some("another boot"));
+        assert!(there.record("k").is_some());
+        let again = Cache::open(root.path().to_owned()).unwrap();
+        assert!(again.record("k").is_none() && !again.blob("b").exists());
+    }
+
+    #[test]
+    fn what_this_boot_left_unsettled_is_shown_and_settled() {
+        let root = tempfile::tempdir().unwrap();
+        let boot = boot_id().unwrap();
+        cache(root.path(), Some(&boot));
+        let again = Cache::open(root.path().to_owned()).unwrap();
+        assert_eq!(again.unsettled(), ["k"]);
+        again.settle("k").unwrap();
+        assert!(again.unsettled().is_empty());
+        assert_eq!(fs::read_to_string(again.files("k").join("m")).unwrap(), "content");
+        again.remove_tree("k").unwrap();
+        again.settle("k").unwrap();
+    }
+
+    #[tokio::test]
+    async fn what_the_disk_refuses_is_shown_no_more() {
+        let root = tempfile::tempdir().unwrap();
+        let cache = cache(root.path(), boot_id().as_deref());
+        let room = Room::open(cache.clone(), None);
+        assert_eq!(room.report().borrow().models.len(), 1);
+        settle(cache.clone(), room.clone(), "k".to_owned(), Syncing::refused()).await;
+        assert!(room.report().borrow().models.is_empty() && cache.record("k").is_none());
+    }
+
+    #[test]
+    fn what_is_settled_outlives_every_boot() {
+        let root = tempfile::tempdir().unwrap();
+        assert!(cache(root.path(), None).unsettled().is_empty());
+        assert!(Cache::open(root.path().to_owned()).unwrap().record("k").is_some());
+    }
+}
