@@ -8,6 +8,8 @@ use std::{
 use pilotlight_proto::fleet::v1::{Rung, Transition};
 use prost_types::Timestamp;
 use tokio::{sync::oneshot, time::Instant};
+use tokio_util::sync::{CancellationToken, DropGuard};
+use tracing::debug;
 
 use super::question::Question;
 use crate::warmth::page_cache;
@@ -27,24 +29,38 @@ pub(super) struct Cold {
 
 /// The rung from which a start begins. Nothing waits for it: the pages are looked at while the process starts,
 /// and faster than it reads them.
-pub(super) struct Look(oneshot::Receiver<Rung>);
+pub(super) struct Look {
+    told: oneshot::Receiver<Rung>,
+    /// What is read ahead is of no use any more once this is gone.
+    _reading: DropGuard,
+}
 
 impl Look {
     /// Looks at the rung of a replica that is about to be started. `fetched`: something of it was not on the
-    /// node. `folders` are those of its models.
+    /// node. `folders` are those of its models: where they are not wholly in the page cache they are read into
+    /// it meanwhile, since most servers do much else before they read their weights.
     pub(super) fn begin(fetched: bool, folders: Vec<PathBuf>) -> Self {
         let (tell, told) = oneshot::channel();
+        let reading = CancellationToken::new();
+        let stop = reading.clone();
         tokio::spawn(async move {
             let rung = if fetched { Rung::Absent } else { on_disk(&folders).await };
             // One that is not started after all does not ask.
             let _ = tell.send(rung);
+            if rung == Rung::Cached {
+                for folder in folders {
+                    if let Err(error) = page_cache::read_ahead(&folder, stop.clone()).await {
+                        debug!(folder = %folder.display(), %error, "not read ahead");
+                    }
+                }
+            }
         });
-        Self(told)
+        Self { told, _reading: reading.drop_guard() }
     }
 
     /// What was seen; where that was not done in time, models count as not in the page cache.
     pub(super) fn rung(mut self) -> Rung {
-        self.0.try_recv().unwrap_or(Rung::Cached)
+        self.told.try_recv().unwrap_or(Rung::Cached)
     }
 }
 

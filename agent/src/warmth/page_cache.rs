@@ -8,14 +8,20 @@ use std::{
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    thread,
     time::{Duration, Instant},
 };
 
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
+use procfs::Current as _;
 use tokio_util::sync::CancellationToken;
 
 /// How much is read at once.
 const CHUNK: usize = 1 << 20;
+/// Bytes of one piece that is read ahead.
+const PIECE: i64 = 8 << 20;
+/// Pieces that are asked for at once: disks give more to several.
+const AT_ONCE: usize = 4;
 
 /// How much of a folder is in the page cache.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -198,6 +204,43 @@ pub async fn is_resident(folder: &Path) -> Result<bool, StageError> {
     .await
 }
 
+/// Asks the kernel to read a folder's files into the page cache, in order, several pieces at a time; whoever
+/// reads them soon finds them there. Ends once all is asked for, or with `stop`. Nothing is read of a folder that
+/// would take more than half of the memory that is available.
+///
+/// # Errors
+/// A file cannot be opened, or memory not be looked at.
+pub async fn read_ahead(folder: &Path, stop: CancellationToken) -> Result<(), StageError> {
+    let folder = folder.to_owned();
+    blocking(move || {
+        let files = model_files(&folder)?;
+        let memory = procfs::Meminfo::current().map_err(|error| StageError::file(&folder, io::Error::other(error)))?;
+        if files.iter().map(|file| file.bytes).sum::<u64>() > memory.mem_available.unwrap_or(0) / 2 {
+            return Ok(());
+        }
+        let open = |file: &ModelFile| File::open(&file.path).map_err(|error| StageError::file(&file.path, error));
+        let opened = files.iter().map(open).collect::<Result<Vec<_>, _>>()?;
+        let pieces = files.iter().zip(&opened).flat_map(|(about, file)| {
+            let starts = (0..about.bytes).step_by(PIECE as usize);
+            starts.map(move |start| (file, start))
+        });
+        let pieces = Mutex::new(pieces);
+        let next = || pieces.lock().unwrap_or_else(PoisonError::into_inner).next();
+        thread::scope(|scope| {
+            for _ in 0..AT_ONCE {
+                scope.spawn(|| {
+                    while let Some((file, start)) = next().filter(|_| !stop.is_cancelled()) {
+                        // Advice: what the kernel does not take is read when it is needed.
+                        let _ = posix_fadvise(file, start as i64, PIECE, PosixFadviseAdvice::POSIX_FADV_WILLNEED);
+                    }
+                });
+            }
+        });
+        Ok(())
+    })
+    .await
+}
+
 async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, StageError> + Send + 'static,
 ) -> Result<T, StageError> {
@@ -304,6 +347,22 @@ mod tests {
         let gone = cache.unstage(model.path()).await.unwrap();
         assert!(gone.resident < total / 2, "{gone:?}");
         assert!(cache.staged().is_empty());
+    }
+
+    #[tokio::test]
+    async fn what_is_read_ahead_is_soon_there() {
+        let model = model(&[("a.safetensors", 12 * MIB), ("sub/b.safetensors", 20 * MIB + 5), ("empty", 0)]);
+        let cache = Arc::new(PageCache::new(0));
+        assert!(!cache.unstage(model.path()).await.unwrap().whole());
+        let stopped = CancellationToken::new();
+        stopped.cancel();
+        read_ahead(model.path(), stopped).await.unwrap();
+        assert!(!is_resident(model.path()).await.unwrap(), "it was told to stop");
+        read_ahead(model.path(), CancellationToken::new()).await.unwrap();
+        while !is_resident(model.path()).await.unwrap() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        assert!(read_ahead(Path::new("/nowhere"), CancellationToken::new()).await.is_err());
     }
 
     #[tokio::test]
