@@ -9,6 +9,8 @@
 #   - a Docker Engine (Debian's docker.io), for the conformance suite of the container runtime; a running one
 #     is used, one that is started here is stopped again. Where none can be started, that part says so and is left out, unless
 #     PILOTLIGHT_REQUIRE_DOCKER is set
+#   - a registry of images (Debian's docker-registry), for the stories of pulls; its service is not started, each test
+#     starts one of its own on loopback and ends it
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -28,6 +30,7 @@ packages=()
 command -v cc >/dev/null || packages+=(build-essential)
 command -v etcd >/dev/null || packages+=(etcd-server)
 command -v dockerd >/dev/null || command -v docker >/dev/null || packages+=(docker.io)
+command -v docker-registry >/dev/null || packages+=(docker-registry)
 # Debian's python3 has venv without what it needs, ensurepip, unless python3-venv is there.
 python3 -c 'import sys, venv, ensurepip; assert sys.version_info >= (3, 11)' 2>/dev/null || packages+=(python3 python3-venv)
 command -v cargo >/dev/null || [ -x "$HOME/.cargo/bin/cargo" ] || packages+=(curl ca-certificates)

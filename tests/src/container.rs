@@ -43,17 +43,26 @@ pub fn image() -> Option<&'static str> {
             eprintln!("LEFT OUT: no Docker Engine answers, so that nothing is known of containers");
             return false;
         }
-        let directory = tempfile::tempdir().expect("a temporary directory");
-        let folder = directory.path().display().to_string();
-        fs::copy(server(), directory.path().join("server")).expect("can be copied");
-        let archive = format!("{folder}/image.tar");
-        let tar = Command::new("tar").args(["-cf", &archive, "-C", &folder, "server"]).status().expect("tar");
-        assert!(tar.success(), "the archive cannot be made");
-        let (imported, said) = docker(&["import", "-c", "ENTRYPOINT [\"/server\"]", &archive, IMAGE]);
-        assert!(imported, "{said}");
+        build(IMAGE, &[]);
         true
     });
     built.then_some(IMAGE)
+}
+
+/// Builds the image under another name, with a file `/extra` of these bytes in its one layer.
+///
+/// # Panics
+/// It cannot be built.
+pub fn build(name: &str, extra: &[u8]) {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let folder = directory.path().display().to_string();
+    fs::copy(server(), directory.path().join("server")).expect("can be copied");
+    fs::write(directory.path().join("extra"), extra).expect("can be written");
+    let archive = format!("{folder}/image.tar");
+    let tar = Command::new("tar").args(["-cf", &archive, "-C", &folder, "server", "extra"]).status().expect("tar");
+    assert!(tar.success(), "the archive cannot be made");
+    let (imported, said) = docker(&["import", "-c", "ENTRYPOINT [\"/server\"]", &archive, name]);
+    assert!(imported, "{said}");
 }
 
 /// Containers, ended ones too, that bear this label.

@@ -9,6 +9,8 @@ pub mod load;
 pub mod manifest;
 pub mod otlp;
 pub mod process;
+pub mod registry;
+pub mod relay;
 pub mod s3;
 
 use std::{
