@@ -162,6 +162,7 @@ impl Life {
         };
         // The runtime keeps the assignment on disk, where credentials have no business.
         assignment.models.iter_mut().for_each(|model| model.credentials.clear());
+        assignment.registry_configs.clear();
         let ip = runtime.host_address(&assignment);
         let starting = async {
             let assignment = self.way_back.prepare(assignment, ip).await?;
