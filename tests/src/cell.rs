@@ -6,6 +6,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::{
+    container::{docker, labelled},
     eventually, free_port,
     http::Gateway,
     process::{Process, output, pilotlight},
@@ -367,6 +368,12 @@ fn end_replicas(directory: &Path) {
                 // It may have ended; its group bears its number.
                 let group = nix::unistd::Pid::from_raw(-(pid as i32));
                 let _ = nix::sys::signal::kill(group, nix::sys::signal::Signal::SIGKILL);
+            }
+            if state["contained"] == true {
+                let label = format!("pilotlight.dev/replica={}", replica.file_name().display());
+                for container in labelled(&label) {
+                    docker(&["rm", "-f", &container]);
+                }
             }
         }
     }
