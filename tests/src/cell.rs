@@ -111,7 +111,11 @@ pub struct Dev {
 impl Dev {
     /// Starts it and waits until it answers.
     pub async fn start(extra: &[&str], env: Vec<(&'static str, String)>) -> Self {
-        let directory = tempfile::tempdir().expect("a temporary directory");
+        Self::start_in(tempfile::tempdir().expect("a temporary directory"), extra, env).await
+    }
+
+    /// Starts it in a directory of the caller's.
+    pub async fn start_in(directory: TempDir, extra: &[&str], env: Vec<(&'static str, String)>) -> Self {
         let (grpc, http, ingress) = (free_port(), free_port(), free_port());
         let mut args = vec![
             "dev".to_owned(),
