@@ -30,6 +30,8 @@ pub(super) struct Room {
     budget: Option<u64>,
     inner: Arc<Mutex<Inner>>,
     report: watch::Sender<fleet::CacheReport>,
+    /// Counts how often room may have been made.
+    made: watch::Sender<u64>,
 }
 
 #[derive(Debug, Default)]
@@ -101,7 +103,8 @@ impl Room {
             (key, Tree::of(&record, last_used))
         });
         let inner = Inner { trees: trees.collect(), ..Inner::default() };
-        let room = Self { cache, budget, inner: Arc::new(Mutex::new(inner)), report: watch::Sender::default() };
+        let inner = Arc::new(Mutex::new(inner));
+        let room = Self { cache, budget, inner, report: watch::Sender::default(), made: watch::Sender::default() };
         room.tell(&room.lock());
         room
     }
@@ -113,6 +116,15 @@ impl Room {
     /// What is on this node, now and on each change.
     pub(super) fn report(&self) -> watch::Receiver<fleet::CacheReport> {
         self.report.subscribe()
+    }
+
+    /// See [`super::Models::room_made`].
+    pub(super) fn made(&self) -> watch::Receiver<u64> {
+        self.made.subscribe()
+    }
+
+    fn say_made(&self) {
+        self.made.send_modify(|times| *times += 1);
     }
 
     /// Keeps the models of these addresses for as long as the answer lives.
@@ -133,14 +145,19 @@ impl Room {
         if inner.wishes.as_ref() == Some(&wishes) {
             return;
         }
+        let mut unpinned = false;
         for (key, tree) in &inner.trees {
             let pinned = wishes.get(&tree.uri).is_some_and(|wish| wish.pinned);
+            unpinned |= !pinned && self.cache.pinned(key);
             if let Err(error) = self.cache.pin(key, pinned) {
                 warn!(uri = %tree.uri, %error, "the model's pin cannot be changed");
             }
         }
         inner.wishes = Some(wishes);
         self.tell(&inner);
+        if unpinned {
+            self.say_made();
+        }
     }
 
     /// Folders of the whole versions of a model, by key, the one that was used last at the end.
@@ -200,6 +217,7 @@ impl Room {
             }
         }
         self.tell(&inner);
+        self.say_made();
         removed.map(|()| freed)
     }
 
@@ -243,9 +261,10 @@ impl Room {
         let reserved = Reserved { room: self.clone(), key: key.to_owned() };
         let disk = |error| ModelError::Disk { uri: uri.to_owned(), error };
         let Some(budget) = self.budget else {
+            let fits = self.fits_on_disk(&inner, 0);
             // The lock is free before what is given back takes it.
             drop(inner);
-            self.cache.begin(key, uri).map_err(disk)?;
+            fits.and_then(|()| self.cache.begin(key, uri)).map_err(disk)?;
             return Ok(reserved);
         };
         let known: u64 = inner.fetching.get(key).map(|fetching| fetching.known.values().sum()).unwrap_or_default();
@@ -253,7 +272,11 @@ impl Room {
         match victims(&entries, missing, budget) {
             Ok(gone) => {
                 let why = "another one needs its room";
-                let removed = gone.iter().try_for_each(|name| self.remove(&mut inner, name, why).map(drop));
+                let going = entries.iter().filter(|entry| gone.contains(&entry.key));
+                let going = going.flat_map(|entry| entry.blobs.values()).sum();
+                let removed = self
+                    .fits_on_disk(&inner, going)
+                    .and_then(|()| gone.iter().try_for_each(|name| self.remove(&mut inner, name, why).map(drop)));
                 self.tell(&inner);
                 drop(inner);
                 removed.and_then(|()| self.cache.begin(key, uri)).map_err(disk)?;
@@ -270,6 +293,29 @@ impl Room {
                 })
             }
         }
+    }
+
+    /// Whether the disk has room for what is still to come of all fetches once so many bytes have gone: one
+    /// that is filled to its end would be a trouble of all that share it. What cut-off fetches have left, and
+    /// nobody wants any more, goes before it is full.
+    fn fits_on_disk(&self, inner: &Inner, going: u64) -> io::Result<()> {
+        let parts: HashMap<_, _> = self.cache.partials().into_iter().map(|part| (part.key.clone(), part)).collect();
+        let left = inner.fetching.iter().map(|(key, fetching)| {
+            let here = parts.get(key).map(|part| part.bytes).unwrap_or_default();
+            fetching.missing.saturating_sub(here)
+        });
+        let left = left.sum::<u64>().saturating_sub(going);
+        if left > self.cache.free()? {
+            let wanted = |uri: &Option<String>| uri.as_ref().is_some_and(|uri| inner.held.contains_key(uri));
+            let unwanted = parts.values().filter(|part| !inner.fetching.contains_key(&part.key) && !wanted(&part.uri));
+            unwanted.for_each(|part| self.cache.discard(&part.key));
+        }
+        let free = self.cache.free()?;
+        if left <= free {
+            return Ok(());
+        }
+        let why = format!("{left} bytes more are needed, and {free} are free");
+        Err(io::Error::new(io::ErrorKind::StorageFull, why))
     }
 
     /// All that takes room. Bytes to come of `key` itself are what is asked for.
@@ -345,6 +391,10 @@ impl Room {
         inner.trees.entry(key.to_owned()).or_insert(tree);
         self.cache.pin(key, pinned)?;
         self.tell(&inner);
+        // Of a version that its store does not list any more nobody goes on with what has come.
+        let parts = self.cache.partials().into_iter().filter(|part| part.uri.as_ref() == Some(&record.uri));
+        let stale = parts.filter(|part| !inner.fetching.contains_key(&part.key));
+        stale.for_each(|part| self.cache.discard(&part.key));
         Ok(())
     }
 
@@ -421,6 +471,10 @@ impl Drop for Held {
             }
         }
         self.room.touch(&mut inner, &self.uris);
+        // A fetch that ends in vain makes none.
+        if !self.uris.is_empty() && self.holder != Holder::Fetch {
+            self.room.say_made();
+        }
     }
 }
 

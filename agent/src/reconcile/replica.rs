@@ -13,7 +13,7 @@ use super::{
     asleep::Tired,
     awake::Begin,
     backoff::CrashBackoff,
-    failure::{Failure, SLEEP_FAILED, in_backoff},
+    failure::{CACHE_FULL, Failure, SLEEP_FAILED, in_backoff},
     models,
     rung::{self, Cold},
     way_back::WayBack,
@@ -47,6 +47,8 @@ pub(super) struct Life {
     pub(super) _held: Held,
     pub(super) statuses: Statuses,
     pub(super) desired: watch::Receiver<Desired>,
+    /// Changes whenever the node's cache may have room that it had not before.
+    pub(super) room: watch::Receiver<u64>,
 }
 
 /// Where a replica is whose process lives.
@@ -136,6 +138,7 @@ impl Life {
     /// Gets what it needs, image and models, and starts it. `None`: it is to leave instead.
     async fn start(&mut self, span: &Span) -> Option<Result<(Running, Cold), Failure>> {
         let began = Instant::now();
+        self.room.mark_unchanged();
         let mut assignment = self.assignment();
         let (runtime, models, statuses) = (Arc::clone(&self.runtime), self.models.clone(), self.statuses.clone());
         let say = |message: String| {
@@ -248,6 +251,7 @@ impl Life {
             status.pid = 0;
             status.holds_gpu_memory = false;
             status.exit_code = failure.exit_code;
+            status.lacking_bytes = failure.lacking_bytes;
             status.restarts += 1;
             status.reason = if looping { in_backoff(failure.reason) } else { failure.reason }.to_owned();
             status.message =
@@ -256,6 +260,8 @@ impl Life {
         tokio::select! {
             () = tokio::time::sleep(pause) => {}
             () = left(&mut self.desired) => {}
+            // Somebody may have left for its sake.
+            Ok(()) = self.room.changed(), if failure.reason == CACHE_FULL => {}
         }
     }
 
