@@ -42,9 +42,7 @@ pub fn image() -> Option<&'static str> {
     static BUILT: OnceLock<bool> = OnceLock::new();
     let built = *BUILT.get_or_init(|| {
         if !docker(&["version"]).0 {
-            let required = std::env::var_os("PILOTLIGHT_REQUIRE_DOCKER").is_some();
-            assert!(!required, "PILOTLIGHT_REQUIRE_DOCKER is set, and no Docker Engine answers");
-            eprintln!("LEFT OUT: no Docker Engine answers, so that nothing is known of containers");
+            left_out("no Docker Engine answers", "containers");
             return false;
         }
         // Made anew only where the program is another: others may run from it, and it stays when tests end.
@@ -55,6 +53,16 @@ pub fn image() -> Option<&'static str> {
         true
     });
     built.then_some(IMAGE)
+}
+
+/// Says what is left out, and why.
+///
+/// # Panics
+/// `PILOTLIGHT_REQUIRE_DOCKER` is set: then nothing may be left out.
+pub fn left_out(why: &str, what: &str) {
+    let required = std::env::var_os("PILOTLIGHT_REQUIRE_DOCKER").is_some();
+    assert!(!required, "PILOTLIGHT_REQUIRE_DOCKER is set, and {why}");
+    eprintln!("LEFT OUT: {why}, so that nothing is known of {what}");
 }
 
 /// What the program is made of.

@@ -256,11 +256,11 @@ impl Disk {
         journals.map(|journal| std::fs::read_to_string(journal).unwrap_or_default().lines().count()).sum()
     }
 
-    /// Bytes that models and what is on its way to them have on the disk.
+    /// Bytes that models and what is on its way to them have on the disk. A file of several names counts once.
     fn bytes(&self) -> u64 {
-        let mut files = below(&self.0.join("blobs"));
-        files.extend(below(&self.0.join("partial")));
-        files.iter().filter_map(|file| std::fs::metadata(file).ok()).map(|file| file.blocks() * 512).sum()
+        let files = ["blobs", "partial"].into_iter().flat_map(|folder| below(&self.0.join(folder)));
+        let files = files.filter_map(|file| std::fs::metadata(file).ok());
+        files.map(|file| (file.ino(), file.blocks() * 512)).collect::<BTreeMap<_, _>>().values().sum()
     }
 
     /// Looks on, and keeps the most bytes that it has seen.

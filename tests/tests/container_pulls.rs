@@ -7,7 +7,7 @@ use std::{
 
 use pilotlight_tests::{
     cell::{Dev, Operator},
-    container::{build, docker, labelled, noise},
+    container::{build, docker, labelled, left_out, noise},
     eventually,
     registry::{PASSWORD, Pushed, Registry},
 };
@@ -238,7 +238,7 @@ async fn a_tag_that_is_missing_is_said_and_asked_for_with_growing_pauses() {
 fn pulling() -> Option<BTreeSet<String>> {
     let (_, root) = docker(&["info", "--format", "{{.DockerRootDir}}"]);
     let Ok(entries) = std::fs::read_dir(std::path::Path::new(root.trim()).join("tmp")) else {
-        println!("LEFT OUT: the engine's directory cannot be read, so that nothing is known of its files");
+        left_out("the engine's directory cannot be read", "its files");
         return None;
     };
     let names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
