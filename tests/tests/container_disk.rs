@@ -100,7 +100,7 @@ async fn what_can_never_fit_displaces_nobody() {
             let bytes = files * MIB;
             assert!(said.contains(&format!("{bytes} bytes")) && said.contains("a budget of 14680064"), "{said}");
         }
-        assert_eq!(slept.containers(), [container.clone()], "{model}: nobody leaves in vain");
+        assert_eq!(slept.containers(), std::slice::from_ref(&container), "{model}: nobody leaves in vain");
         disk.has_whole(3);
         service.delete(operator).await;
     }
