@@ -61,6 +61,18 @@ impl Store {
         all
     }
 
+    /// Requests for parts of models so far, once those have come, too, that an agent sent before it was killed.
+    pub async fn settled_ranges(&self) -> u64 {
+        let (seen, same) = (AtomicU64::new(0), AtomicU64::new(0));
+        eventually("no more requests come", || async {
+            let now = self.s3.ranges();
+            let times = if seen.swap(now, Ordering::Relaxed) == now { same.load(Ordering::Relaxed) + 1 } else { 0 };
+            same.store(times, Ordering::Relaxed);
+            (times >= 10).then_some(now)
+        })
+        .await
+    }
+
     /// How agents reach it, in their own environment.
     pub fn env(&self) -> Vec<(&'static str, String)> {
         [

@@ -83,7 +83,7 @@ async fn an_agent_killed_in_the_middle_of_a_download_goes_on_where_it_was() {
         dev.kill_9();
         disk_has_nothing(&disk, model);
         assert!(service.containers().is_empty(), "{model}");
-        let (noted, before) = (disk.noted(), store.s3.ranges());
+        let (noted, before) = (disk.noted(), store.settled_ranges().await);
         store.relay.release();
         dev.restart().await;
         dev.operator.replicas_are(&service.name, 1, "Ready").await;
