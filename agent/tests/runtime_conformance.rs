@@ -253,6 +253,17 @@ async fn commands_are_run_where_the_replica_runs() {
 }
 
 #[tokio::test]
+async fn one_that_is_connected_to_answers() {
+    for bench in Bench::all().await {
+        let running = bench.start(&bench.assignment("late", &["late", "2"])).await.unwrap();
+        let prober = Prober::new(Probe::default(), &running, Arc::clone(&bench.runtime));
+        eventually("it is ready", || async { prober.ask().await.ok() }).await;
+        has(&ask(&running).await.unwrap(), "args=late 2");
+        bench.end(&running).await;
+    }
+}
+
+#[tokio::test]
 async fn one_that_is_paused_answers_nothing_until_it_goes_on() {
     for bench in Bench::all().await {
         let (running, _) = bench.serve(&bench.assignment("paused", &[])).await;

@@ -6,6 +6,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::{
+    container::{docker, labelled},
     eventually, free_port,
     http::Gateway,
     process::{Process, output, pilotlight},
@@ -110,7 +111,11 @@ pub struct Dev {
 impl Dev {
     /// Starts it and waits until it answers.
     pub async fn start(extra: &[&str], env: Vec<(&'static str, String)>) -> Self {
-        let directory = tempfile::tempdir().expect("a temporary directory");
+        Self::start_in(tempfile::tempdir().expect("a temporary directory"), extra, env).await
+    }
+
+    /// Starts it in a directory of the caller's.
+    pub async fn start_in(directory: TempDir, extra: &[&str], env: Vec<(&'static str, String)>) -> Self {
         let (grpc, http, ingress) = (free_port(), free_port(), free_port());
         let mut args = vec![
             "dev".to_owned(),
@@ -367,6 +372,12 @@ fn end_replicas(directory: &Path) {
                 // It may have ended; its group bears its number.
                 let group = nix::unistd::Pid::from_raw(-(pid as i32));
                 let _ = nix::sys::signal::kill(group, nix::sys::signal::Signal::SIGKILL);
+            }
+            if state["contained"] == true {
+                let label = format!("pilotlight.dev/replica={}", replica.file_name().display());
+                for container in labelled(&label) {
+                    docker(&["rm", "-f", &container]);
+                }
             }
         }
     }

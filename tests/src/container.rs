@@ -2,9 +2,13 @@
 
 use std::{
     fs,
+    hash::{DefaultHasher, Hash as _, Hasher as _},
     path::{Path, PathBuf},
     process::Command,
-    sync::OnceLock,
+    sync::{
+        OnceLock,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 /// The image's name; its entry point is `/server`.
@@ -38,15 +42,34 @@ pub fn image() -> Option<&'static str> {
     static BUILT: OnceLock<bool> = OnceLock::new();
     let built = *BUILT.get_or_init(|| {
         if !docker(&["version"]).0 {
-            let required = std::env::var_os("PILOTLIGHT_REQUIRE_DOCKER").is_some();
-            assert!(!required, "PILOTLIGHT_REQUIRE_DOCKER is set, and no Docker Engine answers");
-            eprintln!("LEFT OUT: no Docker Engine answers, so that nothing is known of containers");
+            left_out("no Docker Engine answers", "containers");
             return false;
         }
-        build(IMAGE, &[]);
+        // Made anew only where the program is another: others may run from it, and it stays when tests end.
+        let (made, of) = docker(&["inspect", "--format", "{{index .Config.Labels \"source\"}}", IMAGE]);
+        if !(made && of.trim() == source_hash()) {
+            build(IMAGE, &[]);
+        }
         true
     });
     built.then_some(IMAGE)
+}
+
+/// Says what is left out, and why.
+///
+/// # Panics
+/// `PILOTLIGHT_REQUIRE_DOCKER` is set: then nothing may be left out.
+pub fn left_out(why: &str, what: &str) {
+    let required = std::env::var_os("PILOTLIGHT_REQUIRE_DOCKER").is_some();
+    assert!(!required, "PILOTLIGHT_REQUIRE_DOCKER is set, and {why}");
+    eprintln!("LEFT OUT: {why}, so that nothing is known of {what}");
+}
+
+/// What the program is made of.
+fn source_hash() -> String {
+    let mut hasher = DefaultHasher::new();
+    include_str!("container/server.rs").hash(&mut hasher);
+    format!("{:016x}", hasher.finish())
 }
 
 /// Builds the image under another name, with a file `/extra` of these bytes in its one layer.
@@ -61,8 +84,25 @@ pub fn build(name: &str, extra: &[u8]) {
     let archive = format!("{folder}/image.tar");
     let tar = Command::new("tar").args(["-cf", &archive, "-C", &folder, "server", "extra"]).status().expect("tar");
     assert!(tar.success(), "the archive cannot be made");
-    let (imported, said) = docker(&["import", "-c", "ENTRYPOINT [\"/server\"]", &archive, name]);
+    let label = format!("LABEL source={}", source_hash());
+    let (imported, said) = docker(&["import", "-c", "ENTRYPOINT [\"/server\"]", "-c", &label, &archive, name]);
     assert!(imported, "{said}");
+}
+
+/// Bytes that no compression makes fewer, others at each call.
+pub fn noise(bytes: usize) -> Vec<u8> {
+    static NEXT: AtomicU64 = AtomicU64::new(1);
+    // Marsaglia's xorshift; the seed must not be 0.
+    let mut state = (u64::from(std::process::id()) << 32) + NEXT.fetch_add(1, Ordering::Relaxed);
+    let mut noise = Vec::with_capacity(bytes + 8);
+    while noise.len() < bytes {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        noise.extend_from_slice(&state.to_ne_bytes());
+    }
+    noise.truncate(bytes);
+    noise
 }
 
 /// Containers, ended ones too, that bear this label.

@@ -12,6 +12,7 @@ pub mod process;
 pub mod registry;
 pub mod relay;
 pub mod s3;
+pub mod store;
 
 use std::{
     future::Future,

@@ -12,12 +12,17 @@ use std::{
     },
 };
 
-use hyper::{Request, body::Incoming, header, service::service_fn};
+use hyper::{HeaderMap, Method, Request, Uri, body::Incoming, header, http::Extensions, service::service_fn};
 use hyper_util::{
     rt::{TokioExecutor, TokioIo},
     server::conn::auto,
 };
-use s3s::{auth::SimpleAuth, service::S3ServiceBuilder};
+use s3s::{
+    Body, S3 as _, S3Request,
+    auth::SimpleAuth,
+    dto::{PutObjectInput, StreamingBlob},
+    service::S3ServiceBuilder,
+};
 
 use files::Files;
 
@@ -76,6 +81,11 @@ impl S3 {
         format!("http://{}", self.address)
     }
 
+    /// Its port.
+    pub fn port(&self) -> u16 {
+        self.address.port()
+    }
+
     /// Where an object's content is on disk.
     pub fn file(&self, bucket: &str, key: &str) -> PathBuf {
         self.root.path().join(bucket).join(key)
@@ -97,6 +107,29 @@ impl S3 {
         let path = self.file(bucket, key);
         std::fs::create_dir_all(path.parent().unwrap()).unwrap();
         std::fs::write(path, content).unwrap();
+    }
+
+    /// Uploads an object and makes its bucket: the server keeps its MD5, whatever becomes of the content.
+    ///
+    /// # Panics
+    /// The server refuses.
+    pub async fn upload(&self, bucket: &str, key: &str, content: &[u8]) {
+        self.bucket(bucket);
+        let input = PutObjectInput::builder().bucket(bucket.to_owned()).key(key.to_owned());
+        let body = StreamingBlob::from(Body::from(content.to_vec()));
+        let input = input.body(Some(body)).build().unwrap();
+        let request = S3Request {
+            input,
+            method: Method::PUT,
+            uri: Uri::default(),
+            headers: HeaderMap::new(),
+            extensions: Extensions::new(),
+            credentials: None,
+            region: None,
+            service: None,
+            trailing_headers: None,
+        };
+        s3s_fs::FileSystem::new(self.root.path()).unwrap().put_object(request).await.unwrap();
     }
 
     /// Requests for parts of objects so far.

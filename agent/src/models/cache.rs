@@ -103,6 +103,15 @@ impl Cache {
         names.filter_map(|key| self.record(&key).map(|record| (key, record))).collect()
     }
 
+    /// Bytes that are free on the disk for this process.
+    ///
+    /// # Errors
+    /// The disk does not say.
+    pub fn free(&self) -> io::Result<u64> {
+        let disk = nix::sys::statvfs::statvfs(&self.root)?;
+        Ok(disk.blocks_available().saturating_mul(disk.fragment_size()))
+    }
+
     /// Where a blob is, or would be.
     pub fn blob(&self, name: &str) -> PathBuf {
         self.root.join("blobs").join(name)

@@ -225,6 +225,12 @@ impl Models {
         self.room.settled(image).await;
     }
 
+    /// Changes whenever there may be room within the budget that was not there before: a replica with a model
+    /// has gone, or a model was evicted or is not pinned any more.
+    pub fn room_made(&self) -> watch::Receiver<u64> {
+        self.room.made()
+    }
+
     /// What is on disk.
     pub fn cache(&self) -> &Cache {
         &self.cache

@@ -42,6 +42,8 @@ pub(super) struct Room {
     let_go: watch::Sender<u64>,
     /// Counts what the engine has answered.
     answers: watch::Sender<u64>,
+    /// Counts how often room may have been made.
+    made: watch::Sender<u64>,
 }
 
 #[derive(Debug, Default)]
@@ -127,6 +129,7 @@ impl Room {
             turn: Arc::default(),
             let_go: watch::Sender::default(),
             answers: watch::Sender::default(),
+            made: watch::Sender::default(),
         };
         room.tell(&room.lock());
         room
@@ -139,6 +142,15 @@ impl Room {
     /// What is on this node, now and on each change.
     pub(super) fn report(&self) -> watch::Receiver<fleet::CacheReport> {
         self.report.subscribe()
+    }
+
+    /// See [`super::Models::room_made`].
+    pub(super) fn made(&self) -> watch::Receiver<u64> {
+        self.made.subscribe()
+    }
+
+    fn say_made(&self) {
+        self.made.send_modify(|times| *times += 1);
     }
 
     /// Keeps the models of these addresses, and images of these names, for as long as the answer lives.
@@ -159,8 +171,10 @@ impl Room {
         if inner.wishes.as_ref() == Some(&wishes) {
             return;
         }
+        let mut unpinned = false;
         for (key, tree) in &inner.trees {
             let pinned = wishes.get(&tree.uri).is_some_and(|wish| wish.pinned);
+            unpinned |= !pinned && self.cache.pinned(key);
             if let Err(error) = self.cache.pin(key, pinned) {
                 warn!(uri = %tree.uri, %error, "the model's pin cannot be changed");
             }
@@ -168,6 +182,9 @@ impl Room {
         inner.wishes = Some(wishes);
         self.pin_images(&mut inner);
         self.tell(&inner);
+        if unpinned {
+            self.say_made();
+        }
     }
 
     /// Folders of the whole versions of a model, by key, the one that was used last at the end.
@@ -227,6 +244,7 @@ impl Room {
             }
         }
         self.tell(&inner);
+        self.say_made();
         removed.map(|()| freed)
     }
 
@@ -260,10 +278,10 @@ impl Room {
         let fetching = self.coming(&inner, uri, key, objects);
         let (known, missing): (u64, u64) = (fetching.known.values().sum(), fetching.missing);
         let former = inner.fetching.insert(key.to_owned(), fetching);
+        let entries = self.budget.map(|_| self.entries(&inner, Some((uri, key)), stays)).unwrap_or_default();
         let gone = self.budget.map_or(Ok(Vec::new()), |budget| {
-            let gone = victims(&self.entries(&inner, Some((uri, key)), stays), missing, budget);
             // What it has already is part of it.
-            gone.map_err(|Full { kept }| ModelError::CacheFull {
+            victims(&entries, missing, budget).map_err(|Full { kept }| ModelError::CacheFull {
                 uri: uri.to_owned(),
                 bytes: known + missing,
                 budget,
@@ -284,7 +302,11 @@ impl Room {
         // Gives it back where the disk refuses, once the lock is free.
         let reserved = Reserved { room: self.clone(), key: key.to_owned() };
         let why = "another one needs its room";
-        let removed = gone.iter().try_for_each(|name| self.remove(&mut inner, name, why).map(drop));
+        let going =
+            entries.iter().filter(|entry| gone.contains(&entry.key)).flat_map(|entry| entry.blobs.values()).sum();
+        let removed = self
+            .fits_on_disk(&inner, going)
+            .and_then(|()| gone.iter().try_for_each(|name| self.remove(&mut inner, name, why).map(drop)));
         self.tell(&inner);
         drop(inner);
         let begun = removed.and_then(|()| self.cache.begin(key, uri));
@@ -314,6 +336,29 @@ impl Room {
         let before = inner.fetching.get(key).map(|fetching| fetching.began);
         fetching.began = before.unwrap_or_else(|| fresh.then(Instant::now));
         fetching
+    }
+
+    /// Whether the disk has room for what is still to come of all fetches once so many bytes have gone: one
+    /// that is filled to its end would be a trouble of all that share it. What cut-off fetches have left, and
+    /// nobody wants any more, goes before it is full.
+    fn fits_on_disk(&self, inner: &Inner, going: u64) -> io::Result<()> {
+        let parts: HashMap<_, _> = self.cache.partials().into_iter().map(|part| (part.key.clone(), part)).collect();
+        let left = inner.fetching.iter().map(|(key, fetching)| {
+            let here = parts.get(key).map(|part| part.bytes).unwrap_or_default();
+            fetching.missing.saturating_sub(here)
+        });
+        let left = left.sum::<u64>().saturating_sub(going);
+        if left > self.cache.free()? {
+            let wanted = |uri: &Option<String>| uri.as_ref().is_some_and(|uri| inner.held.contains_key(uri));
+            let unwanted = parts.values().filter(|part| !inner.fetching.contains_key(&part.key) && !wanted(&part.uri));
+            unwanted.for_each(|part| self.cache.discard(&part.key));
+        }
+        let free = self.cache.free()?;
+        if left <= free {
+            return Ok(());
+        }
+        let why = format!("{left} bytes more are needed, and {free} are free");
+        Err(io::Error::new(io::ErrorKind::StorageFull, why))
     }
 
     /// All that takes room. Where it is for a model, by address and key, its own bytes to come are what is
@@ -391,6 +436,10 @@ impl Room {
         inner.trees.entry(key.to_owned()).or_insert(tree);
         self.cache.pin(key, pinned)?;
         self.tell(&inner);
+        // Of a version that its store does not list any more nobody goes on with what has come.
+        let parts = self.cache.partials().into_iter().filter(|part| part.uri.as_ref() == Some(&record.uri));
+        let stale = parts.filter(|part| !inner.fetching.contains_key(&part.key));
+        stale.for_each(|part| self.cache.discard(&part.key));
         Ok(())
     }
 
@@ -480,6 +529,10 @@ impl Drop for Held {
         drop(inner);
         if matches!(self.holder, Holder::Replica(_)) {
             self.room.let_go.send_modify(|count| *count += 1);
+        }
+        // A fetch that ends in vain makes none.
+        if !self.uris.is_empty() && self.holder != Holder::Fetch {
+            self.room.say_made();
         }
     }
 }

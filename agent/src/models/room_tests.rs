@@ -128,6 +128,40 @@ async fn fetches_that_go_on_have_their_room_and_those_that_were_cut_off_give_it_
     assert!(cache.partials().is_empty(), "nothing of the second has come");
 }
 
+#[tokio::test]
+async fn what_has_come_of_a_version_that_is_no_more_goes_with_the_next_one() {
+    let server = serve().await;
+    let directory = tempfile::tempdir().unwrap();
+    let models = models(directory.path(), None);
+    let uri = format!("{server}/m/40");
+    for (key, uri) in [("former", uri.as_str()), ("other", "http://x/other")] {
+        models.cache().begin(key, uri).unwrap();
+        models.cache().part(key, 0, 7).unwrap();
+    }
+    models.ensure(&uri, &Credentials::new(), |_| {}).await.unwrap();
+    let left: Vec<_> = models.cache().partials().into_iter().map(|part| part.key).collect();
+    assert_eq!(left, ["other"]);
+}
+
+#[tokio::test]
+async fn room_is_made_by_those_who_leave_and_not_by_those_who_fail() {
+    let server = serve().await;
+    let directory = tempfile::tempdir().unwrap();
+    let models = models(directory.path(), Some(100));
+    let uri = |name: &str, bytes: u32| format!("{server}/{name}/{bytes}");
+    let held = models.hold("r", [uri("used", 60)]);
+    models.ensure(&uri("used", 60), &Credentials::new(), |_| {}).await.unwrap();
+    let mut made = models.room_made();
+    let error = models.ensure(&uri("new", 50), &Credentials::new(), |_| {}).await.unwrap_err();
+    assert_eq!(error.reason(), "CacheFull");
+    assert!(!made.has_changed().unwrap(), "who fails would else try again at once, for ever");
+    drop(held);
+    assert!(made.has_changed().unwrap());
+    made.mark_unchanged();
+    models.ensure(&uri("new", 50), &Credentials::new(), |_| {}).await.unwrap();
+    assert!(!made.has_changed().unwrap());
+}
+
 /// Unmounts, whatever becomes of the test.
 struct Mounted<'a>(&'a Path);
 
@@ -157,7 +191,21 @@ async fn a_full_disk_is_said_and_the_fetch_goes_on_when_there_is_room() {
     assert_eq!(error.reason(), "DiskFull", "{error}");
     assert!(error.to_string().contains(&uri), "{error}");
     assert!(there(&models).is_empty());
+    assert!(error.to_string().contains("3145728 bytes more are needed, and "), "{error}");
+    assert!(models.cache().partials().is_empty(), "nothing is begun that cannot end");
     std::fs::remove_file(filler).unwrap();
     models.ensure(&uri, &Credentials::new(), |_| {}).await.unwrap();
     assert_eq!(there(&models), ["model"]);
+
+    // What a cut-off fetch has left goes where it is in the way, unless somebody wants it.
+    assert_eq!(models.room.evict(&uri), Ok(3 << 20));
+    models.cache().begin("key", "http://x/left").unwrap();
+    let part = models.cache().part("key", 0, 2 << 20).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&part.data, &vec![1; 2 << 20], 0).unwrap();
+    drop(part);
+    let held = models.hold("r", ["http://x/left".to_owned()]);
+    assert_eq!(models.ensure(&uri, &Credentials::new(), |_| {}).await.unwrap_err().reason(), "DiskFull");
+    drop(held);
+    models.ensure(&uri, &Credentials::new(), |_| {}).await.unwrap();
+    assert!(models.cache().partials().is_empty());
 }

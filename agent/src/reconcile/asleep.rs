@@ -91,7 +91,7 @@ impl Life {
             Ok(slept) => slept,
             Err(error) => {
                 let message = format!("did not fall asleep: {error}");
-                let failure = Failure { reason: SLEEP_FAILED, message, exit_code: None };
+                let failure = Failure { reason: SLEEP_FAILED, message, ..Failure::default() };
                 return Err(End::Failed(self.give_up(running, failure, None).await));
             }
         };
@@ -184,7 +184,7 @@ impl Life {
             Ok(()) => Ok(Stage::Awake(Begin::Woken(begun), span)),
             Err(error) => {
                 let message = format!("did not wake: {error}");
-                let failure = Failure { reason: WAKE_FAILED, message, exit_code: None };
+                let failure = Failure { reason: WAKE_FAILED, message, ..Failure::default() };
                 Err(End::Failed(self.give_up(running, failure, None).await))
             }
         }

@@ -198,7 +198,8 @@ impl Life {
     async fn restart(&self, running: &Running, why: Unhealthy) -> Failure {
         self.endpoints.not_ready(&running.replica);
         self.update(|status| status.set_phase(ReplicaPhase::Starting));
-        self.give_up(running, Failure { reason: UNHEALTHY, message: why.message, exit_code: None }, why.grace).await
+        self.give_up(running, Failure { reason: UNHEALTHY, message: why.message, ..Failure::default() }, why.grace)
+            .await
     }
 
     /// Ends a replica that has started with a model that it may not have.

@@ -12,11 +12,17 @@ pub(super) const SLEEP_FAILED: &str = "SleepFailed";
 /// Reason of one that was to wake and did not.
 pub(super) const WAKE_FAILED: &str = "WakeFailed";
 
+/// Reason of one whose model has no room in the node's cache.
+pub(super) const CACHE_FULL: &str = "CacheFull";
+
 /// Why a replica failed.
+#[derive(Default)]
 pub(super) struct Failure {
     pub(super) reason: &'static str,
     pub(super) message: String,
     pub(super) exit_code: Option<i32>,
+    /// Bytes in the node's cache that would have to leave for its model.
+    pub(super) lacking_bytes: u64,
 }
 
 impl Failure {
@@ -33,15 +39,19 @@ impl Failure {
             (None, Some(signal)) => ("Error", format!("the process was ended by signal {signal}")),
             (None, None) => ("Error", "the process ended".to_owned()),
         };
-        Self { reason, message, exit_code: exit.code }
+        Self { reason, message, exit_code: exit.code, ..Self::default() }
     }
 
     pub(super) fn of_model(error: &ModelError) -> Self {
-        Self { reason: error.reason(), message: error.to_string(), exit_code: None }
+        let lacking_bytes = match error {
+            ModelError::CacheFull { bytes, budget, kept, .. } => bytes.saturating_add(*kept).saturating_sub(*budget),
+            _ => 0,
+        };
+        Self { reason: error.reason(), message: error.to_string(), lacking_bytes, ..Self::default() }
     }
 
     pub(super) fn of_error(error: &RuntimeError) -> Self {
-        Self { reason: error.reason(), message: error.to_string(), exit_code: None }
+        Self { reason: error.reason(), message: error.to_string(), ..Self::default() }
     }
 }
 
@@ -59,7 +69,7 @@ pub(super) fn in_backoff(reason: &'static str) -> &'static str {
         | "ModelFetchFailed"
         | "ModelChecksumMismatch"
         | "ModelCacheFailed"
-        | "CacheFull"
+        | CACHE_FULL
         | "DiskFull"
         | "VolumeNotFound" => reason,
         _ => "CrashLoopBackOff",

@@ -200,6 +200,7 @@ impl Reconciler {
             _held: held,
             statuses: self.statuses.clone(),
             desired: receiver,
+            room: self.models.room_made(),
         };
         let handle = tokio::spawn(life.run(adopted));
         inner.tasks.insert(name, Task { desired: sender, handle });

@@ -13,7 +13,7 @@ use super::{
     asleep::Tired,
     awake::Begin,
     backoff::CrashBackoff,
-    failure::{Failure, SLEEP_FAILED, in_backoff},
+    failure::{CACHE_FULL, Failure, SLEEP_FAILED, in_backoff},
     models,
     question::Question,
     rung::{Cold, Look},
@@ -48,6 +48,8 @@ pub(super) struct Life {
     pub(super) _held: Held,
     pub(super) statuses: Statuses,
     pub(super) desired: watch::Receiver<Desired>,
+    /// Changes whenever the node's cache may have room that it had not before.
+    pub(super) room: watch::Receiver<u64>,
 }
 
 /// Where a replica is whose process lives.
@@ -140,6 +142,7 @@ impl Life {
     /// Gets what it needs, image and models, and starts it. `None`: it is to leave instead.
     async fn start(&mut self, span: &Span) -> Option<Result<(Running, Cold), Failure>> {
         let began = Instant::now();
+        self.room.mark_unchanged();
         let mut assignment = self.assignment();
         let (runtime, models, statuses) = (Arc::clone(&self.runtime), self.models.clone(), self.statuses.clone());
         let say = |message: String| {
@@ -173,6 +176,7 @@ impl Life {
         };
         // The runtime keeps the assignment on disk, where credentials have no business.
         assignment.models.iter_mut().for_each(|model| model.credentials.clear());
+        assignment.registry_configs.clear();
         let ip = runtime.host_address(&assignment);
         let starting = async {
             let assignment = self.way_back.prepare(assignment, ip).await?;
@@ -258,6 +262,7 @@ impl Life {
             status.pid = 0;
             status.holds_gpu_memory = false;
             status.exit_code = failure.exit_code;
+            status.lacking_bytes = failure.lacking_bytes;
             status.restarts += 1;
             status.reason = if looping { in_backoff(failure.reason) } else { failure.reason }.to_owned();
             status.message =
@@ -266,6 +271,8 @@ impl Life {
         tokio::select! {
             () = tokio::time::sleep(pause) => {}
             () = left(&mut self.desired) => {}
+            // Somebody may have left for its sake.
+            Ok(()) = self.room.changed(), if failure.reason == CACHE_FULL => {}
         }
     }
 

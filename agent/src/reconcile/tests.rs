@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 use super::*;
 use crate::{
     endpoint::EgressListener,
-    runtime::{Exit, Mount, Running, SleepMark},
+    runtime::{Exit, Mount, Running, Say, SleepMark},
     sidecar::{Grant, Limits, RevisionQueue, Sidecar},
 };
 
@@ -88,6 +88,15 @@ impl Fake {
 
 #[async_trait]
 impl Runtime for Fake {
+    /// An image that is no image is the reason to fail.
+    async fn prepare(&self, assignment: &ReplicaAssignment, _: Say<'_>) -> Result<bool, RuntimeError> {
+        let image = assignment.container.as_ref().map(|container| container.image.as_str());
+        match ["CacheFull", "DiskFull"].into_iter().find(|reason| image == Some(reason)) {
+            Some(reason) => Err(RuntimeError::Container { reason, message: "as told".to_owned() }),
+            None => Ok(false),
+        }
+    }
+
     async fn start(&self, assignment: &ReplicaAssignment, mounts: &[Mount]) -> Result<Running, RuntimeError> {
         let assignment = assignment.clone();
         self.did("start");
@@ -236,6 +245,24 @@ async fn a_replicas_models_are_held_until_it_has_stopped() {
     assert!(in_use(&report.borrow()), "taken over with its models");
     node.reconciler.assign(Assignment { version: 1, replicas: vec![], ..Default::default() });
     report.wait_for(|report| !in_use(report)).await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_that_lacks_room_is_tried_again_as_soon_as_somebody_has_left() {
+    for (reason, pause) in [("CacheFull", 0), ("DiskFull", 10)] {
+        let cache = tempfile::tempdir().unwrap();
+        let models = node_models(cache.path());
+        let node = Node::with(models.clone(), Vec::new()).await;
+        let held = models.hold("another", ["s3://b/m".to_owned()]);
+        node.assign_container(1, &[("a", false)], ContainerSpec { image: reason.into(), ..Default::default() });
+        node.restarted(2).await;
+        let began = Instant::now();
+        drop(held);
+        node.restarted(3).await;
+        assert_eq!(began.elapsed(), Duration::from_secs(pause), "{reason}");
+        node.restarted(4).await;
+        assert_eq!(began.elapsed(), Duration::from_secs(pause + 20), "{reason}: nobody else leaves");
+    }
 }
 
 pub(super) fn node_models(root: &std::path::Path) -> Models {

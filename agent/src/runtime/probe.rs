@@ -20,6 +20,9 @@ const EAGER: Duration = Duration::from_millis(50);
 /// Between probes after that, where the manifest does not say; Kubernetes' default.
 const RELAXED: Duration = Duration::from_secs(10);
 
+/// What the engine drops is dropped by then.
+const DROPPED: Duration = Duration::from_millis(500);
+
 /// One replica's probe.
 #[derive(Clone)]
 pub struct Prober {
@@ -110,8 +113,32 @@ impl Prober {
     }
 
     async fn connect(&self, address: SocketAddr) -> Result<(), String> {
-        TcpStream::connect(address).await.map(drop).map_err(|error| error.to_string())
+        let stream = TcpStream::connect(address).await.map_err(|error| error.to_string())?;
+        let Running { pid, ports, container, .. } = &self.running;
+        let inside = ports.iter().find(|(_, outside)| **outside == address.port()).map(|(inside, _)| *inside);
+        let Some(port) = inside.filter(|_| container.is_some()) else { return Ok(()) };
+        if listens(*pid, port) {
+            return Ok(());
+        }
+        // The engine's own proxy takes connections whether or not something listens in the container, and
+        // drops them where nothing does.
+        match tokio::time::timeout(DROPPED, stream.peek(&mut [0])).await {
+            Ok(Ok(0) | Err(_)) => Err(format!("nothing listens at port {port} of the container")),
+            Ok(Ok(_)) | Err(_) => Ok(()),
+        }
     }
+}
+
+/// True where a socket of the process's network listens at the port for others than itself. False where that
+/// cannot be seen, too: a container may have a kernel of its own.
+fn listens(pid: u32, port: u16) -> bool {
+    let process = i32::try_from(pid).ok().and_then(|pid| procfs::process::Process::new(pid).ok());
+    let tables = process.map(|process| [process.tcp(), process.tcp6()]);
+    let mut sockets = tables.into_iter().flatten().flatten().flatten();
+    sockets.any(|socket| {
+        let at = socket.local_address;
+        socket.state == procfs::net::TcpState::Listen && at.port() == port && !at.ip().is_loopback()
+    })
 }
 
 fn duration(given: &Option<prost_types::Duration>) -> Option<Duration> {

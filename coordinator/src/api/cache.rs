@@ -88,15 +88,23 @@ pub(super) async fn evict(
 /// Replicas that sleep and have the model leave first; those that are promised stay, and so does the model.
 async fn let_sleepers_go(handle: &Handle, uri: &str, node: &Option<String>) -> Result<(), Status> {
     let began = tokio::time::Instant::now();
+    let mut told: BTreeSet<String> = BTreeSet::new();
     loop {
-        let (address, node) = (uri.to_owned(), node.clone());
-        let look = move |world: &World, _| shelf::evictable(world, node.as_deref(), &address);
-        let sleepers = handle.read(look).await.map_err(status)?;
+        let (address, node, before) = (uri.to_owned(), node.clone(), told.clone());
+        let look = move |world: &World, _| {
+            // One that stops does not sleep any more, and still has the model.
+            let leaves = |name: &String| world.replicas.get(name).is_some_and(|replica| replica.record.draining);
+            (shelf::evictable(world, node.as_deref(), &address), before.iter().any(leaves))
+        };
+        let (sleepers, some_leave) = handle.read(look).await.map_err(status)?;
         // What has not left by then is named in the answer.
-        if sleepers.is_empty() || began.elapsed() > PATIENCE {
+        if (sleepers.is_empty() && !some_leave) || began.elapsed() > PATIENCE {
             return Ok(());
         }
-        handle.let_go(sleepers).await.map_err(status)?;
+        if !sleepers.is_empty() {
+            told.extend(sleepers.iter().cloned());
+            handle.let_go(sleepers).await.map_err(status)?;
+        }
         tokio::time::sleep(LOOK).await;
     }
 }

@@ -110,7 +110,7 @@ pub fn look(world: &World, node: &NodeState, users: &Users<'_>, now: Timestamp) 
             leave.push(step.name);
         }
     }
-    if let Some(name) = makes_room_on_disk(&here, &entries, &leave) {
+    if let Some(name) = makes_room_on_disk(world, node, &here, &entries, &leave) {
         leave.push(name);
     }
     let keep = users.models.iter().filter_map(|(uri, users)| Some((uri.clone(), keep(users, models.bytes(uri)?, now))));
@@ -129,16 +129,65 @@ pub fn lacks_room(status: &fleet::ReplicaStatus) -> bool {
 }
 
 /// Where a model finds no room on the disk beside those that replicas have: the sleeper that is worth least
-/// for its bytes. One at a time: the agent then frees what it can, and tries again.
-fn makes_room_on_disk(here: &[&ReplicaState], entries: &[Entry], leave: &[String]) -> Option<String> {
+/// for its bytes. One at a time: the agent then frees what it can, and tries again. None where all of them
+/// together would not do.
+fn makes_room_on_disk(
+    world: &World,
+    node: &NodeState,
+    here: &[&ReplicaState],
+    entries: &[Entry],
+    leave: &[String],
+) -> Option<String> {
     let leaving = !leave.is_empty() || here.iter().any(|replica| replica.record.asleep && replica.record.draining);
-    if leaving || !here.iter().any(|replica| replica.status.as_ref().is_some_and(lacks_room)) {
+    let lacking = here.iter().filter_map(|replica| replica.status.as_ref().filter(|status| lacks_room(status)));
+    let lacking = lacking.map(|status| status.lacking_bytes).min()?;
+    if leaving {
         return None;
     }
-    let free = |entry: &&Entry| entry.rung == Rung::Asleep && entry.pinned.is_none() && entry.footprint.disk > 0;
-    let score = |entry: &Entry| entry.costs.lost(entry.rung, Rung::Absent) * entry.need / entry.footprint.disk as f64;
-    let least = entries.iter().filter(free).min_by(|a, b| score(a).total_cmp(&score(b)).then(a.name.cmp(&b.name)));
-    least.map(|entry| entry.name.clone())
+    let free = |entry: &&Entry| entry.rung == Rung::Asleep && entry.pinned.is_none();
+    let free: BTreeMap<&str, &Entry> = entries.iter().filter(free).map(|entry| (entry.name.as_str(), entry)).collect();
+    let left = left_with(world, node, here, &|name| free.contains_key(name));
+    if left.values().sum::<u64>() < lacking {
+        return None;
+    }
+    let has = |name: &str| {
+        let replica = here.iter().find(|replica| replica.record.name == name);
+        replica
+            .is_some_and(|replica| addresses(world, replica).any(|uri| left.get(&uri).is_some_and(|bytes| *bytes > 0)))
+    };
+    let score =
+        |entry: &Entry| entry.costs.lost(entry.rung, Rung::Absent) * entry.need / entry.footprint.disk.max(1) as f64;
+    let least = free.into_iter().filter(|(name, _)| has(name));
+    least.min_by(|(_, a), (_, b)| score(a).total_cmp(&score(b))).map(|(name, _)| name.to_owned())
+}
+
+/// Bytes that the disk may have back once these replicas have left, by the model's address: of models that
+/// nobody else has, and that are not pinned.
+fn left_with(
+    world: &World,
+    node: &NodeState,
+    here: &[&ReplicaState],
+    leave: &dyn Fn(&str) -> bool,
+) -> BTreeMap<String, u64> {
+    let mut left = BTreeMap::new();
+    let stays: BTreeSet<String> = here
+        .iter()
+        .filter(|replica| !leave(&replica.record.name))
+        .flat_map(|replica| addresses(world, replica))
+        .chain(node.cached.models.iter().filter(|model| model.pinned).map(|model| model.uri.clone()))
+        .collect();
+    for uri in here.iter().filter(|replica| leave(&replica.record.name)).flat_map(|replica| addresses(world, replica)) {
+        let versions = node.cached.models.iter().filter(|model| model.uri == uri && !stays.contains(&uri));
+        left.insert(uri.clone(), versions.map(|model| model.bytes).sum());
+    }
+    left
+}
+
+/// Addresses of a replica's models.
+fn addresses(world: &World, replica: &ReplicaState) -> impl Iterator<Item = String> {
+    let revision = world.revisions.get(&replica.record.revision);
+    let models = revision.map(|revision| storage::models(world, &revision.record)).unwrap_or_default();
+    models.into_iter().map(|model| model.uri)
 }
 
 /// Models on a node's disk, by address, and images.

@@ -4,6 +4,8 @@ use std::{
     io::{Read as _, Write as _},
     net::{TcpListener, TcpStream},
     process::exit,
+    thread::sleep,
+    time::Duration,
 };
 
 unsafe extern "C" {
@@ -12,6 +14,21 @@ unsafe extern "C" {
 
 extern "C" fn end(_: i32) {
     exit(3)
+}
+
+const MODELS: &str = "/mnt/models";
+
+/// A file of the models; or, for `/write`, what becomes of writing to them.
+fn file(path: &str) -> (&'static str, Vec<u8>) {
+    if path == "/write" {
+        let some = fs::read_dir(MODELS).unwrap().next().unwrap().unwrap().path();
+        let tries = [fs::write(format!("{MODELS}/new"), "x"), fs::write(&some, "x"), fs::remove_file(&some)];
+        return ("200 OK", format!("{:?}", tries.map(|tried| tried.map_err(|error| error.kind()))).into());
+    }
+    match fs::read(format!("{MODELS}{path}")) {
+        Ok(content) => ("200 OK", content),
+        Err(error) => ("404 Not Found", error.to_string().into()),
+    }
 }
 
 fn main() {
@@ -28,7 +45,13 @@ fn main() {
         }
         "look" => exit(if fs::exists(&args[1]).unwrap() { 0 } else { 4 }),
         "check" => exit(if args[1] == "good" { 0 } else { 9 }),
+        // Its models are there when it starts, or it ends.
+        "files" if fs::read_dir(MODELS).map_or(0, |files| files.count()) == 0 => exit(5),
         _ => {}
+    }
+    // As one that loads something before it listens.
+    if let ("files" | "late", Some(seconds)) = (first, args.get(1)) {
+        sleep(Duration::from_secs(seconds.parse().unwrap()));
     }
     // SAFETY: the handler only ends the process.
     unsafe {
@@ -48,6 +71,13 @@ fn main() {
             let mut answer = String::new();
             predictor.read_to_string(&mut answer).unwrap();
             let _ = stream.write_all(answer.as_bytes());
+            continue;
+        }
+        if first == "files" {
+            let asked = String::from_utf8_lossy(&request);
+            let (status, body) = file(asked.split(' ').nth(1).unwrap_or_default());
+            let head = format!("HTTP/1.1 {status}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n", body.len());
+            let _ = stream.write_all(head.as_bytes()).and_then(|()| stream.write_all(&body));
             continue;
         }
         let variables: String = env::vars().map(|(name, value)| format!("{name}={value}\n")).collect();

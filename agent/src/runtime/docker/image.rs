@@ -18,7 +18,7 @@ use bollard::{
 use bytesize::ByteSize;
 use futures::StreamExt as _;
 use serde::Deserialize;
-use tokio::time::Instant;
+use tokio::time::{Instant, MissedTickBehavior};
 use tracing::warn;
 
 use super::{super::Say, RuntimeError, is_missing, pulled::Pulled};
@@ -86,21 +86,27 @@ async fn pull(
     let options = CreateImageOptionsBuilder::default().from_image(&with_tag(image)).build();
     let mut stream = std::pin::pin!(docker.create_image(Some(options), None, credentials));
     let mut progress = Progress::default();
-    let mut told: Option<Instant> = None;
+    // By the clock, so that the last news before a silence is told, too.
+    let mut telling = tokio::time::interval(SAID_EVERY);
+    telling.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let silence = tokio::time::sleep(SILENCE);
+    tokio::pin!(silence);
     say(format!("pulling image {image}"));
     loop {
-        let next = tokio::time::timeout(SILENCE, stream.next()).await;
-        match next.map_err(|_| format!("nothing was heard of it for {SILENCE:?}"))? {
-            None => return Ok(!progress.layers.is_empty()),
-            Some(Err(Error::DockerStreamError { error })) => return Err(error),
-            Some(Err(error)) => return Err(error.to_string()),
-            Some(Ok(info)) => progress.take(&info),
-        }
-        if told.is_none_or(|told| told.elapsed() >= SAID_EVERY)
-            && let Some(how_far) = progress.news()
-        {
-            told = Some(Instant::now());
-            say(format!("pulling image {image}: {how_far}"));
+        tokio::select! {
+            next = stream.next() => match next {
+                None => return Ok(!progress.layers.is_empty()),
+                Some(Err(Error::DockerStreamError { error })) => return Err(error),
+                Some(Err(error)) => return Err(error.to_string()),
+                Some(Ok(info)) => {
+                    progress.take(&info);
+                    silence.as_mut().reset(Instant::now() + SILENCE);
+                }
+            },
+            _ = telling.tick() => if let Some(how_far) = progress.news() {
+                say(format!("pulling image {image}: {how_far}"));
+            },
+            () = &mut silence => return Err(format!("nothing was heard of it for {SILENCE:?}")),
         }
     }
 }

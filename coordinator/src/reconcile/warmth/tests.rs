@@ -150,3 +150,28 @@ fn an_image_is_kept_by_who_needs_it_and_what_its_pull_took() {
     assert!(of("slow") > of("often") && of("often") > of("rarely") && of("rarely") > 0, "{keep:?}");
     assert_eq!(keep.len(), 3, "nobody needs the other: it counts as 0");
 }
+
+#[test]
+fn no_sleeper_leaves_the_disk_in_vain() {
+    let two = cached(cached(cell(), "often", 2, false), "rarely", 3, false);
+    let two = asked(asked(two, "rarely", &[9_000]), "often", &[90, 60, 30]);
+    let two = two.sleeper("often-1", "a", 0, ReplicaPhase::Asleep, true);
+    let mut cell = two.sleeper("rarely-1", "a", 1, ReplicaPhase::Asleep, true).applied("new", 1, "");
+    cell = cell.replica("new-1", "a", 2, ReplicaPhase::Failed);
+    let lacks = |cell: &mut Cell, gib: u64| {
+        let status = cell.world.replicas.get_mut("new-1").unwrap().status.as_mut().unwrap();
+        (status.reason, status.lacking_bytes) = (CACHE_FULL.into(), gib * GIB);
+    };
+    lacks(&mut cell, 6);
+    assert!(look_at(&cell).leave.is_empty(), "both together are 5 GiB");
+    lacks(&mut cell, 5);
+    assert_eq!(look_at(&cell).leave, ["rarely-1"]);
+    // A model that is pinned stays, whoever leaves.
+    node(&mut cell).cached.models[1].pinned = true;
+    assert!(look_at(&cell).leave.is_empty());
+    lacks(&mut cell, 2);
+    assert_eq!(look_at(&cell).leave, ["often-1"]);
+    // So does one that somebody serves.
+    let cell = cell.served("often-2", "a", 3);
+    assert!(look_at(&cell).leave.is_empty());
+}
