@@ -99,9 +99,9 @@ impl Fetch {
             return Ok(key);
         }
         self.progress.send_replace(Progress { done: 0, total });
-        let asking: Vec<_> = objects.iter().map(|object| self.source.checksums(object)).collect();
-        let asking = futures::stream::iter(asking).buffered(PARALLEL).try_collect();
-        let known: Vec<Checksums> = in_time(asking, &self.uri, self.stall).await?;
+        let ask = |object| in_time(self.source.checksums(object), &self.uri, self.stall);
+        let asking: Vec<_> = objects.iter().map(ask).collect();
+        let known: Vec<Checksums> = futures::stream::iter(asking).buffered(PARALLEL).try_collect().await?;
         for (object, Checksums { sha256, md5, .. }) in objects.iter_mut().zip(known) {
             (object.sha256, object.md5) = (sha256, md5);
         }

@@ -14,7 +14,7 @@ use super::{
     },
     Inner, Room,
     images::{self, Step},
-    millis,
+    micros,
 };
 
 #[derive(Debug, Default)]
@@ -138,7 +138,7 @@ impl Room {
             key: key.clone(),
             blobs: tree.blobs.clone(),
             keep: keep(&tree.uri).unwrap_or_default(),
-            last_used: millis(tree.last_used),
+            last_used: micros(tree.last_used),
             in_use: inner.held.contains_key(&tree.uri) || before(keep(&tree.uri).unwrap_or_default()),
             pinned: self.cache.pinned(key),
         });
@@ -153,7 +153,7 @@ impl Room {
         let left = left.map(|left| Entry {
             key: partial(&left.key),
             blobs: BTreeMap::from([(partial(&left.key), left.bytes)]),
-            last_used: millis(left.changed),
+            last_used: micros(left.changed),
             ..Entry::default()
         });
         whole.chain(coming).chain(left).chain(Self::image_entries(inner, before, stays)).collect()

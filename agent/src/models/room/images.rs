@@ -19,7 +19,7 @@ use super::{
         budget::{Entry, Full, victims},
         plan::Object,
     },
-    Inner, Reserved, Room, millis,
+    Inner, Reserved, Room, micros,
 };
 
 /// Keys of images begin with it; no key of a model does.
@@ -335,7 +335,7 @@ impl Room {
                 key: format!("{IMAGE}{}", image.id),
                 blobs: image.layers.clone(),
                 keep,
-                last_used: millis(image.last_used),
+                last_used: micros(image.last_used),
                 in_use: held || kept || before(keep),
                 pinned: image.pinned,
             }
