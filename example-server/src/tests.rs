@@ -179,12 +179,13 @@ async fn counts_what_is_in_flight_at_the_same_time() {
     // A client that hangs up gets no answer.
     assert!(tokio::time::timeout(Duration::from_secs(1), ask()).await.is_err());
     get(&slow, "/v1/models/iris").await;
-    let (_, stats) = get(&slow, "/stats").await;
+    let (_, mut stats) = get(&slow, "/stats").await;
+    assert!(stats["loadMicroseconds"].take().as_u64() > Some(0));
     assert_eq!(
         stats,
         json!({
             "received": 4, "answered": 3, "inFlight": 0, "maxInFlight": 3,
-            "weightBytes": 0, "pid": std::process::id(),
+            "weightBytes": 0, "loadMicroseconds": null, "pid": std::process::id(),
         })
     );
 }
