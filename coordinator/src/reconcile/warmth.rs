@@ -150,44 +150,44 @@ fn makes_room_on_disk(
     if left.values().sum::<u64>() < lacking {
         return None;
     }
-    let has = |name: &str| {
+    let frees = |name: &str| {
         let replica = here.iter().find(|replica| replica.record.name == name);
-        replica
-            .is_some_and(|replica| addresses(world, replica).any(|uri| left.get(&uri).is_some_and(|bytes| *bytes > 0)))
+        replica.is_some_and(|replica| has(world, replica).any(|what| left.get(&what).is_some_and(|bytes| *bytes > 0)))
     };
     let score =
         |entry: &Entry| entry.costs.lost(entry.rung, Rung::Absent) * entry.need / entry.footprint.disk.max(1) as f64;
-    let least = free.into_iter().filter(|(name, _)| has(name));
+    let least = free.into_iter().filter(|(name, _)| frees(name));
     least.min_by(|(_, a), (_, b)| score(a).total_cmp(&score(b))).map(|(name, _)| name.to_owned())
 }
 
-/// Bytes that the disk may have back once these replicas have left, by the model's address: of models that
-/// nobody else has, and that are not pinned.
+/// Bytes that the disk may have back once these replicas have left, by the model's address or the image's name:
+/// of what nobody else has, and what is not pinned.
 fn left_with(
     world: &World,
     node: &NodeState,
     here: &[&ReplicaState],
     leave: &dyn Fn(&str) -> bool,
 ) -> BTreeMap<String, u64> {
-    let mut left = BTreeMap::new();
-    let stays: BTreeSet<String> = here
-        .iter()
-        .filter(|replica| !leave(&replica.record.name))
-        .flat_map(|replica| addresses(world, replica))
-        .chain(node.cached.models.iter().filter(|model| model.pinned).map(|model| model.uri.clone()))
-        .collect();
-    for uri in here.iter().filter(|replica| leave(&replica.record.name)).flat_map(|replica| addresses(world, replica)) {
-        let versions = node.cached.models.iter().filter(|model| model.uri == uri && !stays.contains(&uri));
-        left.insert(uri.clone(), versions.map(|model| model.bytes).sum());
-    }
-    left
+    let (leaving, staying): (Vec<_>, Vec<_>) = here.iter().copied().partition(|replica| leave(&replica.record.name));
+    let stays: BTreeSet<String> = staying.into_iter().flat_map(|replica| has(world, replica)).collect();
+    let bytes = |what: &String| -> u64 {
+        let models = node.cached.models.iter().filter(|model| model.uri == *what && !model.pinned);
+        let images = node.cached.images.iter().filter(|image| {
+            // It goes as a whole, with all of its names.
+            image.names.contains(what) && !image.pinned && !image.names.iter().any(|name| stays.contains(name))
+        });
+        models.map(|model| model.bytes).chain(images.map(|image| image.bytes)).sum()
+    };
+    let leaves = leaving.into_iter().flat_map(|replica| has(world, replica)).filter(|what| !stays.contains(what));
+    leaves.map(|what| (what.clone(), bytes(&what))).collect()
 }
 
-/// Addresses of a replica's models.
-fn addresses(world: &World, replica: &ReplicaState) -> impl Iterator<Item = String> {
-    let revision = world.revisions.get(&replica.record.revision);
-    let models = revision.map(|revision| storage::models(world, &revision.record)).unwrap_or_default();
-    models.into_iter().map(|model| model.uri)
+/// What a replica has on the disk: addresses of its models, and the name of its image.
+fn has(world: &World, replica: &ReplicaState) -> impl Iterator<Item = String> {
+    let revision = world.revisions.get(&replica.record.revision).map(|revision| &revision.record);
+    let models = revision.map(|revision| storage::models(world, revision)).unwrap_or_default();
+    let image = revision.map(|revision| revision.template.container.image.clone());
+    models.into_iter().map(|model| model.uri).chain(image)
 }
 
 /// Models on a node's disk, by address, and images.

@@ -172,6 +172,20 @@ fn no_sleeper_leaves_the_disk_in_vain() {
     lacks(&mut cell, 2);
     assert_eq!(look_at(&cell).leave, ["often-1"]);
     // So does one that somebody serves.
-    let cell = cell.served("often-2", "a", 3);
+    let mut cell = cell.served("often-2", "a", 3);
+    assert!(look_at(&cell).leave.is_empty());
+    // Its image is room, too, unless others have it or it is pinned.
+    let image = |cell: &mut Cell, service: &str| {
+        let revision = cell.world.revisions.get_mut(&format!("default/{service}")).unwrap();
+        revision.record.template.container.image = "registry/one:1".to_owned();
+    };
+    image(&mut cell, "rarely");
+    let one = fleet::CachedImage { names: vec!["registry/one:1".into()], bytes: 2 * GIB, ..Default::default() };
+    node(&mut cell).cached.images.push(one);
+    assert_eq!(look_at(&cell).leave, ["rarely-1"]);
+    node(&mut cell).cached.images[0].pinned = true;
+    assert!(look_at(&cell).leave.is_empty());
+    node(&mut cell).cached.images[0].pinned = false;
+    image(&mut cell, "often");
     assert!(look_at(&cell).leave.is_empty());
 }
