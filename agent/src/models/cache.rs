@@ -8,6 +8,7 @@
 //! trees/<key>/unsettled     until all of it is on the disk: the boot of the machine that has it in memory
 //! trees/<key>/pinned        where an operator keeps it: it is not removed
 //! partial/<key>/uri         which model is being fetched
+//! partial/<key>/tree        what will be trees/<key>
 //! partial/<key>/<n>.data    file n of a model that is being fetched
 //! partial/<key>/<n>.done    starts of its ranges that are on disk, one a line
 //! partial/<key>/<n>.told    its name by another node's word, where bytes may have come from one
@@ -28,6 +29,8 @@ use super::{plan::Object, settle};
 
 /// Name of the file with a model's address beside what came of it.
 const ORIGIN: &str = "uri";
+/// Name of the folder that becomes the model's.
+const STAGED: &str = "tree";
 
 /// What lies in a model's folder.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -71,7 +74,7 @@ impl Cache {
     /// Blobs that no model links to, and staged folders; data of cut-off fetches stays, to be resumed.
     fn sweep(&self) -> io::Result<()> {
         for partial in fs::read_dir(self.root.join("partial"))? {
-            match fs::remove_dir_all(partial?.path().join("tree")) {
+            match fs::remove_dir_all(partial?.path().join(STAGED)) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
                 _ => {}
             }
@@ -98,9 +101,13 @@ impl Cache {
 
     /// All whole models, by key.
     pub fn trees(&self) -> Vec<(String, TreeRecord)> {
-        let Ok(entries) = fs::read_dir(self.root.join("trees")) else { return Vec::new() };
-        let names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
-        names.filter_map(|key| self.record(&key).map(|record| (key, record))).collect()
+        self.keys().filter_map(|key| self.record(&key).map(|record| (key, record))).collect()
+    }
+
+    /// Keys of all that is shown.
+    pub(super) fn keys(&self) -> impl Iterator<Item = String> {
+        let entries = fs::read_dir(self.root.join("trees")).into_iter().flatten().flatten();
+        entries.filter_map(|entry| entry.file_name().into_string().ok())
     }
 
     /// Bytes that are free on the disk for this process.
@@ -174,18 +181,26 @@ impl Cache {
         Ok(about.len())
     }
 
-    /// Makes a model visible, whole: a folder of links is staged, synced, and renamed into place. `boot`: what
-    /// the links lead to is not on the disk yet ([`super::settle`]).
+    /// The folder that becomes a model's.
+    pub(super) fn staged(&self, key: &str) -> PathBuf {
+        self.partial(key).join(STAGED)
+    }
+
+    /// Makes a model visible, whole: a folder of links is staged, synced, and renamed into place. With `boot`
+    /// nothing is synced: neither what the links lead to nor they are on the disk yet ([`super::settle`]).
     ///
     /// # Errors
     /// The disk refuses, or a blob is not there.
     pub fn publish(&self, key: &str, record: &TreeRecord, boot: Option<&str>) -> io::Result<PathBuf> {
-        let staged = self.partial(key).join("tree");
-        match fs::remove_dir_all(&staged) {
+        let staged = self.staged(key);
+        let files = staged.join("files");
+        match fs::remove_dir_all(if boot.is_some() { &files } else { &staged }) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
         }
-        let files = staged.join("files");
+        if let Some(boot) = boot {
+            settle::mark(&staged, boot)?;
+        }
         fs::create_dir_all(&files)?;
         for (object, blob) in record.objects.iter().zip(&record.blobs) {
             let link = files.join(&object.path);
@@ -194,20 +209,25 @@ impl Cache {
             }
             fs::hard_link(self.blob(blob), link)?;
         }
-        let mut file = File::create(staged.join("tree.json"))?;
-        file.write_all(&serde_json::to_vec(record)?)?;
-        file.sync_all()?;
-        if let Some(boot) = boot {
-            settle::mark(&staged, boot)?;
+        fs::write(staged.join("tree.json"), serde_json::to_vec(record)?)?;
+        if boot.is_none() {
+            sync_below(&staged)?;
         }
-        File::open(&staged)?.sync_all()?;
-        let tree = self.root.join("trees").join(key);
+        let tree = self.tree(key);
         if !tree.exists() {
             fs::rename(&staged, &tree)?;
-            File::open(self.root.join("trees"))?.sync_all()?;
+            if boot.is_none() {
+                File::open(self.root.join("trees"))?.sync_all()?;
+            }
         }
         fs::remove_dir_all(self.partial(key))?;
         Ok(self.files(key))
+    }
+
+    /// Has a model's folder, its place among all, and its contents' names on the disk.
+    pub(super) fn sync_tree(&self, key: &str) -> io::Result<()> {
+        sync_below(&self.tree(key))?;
+        ["trees", "blobs"].iter().try_for_each(|name| File::open(self.root.join(name))?.sync_all())
     }
 
     /// When a whole model was last used, as noted by [`Self::touch`].
@@ -261,7 +281,7 @@ impl Cache {
     pub fn tidy(&self, key: &str) {
         let directory = self.partial(key);
         let Ok(entries) = fs::read_dir(&directory) else { return };
-        if entries.flatten().all(|entry| entry.file_name() == ORIGIN) {
+        if entries.flatten().all(|entry| entry.file_name() == ORIGIN || entry.file_name() == STAGED) {
             // What cannot be removed now is when the next fetch of it ends.
             let _ = fs::remove_dir_all(directory);
         }
@@ -284,7 +304,8 @@ impl Cache {
     pub fn partials(&self) -> Vec<Partial> {
         let Ok(entries) = fs::read_dir(self.root.join("partial")) else { return Vec::new() };
         let of = |entry: fs::DirEntry| {
-            let files = fs::read_dir(entry.path()).ok()?.flatten().filter(|file| file.file_name() != ORIGIN);
+            let files = fs::read_dir(entry.path()).ok()?.flatten();
+            let files = files.filter(|file| file.file_name() != ORIGIN && file.file_name() != STAGED);
             let files = files.filter_map(|file| file.metadata().ok());
             let (mut bytes, mut changed) = (0, SystemTime::UNIX_EPOCH);
             for file in files {
@@ -371,6 +392,22 @@ impl Part {
             _ => Ok(()),
         }
     }
+}
+
+/// Syncs a model's folder, the folders in it, and its record.
+fn sync_below(folder: &Path) -> io::Result<()> {
+    File::open(folder.join("tree.json"))?.sync_all()?;
+    let mut open = vec![folder.to_owned()];
+    while let Some(folder) = open.pop() {
+        for entry in fs::read_dir(&folder)? {
+            let entry = entry?;
+            if entry.file_type()?.is_dir() {
+                open.push(entry.path());
+            }
+        }
+        File::open(folder)?.sync_all()?;
+    }
+    Ok(())
 }
 
 fn read_journal(path: &Path) -> io::Result<BTreeSet<u64>> {

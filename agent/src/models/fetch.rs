@@ -108,6 +108,7 @@ impl Fetch {
         // Until it is published, or has failed.
         let _reserved = self.room.reserve(&self.uri, &key, &objects).await?;
         self.room.began(&key, began);
+        let boot = self.expect(&key).await?;
         let mut peers = match &self.ask {
             Some(ask) => Peers::find(ask, &self.peers, &key, &objects).await.map(Arc::new),
             None => None,
@@ -122,14 +123,21 @@ impl Fetch {
             }
             syncing.ended().await.map_err(|error| self.disk(error))?;
         };
-        self.show(Arrival { uri: self.uri.clone(), key: key.clone(), objects, plan, found, boot: None }, syncing)
-            .await?;
+        self.show(Arrival { uri: self.uri.clone(), key: key.clone(), objects, plan, found, boot }, syncing).await?;
         Ok(key)
     }
 
+    /// Marks the model that is to come with this boot; `None` where there is no telling boots apart.
+    async fn expect(&self, key: &str) -> Result<Option<String>, ModelError> {
+        let Some(boot) = settle::boot_id() else { return Ok(None) };
+        let (cache, key, marked) = (self.cache.clone(), key.to_owned(), boot.clone());
+        let marking = tokio::task::spawn_blocking(move || cache.expect(&key, &marked)).await;
+        marking.map_err(io::Error::other).flatten().map_err(|error| self.disk(error))?;
+        Ok(Some(boot))
+    }
+
     /// Makes a model visible, whose bytes go on to the disk meanwhile.
-    async fn show(&self, mut arrival: Arrival, syncing: Syncing) -> Result<(), ModelError> {
-        arrival.boot = settle::boot_id();
+    async fn show(&self, arrival: Arrival, syncing: Syncing) -> Result<(), ModelError> {
         let syncing = match &arrival.boot {
             Some(_) => Some(syncing),
             None => {

@@ -1,6 +1,9 @@
 //! Models are shown as soon as all of their bytes are in files and have been checked: a replica reads them from
 //! memory, and need not wait for the disk. Only a machine that ends before the disk has them all could lose some.
 //! So until then a mark beside the model names the machine's boot; what another boot has marked is not whole.
+//!
+//! The mark is on the disk before the first byte comes. Nothing is synced when the model is shown: a file system
+//! that keeps the order of what is written would first write all that has come.
 
 use std::{
     fs::{self, File},
@@ -21,14 +24,27 @@ pub(super) fn boot_id() -> Option<String> {
     Some(read.trim().to_owned()).filter(|id| !id.is_empty())
 }
 
-/// Writes the mark into the folder of a model that is about to be shown.
+/// Writes the mark into the folder that will be shown, where it is not there yet.
 pub(super) fn mark(folder: &Path, boot: &str) -> io::Result<()> {
+    if fs::read_to_string(folder.join(MARK)).is_ok_and(|marked| marked == boot) {
+        return Ok(());
+    }
+    fs::create_dir_all(folder)?;
     let mut mark = File::create(folder.join(MARK))?;
     mark.write_all(boot.as_bytes())?;
-    mark.sync_all()
+    mark.sync_all()?;
+    File::open(folder)?.sync_all()
 }
 
 impl Cache {
+    /// Marks a model that is about to be fetched.
+    ///
+    /// # Errors
+    /// The disk refuses.
+    pub(super) fn expect(&self, key: &str, boot: &str) -> io::Result<()> {
+        mark(&self.staged(key), boot)
+    }
+
     /// Has all of a model on the disk, contents that it shares with others too, and takes its mark away.
     ///
     /// # Errors
@@ -43,15 +59,16 @@ impl Cache {
                 Err(error) => return Err(error),
             }
         }
+        self.sync_tree(key)?;
         match fs::remove_file(self.tree(key).join(MARK)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
             _ => Ok(()),
         }
     }
 
-    /// Keys of models that bear a mark.
+    /// Keys of models that bear a mark, whatever else is there of them.
     fn unsettled(&self) -> Vec<String> {
-        self.trees().into_iter().map(|(key, _)| key).filter(|key| self.tree(key).join(MARK).exists()).collect()
+        self.keys().filter(|key| self.tree(key).join(MARK).exists()).collect()
     }
 
     /// Removes models that an earlier boot of the machine did not get to the disk as a whole.
