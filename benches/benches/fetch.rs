@@ -39,14 +39,7 @@ const FLAGS: [(&str, &[&str]); 2] = [
 /// Until the model is there, and until it is on the disk.
 async fn ours(server: &S3, directory: &Path) -> ([Duration; 2], PathBuf) {
     let models = Models::open(directory.to_owned(), BTreeMap::new(), STALL, None).unwrap();
-    let credentials = [
-        ("AWS_ACCESS_KEY_ID", KEY.to_owned()),
-        ("AWS_SECRET_ACCESS_KEY", SECRET.to_owned()),
-        ("AWS_ENDPOINT_URL", server.endpoint()),
-        ("AWS_ALLOW_HTTP", "true".to_owned()),
-        ("AWS_REGION", "us-east-1".to_owned()),
-    ];
-    let credentials = credentials.map(|(name, value)| (name.to_owned(), value)).into();
+    let credentials = server.env().into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
     let begun = Instant::now();
     let folder = models.ensure("s3://models/large", &credentials, |_| {}).await.unwrap();
     let there = begun.elapsed();

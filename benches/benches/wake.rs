@@ -27,9 +27,9 @@ use pilotlight_tests::{
     cell::Dev,
     eventually, free_port,
     http::Gateway,
-    manifest::TWO_FLOWERS,
+    manifest::{TWO_FLOWERS, to_zero},
     process::pilotlight,
-    s3::{KEY, S3, SECRET},
+    s3::S3,
 };
 use serde_json::Value;
 
@@ -83,29 +83,19 @@ impl Times {
 }
 
 /// A service of the model, on one of the ways to keep it warm.
-fn manifest(name: &str, further: &str) -> String {
-    format!(
-        "apiVersion: serving.kserve.io/v1beta1\nkind: InferenceService\nmetadata:\n  name: {name}\n  annotations:\n    \
-         autoscaling.knative.dev/initial-scale: \"0\"\n    autoscaling.knative.dev/window: 6s\n    \
-         autoscaling.knative.dev/scale-down-delay: 0s\n    \
-         autoscaling.knative.dev/scale-to-zero-pod-retention-period: 0s\n{further}spec:\n  predictor:\n    \
-         minReplicas: 0\n    maxReplicas: 1\n    containers:\n    - name: kserve-container\n      image: pilotlight:dev\n      \
+fn manifest(name: &str, further: &[(&str, &str)]) -> String {
+    let predictor = format!(
+        "    minReplicas: 0\n    maxReplicas: 1\n    containers:\n    - name: kserve-container\n      image: pilotlight:dev\n      \
          command: [pilotlight, example-server, iris, --load, /mnt/models]\n      \
          readinessProbe: {{httpGet: {{path: /v1/models/iris, port: 8080}}}}\n      \
          ports: [{{containerPort: 8080, name: http1}}]\n      env: [{{name: STORAGE_URI, value: \"{URI}\"}}]\n"
-    )
+    );
+    to_zero(name, further, &predictor)
 }
 
 /// A fleet of one node whose agent may read from the store by its own environment.
 async fn dev(server: &S3, flags: &[&str]) -> Dev {
-    let env = [
-        ("AWS_ACCESS_KEY_ID", KEY.to_owned()),
-        ("AWS_SECRET_ACCESS_KEY", SECRET.to_owned()),
-        ("AWS_REGION", "us-east-1".to_owned()),
-        ("AWS_ENDPOINT_URL", server.endpoint()),
-        ("AWS_ALLOW_HTTP", "true".to_owned()),
-    ];
-    Dev::start(flags, env.to_vec()).await
+    Dev::start(flags, server.env()).await
 }
 
 async fn ask(gateway: &Gateway, host: &str) -> f64 {
@@ -282,13 +272,16 @@ async fn measure() {
         staged: dev(&server, &["--idle-replicas=stop", "--warm-memory=8GiB"]).await,
         asleep: dev(&server, &["--warm-memory=8GiB"]).await,
     };
-    let paths = "    pilotlight.dev/sleep-path: /sleep?level=1\n    pilotlight.dev/wake-path: /wake_up\n    \
-                 pilotlight.dev/is-sleeping-path: /is_sleeping\n";
+    let paths = [
+        ("pilotlight.dev/sleep-path", "/sleep?level=1"),
+        ("pilotlight.dev/wake-path", "/wake_up"),
+        ("pilotlight.dev/is-sleeping-path", "/is_sleeping"),
+    ];
     let services = [
-        (&fleets.cold, "cold", ""),
-        (&fleets.staged, "staged", ""),
-        (&fleets.asleep, "paused", ""),
-        (&fleets.asleep, "asleep", paths),
+        (&fleets.cold, "cold", &[][..]),
+        (&fleets.staged, "staged", &[]),
+        (&fleets.asleep, "paused", &[]),
+        (&fleets.asleep, "asleep", &paths),
     ];
     for (dev, name, further) in services {
         let applied = dev.operator.apply(&manifest(name, further), &[]);

@@ -3,6 +3,28 @@
 /// KServe's own sample: two flowers, both versicolor.
 pub const TWO_FLOWERS: &str = r#"{"instances": [[6.8, 2.8, 4.8, 1.4], [6.0, 3.4, 4.5, 1.6]]}"#;
 
+/// Annotations of a service that begins at zero, and goes back with the shortest windows that Knative allows.
+const TO_ZERO: [(&str, &str); 4] = [
+    ("autoscaling.knative.dev/initial-scale", "0"),
+    ("autoscaling.knative.dev/window", "6s"),
+    ("autoscaling.knative.dev/scale-down-delay", "0s"),
+    ("autoscaling.knative.dev/scale-to-zero-pod-retention-period", "0s"),
+];
+
+fn lines(annotations: &[(&str, &str)]) -> String {
+    annotations.iter().map(|(key, value)| format!("    {key}: {value:?}\n")).collect()
+}
+
+/// A service that begins at zero and goes back there soon, with further annotations; `predictor` is all that is
+/// below `spec.predictor`, indented by four.
+pub fn to_zero(name: &str, further: &[(&str, &str)], predictor: &str) -> String {
+    let annotations = lines(&[&TO_ZERO, further].concat());
+    format!(
+        "apiVersion: serving.kserve.io/v1beta1\nkind: InferenceService\nmetadata:\n  name: {name}\n  annotations:\n\
+         {annotations}spec:\n  predictor:\n{predictor}"
+    )
+}
+
 /// An iris service.
 #[derive(Debug, Clone)]
 pub struct Iris {
@@ -42,15 +64,10 @@ impl Default for Iris {
 impl Iris {
     /// As YAML, with the shortest windows that Knative allows.
     pub fn yaml(&self) -> String {
-        let mut annotations = vec![
-            ("autoscaling.knative.dev/initial-scale", "0"),
-            ("autoscaling.knative.dev/window", "6s"),
-            ("autoscaling.knative.dev/scale-down-delay", "0s"),
-            ("autoscaling.knative.dev/scale-to-zero-pod-retention-period", "0s"),
-        ];
+        let mut annotations = TO_ZERO.to_vec();
         annotations.retain(|(key, _)| !self.annotations.iter().any(|(own, _)| own == key));
         annotations.extend(&self.annotations);
-        let annotations: String = annotations.iter().map(|(key, value)| format!("    {key}: {value:?}\n")).collect();
+        let annotations = lines(&annotations);
         let mut command = vec!["pilotlight", "example-server", "iris"];
         command.extend(&self.flags);
         let resources = match self.gpus {

@@ -31,6 +31,19 @@ pub const KEY: &str = "AKIDPILOTLIGHT";
 /// Its secret.
 pub const SECRET: &str = "not-a-real-secret";
 
+/// How agents reach such a server at this endpoint, in their own environment.
+pub fn env(endpoint: &str) -> Vec<(&'static str, String)> {
+    [
+        ("AWS_ACCESS_KEY_ID", KEY),
+        ("AWS_SECRET_ACCESS_KEY", SECRET),
+        ("AWS_REGION", "us-east-1"),
+        ("AWS_ENDPOINT_URL", endpoint),
+        ("AWS_ALLOW_HTTP", "true"),
+    ]
+    .map(|(name, value)| (name, value.to_owned()))
+    .to_vec()
+}
+
 /// A running server. Ends with the test's runtime.
 pub struct S3 {
     root: tempfile::TempDir,
@@ -84,6 +97,11 @@ impl S3 {
     /// Its port.
     pub fn port(&self) -> u16 {
         self.address.port()
+    }
+
+    /// How agents reach it, in their own environment.
+    pub fn env(&self) -> Vec<(&'static str, String)> {
+        env(&self.endpoint())
     }
 
     /// Where an object's content is on disk.

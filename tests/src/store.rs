@@ -20,8 +20,9 @@ use crate::{
     container::{IMAGE, docker, image, labelled},
     eventually,
     http::Gateway,
+    manifest::to_zero,
     relay::Relay,
-    s3::{KEY, S3, SECRET},
+    s3::{self, S3},
 };
 
 /// The store.
@@ -75,15 +76,7 @@ impl Store {
 
     /// How agents reach it, in their own environment.
     pub fn env(&self) -> Vec<(&'static str, String)> {
-        [
-            ("AWS_ACCESS_KEY_ID", KEY),
-            ("AWS_SECRET_ACCESS_KEY", SECRET),
-            ("AWS_REGION", "us-east-1"),
-            ("AWS_ENDPOINT_URL", &format!("http://127.0.0.1:{}", self.relay.port())),
-            ("AWS_ALLOW_HTTP", "true"),
-        ]
-        .map(|(name, value)| (name, value.to_owned()))
-        .to_vec()
+        s3::env(&format!("http://127.0.0.1:{}", self.relay.port()))
     }
 
     /// `pilotlight dev` with containers, which reads from the store.
@@ -129,20 +122,8 @@ impl Service {
 
     fn yaml(&self) -> String {
         let Self { name, uri, min_replicas, args } = self;
-        format!(
-            r#"
-apiVersion: serving.kserve.io/v1beta1
-kind: InferenceService
-metadata:
-  name: {name}
-  annotations:
-    autoscaling.knative.dev/initial-scale: "0"
-    autoscaling.knative.dev/window: 6s
-    autoscaling.knative.dev/scale-down-delay: 0s
-    autoscaling.knative.dev/scale-to-zero-pod-retention-period: 0s
-spec:
-  predictor:
-    minReplicas: {min_replicas}
+        let predictor = format!(
+            r#"    minReplicas: {min_replicas}
     maxReplicas: 1
     containers:
       - name: kserve-container
@@ -151,7 +132,8 @@ spec:
         env: [{{name: STORAGE_URI, value: "{uri}"}}]
         resources: {{limits: {{nvidia.com/gpu: 1}}}}
 "#
-        )
+        );
+        to_zero(name, &[], &predictor)
     }
 
     /// Applies it.

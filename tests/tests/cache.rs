@@ -24,15 +24,9 @@ fn files(name: &str, uri: &str, node: Option<&str>) -> String {
 
 /// A cell whose agents read from the server with their own environment.
 async fn cell(s3: &S3) -> Cell {
-    let env = [
-        ("AWS_ACCESS_KEY_ID", KEY),
-        ("AWS_SECRET_ACCESS_KEY", SECRET),
-        ("AWS_REGION", "us-east-1"),
-        ("AWS_ENDPOINT_URL", &s3.endpoint()),
-        ("AWS_ALLOW_HTTP", "true"),
-        ("PILOTLIGHT_CACHE_BUDGET", "12MiB"),
-    ];
-    Cell::start(env.map(|(name, value)| (name, value.to_owned())).to_vec()).await
+    let mut env = s3.env();
+    env.push(("PILOTLIGHT_CACHE_BUDGET", "12MiB".to_owned()));
+    Cell::start(env).await
 }
 
 fn models(operator: &Operator, node: &str) -> Vec<Value> {

@@ -6,31 +6,16 @@ use pilotlight_tests::{
     cell::Dev,
     container::{IMAGE, docker, image, labelled},
     eventually,
+    manifest::to_zero,
 };
 use serde_json::Value;
 
 /// A service of the image, with further fields of its container.
 fn manifest(name: &str, min_replicas: u32, container: &str) -> String {
-    format!(
-        r#"
-apiVersion: serving.kserve.io/v1beta1
-kind: InferenceService
-metadata:
-  name: {name}
-  annotations:
-    autoscaling.knative.dev/initial-scale: "0"
-    autoscaling.knative.dev/window: 6s
-    autoscaling.knative.dev/scale-down-delay: 0s
-    autoscaling.knative.dev/scale-to-zero-pod-retention-period: 0s
-spec:
-  predictor:
-    minReplicas: {min_replicas}
-    maxReplicas: 1
-    containers:
-      - name: kserve-container
-        {container}
-"#
-    )
+    let predictor = format!(
+        "    minReplicas: {min_replicas}\n    maxReplicas: 1\n    containers:\n      - name: kserve-container\n        {container}\n"
+    );
+    to_zero(name, &[], &predictor)
 }
 
 /// Another name for each run: containers are the whole machine's.

@@ -5,8 +5,9 @@ use pilotlight_tests::{
     cell::Dev,
     container::{build, docker},
     eventually,
+    manifest::to_zero,
     registry::{Pushed, Registry},
-    s3::{KEY, S3, SECRET},
+    s3::S3,
 };
 use serde_json::Value;
 
@@ -14,23 +15,8 @@ const MIB: usize = 1 << 20;
 
 /// A service at zero until it is asked for; idle, it sleeps.
 fn service(name: &str, image: &str, min_replicas: u32) -> String {
-    format!(
-        r#"
-apiVersion: serving.kserve.io/v1beta1
-kind: InferenceService
-metadata:
-  name: {name}
-  annotations:
-    autoscaling.knative.dev/initial-scale: "0"
-    autoscaling.knative.dev/window: 6s
-    autoscaling.knative.dev/scale-down-delay: 0s
-    autoscaling.knative.dev/scale-to-zero-pod-retention-period: 0s
-spec:
-  predictor:
-    minReplicas: {min_replicas}
-    containers: [{{name: kserve-container, image: "{image}"}}]
-"#
-    )
+    let containers = format!("    containers: [{{name: kserve-container, image: \"{image}\"}}]\n");
+    to_zero(name, &[], &format!("    minReplicas: {min_replicas}\n{containers}"))
 }
 
 fn must(args: &[&str]) -> String {
@@ -187,15 +173,7 @@ async fn a_model_that_finds_no_room_gets_it_from_the_image_of_a_sleeper() {
     for (name, mib) in [("small", 10), ("large", 30)] {
         s3.put("models", &format!("{name}/model.bin"), &vec![9; mib * MIB]);
     }
-    let env = [
-        ("AWS_ACCESS_KEY_ID", KEY),
-        ("AWS_SECRET_ACCESS_KEY", SECRET),
-        ("AWS_REGION", "us-east-1"),
-        ("AWS_ENDPOINT_URL", &s3.endpoint()),
-        ("AWS_ALLOW_HTTP", "true"),
-    ];
-    let env = env.map(|(name, value)| (name, value.to_owned())).to_vec();
-    let dev = Dev::start(&["--runtime=auto", "--cache-budget=50MiB"], env).await;
+    let dev = Dev::start(&["--runtime=auto", "--cache-budget=50MiB"], s3.env()).await;
     runs(&dev, "first", &first.tag).await;
     gone(&dev, "first").await;
     assert_eq!(dev.operator.apply(&service("second", &second.tag, 0), &[]).code, 0);
