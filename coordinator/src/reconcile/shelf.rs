@@ -187,14 +187,10 @@ pub fn sleepers(world: &World, node: &str, uri: &str) -> Vec<String> {
     let Some(node) = world.nodes.get(node) else { return Vec::new() };
     let asleep = node.replicas.iter().filter_map(|name| world.replicas.get(name));
     let asleep = asleep.filter(|replica| replica.phase() == ReplicaPhase::Asleep);
-    let has = |revision: &str| {
-        let revision = world.revisions.get(revision);
-        revision.is_some_and(|state| match is_image(uri) {
-            true => state.record.template.container.image == uri,
-            false => storage::models(world, &state.record).iter().any(|model| model.uri == uri),
-        })
-    };
-    asleep.filter(|replica| has(&replica.record.revision)).map(|replica| replica.record.name.clone()).collect()
+    asleep
+        .filter(|replica| storage::on_disk(world, replica).any(|what| what == uri))
+        .map(|replica| replica.record.name.clone())
+        .collect()
 }
 
 /// The records that a change makes of those that there are. One that asks for nothing is to be deleted.

@@ -8,7 +8,7 @@ use std::{
 use pilotlight_proto::fleet::v1 as fleet;
 use serde_json::{Map, Value};
 
-use super::world::World;
+use super::world::{ReplicaState, World};
 use crate::{
     model::RevisionRecord,
     spec::{AuxiliaryKind, Storage, StorageSource},
@@ -174,6 +174,14 @@ fn address(
     let bucket = field("bucket").ok_or_else(|| format!("{what}: bucket is missing"))?;
     let credentials = FIELDS.iter().filter_map(|(from, name)| Some(((*name).to_owned(), field(from)?)));
     Ok((format!("s3://{bucket}/{}", path.trim_start_matches('/')), credentials.collect()))
+}
+
+/// What a replica has on its node's disk: addresses of its models, and the name of its image.
+pub fn on_disk(world: &World, replica: &ReplicaState) -> impl Iterator<Item = String> {
+    let revision = world.revisions.get(&replica.record.revision).map(|revision| &revision.record);
+    let addresses = revision.map(|revision| models(world, revision)).unwrap_or_default();
+    let image = revision.map(|revision| revision.template.container.image.clone());
+    addresses.into_iter().map(|model| model.uri).chain(image)
 }
 
 #[cfg(test)]

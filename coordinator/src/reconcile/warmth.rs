@@ -152,7 +152,9 @@ fn makes_room_on_disk(
     }
     let frees = |name: &str| {
         let replica = here.iter().find(|replica| replica.record.name == name);
-        replica.is_some_and(|replica| has(world, replica).any(|what| left.get(&what).is_some_and(|bytes| *bytes > 0)))
+        replica.is_some_and(|replica| {
+            storage::on_disk(world, replica).any(|what| left.get(&what).is_some_and(|bytes| *bytes > 0))
+        })
     };
     let score =
         |entry: &Entry| entry.costs.lost(entry.rung, Rung::Absent) * entry.need / entry.footprint.disk.max(1) as f64;
@@ -169,7 +171,7 @@ fn left_with(
     leave: &dyn Fn(&str) -> bool,
 ) -> BTreeMap<String, u64> {
     let (leaving, staying): (Vec<_>, Vec<_>) = here.iter().copied().partition(|replica| leave(&replica.record.name));
-    let stays: BTreeSet<String> = staying.into_iter().flat_map(|replica| has(world, replica)).collect();
+    let stays: BTreeSet<String> = staying.into_iter().flat_map(|replica| storage::on_disk(world, replica)).collect();
     let bytes = |what: &String| -> u64 {
         let models = node.cached.models.iter().filter(|model| model.uri == *what && !model.pinned);
         let images = node.cached.images.iter().filter(|image| {
@@ -178,16 +180,9 @@ fn left_with(
         });
         models.map(|model| model.bytes).chain(images.map(|image| image.bytes)).sum()
     };
-    let leaves = leaving.into_iter().flat_map(|replica| has(world, replica)).filter(|what| !stays.contains(what));
+    let leaves =
+        leaving.into_iter().flat_map(|replica| storage::on_disk(world, replica)).filter(|what| !stays.contains(what));
     leaves.map(|what| (what.clone(), bytes(&what))).collect()
-}
-
-/// What a replica has on the disk: addresses of its models, and the name of its image.
-fn has(world: &World, replica: &ReplicaState) -> impl Iterator<Item = String> {
-    let revision = world.revisions.get(&replica.record.revision).map(|revision| &revision.record);
-    let models = revision.map(|revision| storage::models(world, revision)).unwrap_or_default();
-    let image = revision.map(|revision| revision.template.container.image.clone());
-    models.into_iter().map(|model| model.uri).chain(image)
 }
 
 /// Models on a node's disk, by address, and images.
