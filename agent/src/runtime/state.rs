@@ -65,6 +65,17 @@ struct SleepFile {
     settled: bool,
 }
 
+/// Writes a file whole or not at all. `now`: onto the disk before it returns.
+pub(super) fn write_json(path: &Path, value: &impl Serialize, now: bool) -> io::Result<()> {
+    let mut file = tempfile::NamedTempFile::new_in(path.parent().unwrap_or(Path::new(".")))?;
+    serde_json::to_writer(&mut file, value)?;
+    if now {
+        file.as_file().sync_all()?;
+    }
+    file.persist(path).map_err(|error| error.error)?;
+    Ok(())
+}
+
 /// The directories of all replicas.
 #[derive(Debug, Clone)]
 pub(super) struct Directories {
@@ -91,20 +102,13 @@ impl Directories {
     pub(super) fn write(&self, replica: &str, state: &ReplicaState) -> Result<(), RuntimeError> {
         let directory = self.make(replica)?;
         let path = directory.join(STATE);
-        let write = || -> io::Result<()> {
-            let mut file = tempfile::NamedTempFile::new_in(&directory)?;
-            serde_json::to_writer(&mut file, state)?;
-            file.persist(&path).map_err(|error| error.error)?;
-            Ok(())
-        };
-        write().map_err(|error| RuntimeError::File { path: path.clone(), error })
+        write_json(&path, state, false).map_err(|error| RuntimeError::File { path: path.clone(), error })
     }
 
     /// Writes how a replica sleeps, whole or not at all; removes it where it does not. This is on the way of
     /// waking, so it is not forced onto the disk: what ends the machine ends its replicas, too.
     pub(super) fn mark_sleep(&self, replica: &str, mark: Option<&SleepMark>) -> Result<(), RuntimeError> {
-        let directory = self.of(replica);
-        let path = directory.join(SLEEP);
+        let path = self.of(replica).join(SLEEP);
         let write = || -> io::Result<()> {
             let Some(SleepMark { paths, settled }) = mark.cloned() else {
                 let removed = fs::remove_file(&path);
@@ -112,10 +116,7 @@ impl Directories {
                     .or_else(|error| if error.kind() == io::ErrorKind::NotFound { Ok(()) } else { Err(error) });
             };
             let paths = paths.map(|SleepPaths { sleep, wake, is_sleeping }| (sleep, wake, is_sleeping));
-            let mut file = tempfile::NamedTempFile::new_in(&directory)?;
-            serde_json::to_writer(&mut file, &SleepFile { paths, settled })?;
-            file.persist(&path).map_err(|error| error.error)?;
-            Ok(())
+            write_json(&path, &SleepFile { paths, settled }, false)
         };
         write().map_err(|error| RuntimeError::File { path: path.clone(), error })
     }

@@ -3,7 +3,6 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
-    io::{self, Write as _},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, SystemTime},
@@ -21,6 +20,7 @@ use tokio::sync::watch;
 use tracing::{info, warn};
 
 use super::{
+    super::state::write_json,
     image::{canonical, credentials, digest_of, ensure},
     is_missing, layers,
 };
@@ -87,18 +87,7 @@ impl Pulled {
 
     /// Writes the notes whole or not at all. `now`: onto the disk before it returns.
     fn write(&self, notes: &Notes, now: bool) {
-        let write = || -> io::Result<()> {
-            let directory = self.path.parent().unwrap_or(Path::new("."));
-            let mut file = tempfile::NamedTempFile::new_in(directory)?;
-            serde_json::to_writer(&mut file, notes)?;
-            file.flush()?;
-            if now {
-                file.as_file().sync_all()?;
-            }
-            file.persist(&self.path).map_err(|error| error.error)?;
-            Ok(())
-        };
-        if let Err(error) = write() {
+        if let Err(error) = write_json(&self.path, notes, now) {
             warn!(path = %self.path.display(), %error, "what was pulled cannot be noted; a later agent will not remove it");
         }
     }
