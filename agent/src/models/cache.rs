@@ -373,11 +373,7 @@ impl Part {
     /// # Errors
     /// The disk refuses.
     pub fn tell(&self, name: &str) -> io::Result<()> {
-        let path = self.path.with_extension("told");
-        let mut file = File::create(&path)?;
-        file.write_all(name.as_bytes())?;
-        file.sync_all()?;
-        path.parent().map_or(Ok(()), |directory| File::open(directory)?.sync_all())
+        write_synced(&self.path.with_extension("told"), name)
     }
 
     /// Forgets all that came of a file.
@@ -392,6 +388,14 @@ impl Part {
             _ => Ok(()),
         }
     }
+}
+
+/// Writes a file, and has it and its place in its folder on the disk.
+pub(super) fn write_synced(path: &Path, text: &str) -> io::Result<()> {
+    let mut file = File::create(path)?;
+    file.write_all(text.as_bytes())?;
+    file.sync_all()?;
+    path.parent().map_or(Ok(()), |directory| File::open(directory)?.sync_all())
 }
 
 /// Syncs a model's folder, the folders in it, and its record.

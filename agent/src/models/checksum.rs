@@ -12,7 +12,7 @@ use md5::{Digest as _, Md5};
 
 use super::{
     content::{self, Named},
-    plan::hex,
+    plan::{Object, hex},
 };
 
 const SHA256_BYTES: usize = 32;
@@ -61,6 +61,11 @@ impl Checksums {
     pub fn of_web(headers: &HeaderMap) -> Self {
         let md5 = headers.get("content-md5").and_then(|value| value.to_str().ok());
         Self { md5: md5.and_then(|value| of_base64(value, MD5_BYTES)), ..Self::default() }
+    }
+
+    /// What a source's listing says of a file.
+    pub fn listed(object: &Object) -> Self {
+        Self { sha256: object.sha256.clone(), md5: object.md5.clone(), blake3: None }
     }
 
     /// What another node says of a content by its name.

@@ -106,8 +106,7 @@ impl Fetch {
             (object.sha256, object.md5) = (sha256, md5);
         }
         // Until it is published, or has failed.
-        let _reserved = self.room.reserve(&self.uri, &key, &objects).await?;
-        self.room.began(&key, began);
+        let _reserved = self.room.reserve(&self.uri, &key, &objects, began).await?;
         let boot = self.expect(&key).await?;
         let mut peers = match &self.ask {
             Some(ask) => Peers::find(ask, &self.peers, &key, &objects).await.map(Arc::new),
@@ -179,8 +178,8 @@ impl Fetch {
         Ok(Plan { files: Arc::new(files), known })
     }
 
-    /// Has all files in place, on their way to the disk, and gives their checksums. Each range is a task of its own: one task for all of
-    /// them would have no more than one processor.
+    /// Has all files in place, on their way to the disk, and gives their checksums. Each range is a task of its
+    /// own: one task for all of them would have no more than one processor.
     async fn content(
         self: &Arc<Self>,
         files: &Arc<Vec<File>>,
@@ -233,7 +232,7 @@ impl Fetch {
     fn fits(&self, key: &str, files: &[File], found: &[Checksums]) -> Result<bool, ModelError> {
         let mut fit = true;
         for (file, found) in files.iter().zip(found) {
-            let listed = Checksums { sha256: file.object.sha256.clone(), md5: file.object.md5.clone(), blake3: None };
+            let listed = Checksums::listed(&file.object);
             let told = Checksums::of_name(file.told.as_deref());
             let Some(mismatch) = listed.differ(found).or_else(|| told.differ(found)) else { continue };
             let Mismatch { kind, expected, found } = mismatch;
@@ -430,7 +429,7 @@ fn unpack(
     plan::check(uri, &objects).inspect_err(|_| cache.discard(key))?;
     // For a moment the archive and its files are both there.
     let objects_and_archive = [objects.as_slice(), archived].concat();
-    let _reserved = Handle::current().block_on(room.reserve(uri, key, &objects_and_archive))?;
+    let _reserved = Handle::current().block_on(room.reserve(uri, key, &objects_and_archive, Instant::now()))?;
     archive::unpack(path, kind, |number| cache.unpacked(key, number)).map_err(failed)?;
     let mut came = Vec::new();
     for (number, object) in objects.iter_mut().enumerate() {

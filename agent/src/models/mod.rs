@@ -176,8 +176,8 @@ impl Models {
         budget: Option<u64>,
     ) -> io::Result<Self> {
         let cache = Cache::open(root)?;
-        cache.settle_rest();
         let room = Room::open(cache.clone(), budget);
+        settle::settle_rest(cache.clone(), room.clone());
         Ok(Self {
             cache,
             room,

@@ -1,6 +1,6 @@
 //! A cache with a budget, and a disk that is full.
 
-use std::{path::Path, process::Command};
+use std::{path::Path, process::Command, time::Instant};
 
 use axum::{Router, body::Bytes, extract::Path as UrlPath, routing::any};
 
@@ -111,17 +111,17 @@ async fn fetches_that_go_on_have_their_room_and_those_that_were_cut_off_give_it_
     let directory = tempfile::tempdir().unwrap();
     let cache = Cache::open(directory.path().to_owned()).unwrap();
     let room = Room::open(cache.clone(), Some(100 << 10));
-    let first = room.reserve("u:1", "k1", &object(60 << 10)).await.unwrap();
-    assert_eq!(room.reserve("u:2", "k2", &object(60 << 10)).await.unwrap_err().reason(), "CacheFull");
+    let first = room.reserve("u:1", "k1", &object(60 << 10), Instant::now()).await.unwrap();
+    assert_eq!(room.reserve("u:2", "k2", &object(60 << 10), Instant::now()).await.unwrap_err().reason(), "CacheFull");
     let part = cache.part("k1", 0, 60 << 10).unwrap();
     std::os::unix::fs::FileExt::write_all_at(&part.data, &[1; 60 << 10], 0).unwrap();
     part.note(&[0]).unwrap();
     drop(first);
     assert_eq!(cache.partials().len(), 1, "it could go on");
     // Goes on: its own bytes do not stand in its way.
-    drop(room.reserve("u:1", "k1", &object(60 << 10)).await.unwrap());
+    drop(room.reserve("u:1", "k1", &object(60 << 10), Instant::now()).await.unwrap());
     assert_eq!(cache.partials().len(), 1);
-    let second = room.reserve("u:2", "k2", &object(60 << 10)).await.unwrap();
+    let second = room.reserve("u:2", "k2", &object(60 << 10), Instant::now()).await.unwrap();
     let left: Vec<_> = cache.partials().into_iter().map(|left| left.key).collect();
     assert_eq!(left, ["k2"], "nobody went on with the first, and its room is needed");
     drop(second);

@@ -7,13 +7,17 @@
 
 use std::{
     fs::{self, File},
-    io::{self, Write as _},
+    io,
     path::Path,
 };
 
 use tracing::{info, warn};
 
-use super::{cache::Cache, landing::Syncing, room::Room};
+use super::{
+    cache::{Cache, write_synced},
+    landing::Syncing,
+    room::Room,
+};
 
 /// Name of the mark in a model's folder.
 const MARK: &str = "unsettled";
@@ -30,10 +34,7 @@ pub(super) fn mark(folder: &Path, boot: &str) -> io::Result<()> {
         return Ok(());
     }
     fs::create_dir_all(folder)?;
-    let mut mark = File::create(folder.join(MARK))?;
-    mark.write_all(boot.as_bytes())?;
-    mark.sync_all()?;
-    File::open(folder)?.sync_all()
+    write_synced(&folder.join(MARK), boot)
 }
 
 impl Cache {
@@ -82,39 +83,34 @@ impl Cache {
         }
         Ok(())
     }
+}
 
-    /// Settles what a former process of this boot has left to do, on a thread of its own.
-    pub(super) fn settle_rest(&self) {
-        let (cache, keys) = (self.clone(), self.unsettled());
-        if keys.is_empty() {
-            return;
-        }
-        let settle = move || {
-            for key in keys {
-                if let Err(error) = cache.settle(&key) {
-                    warn!(%key, %error, "a model cannot be synced to the disk");
-                }
-            }
-        };
-        if let Err(error) = std::thread::Builder::new().name("settling".to_owned()).spawn(settle) {
-            warn!(%error, "no thread to sync models; their marks stay");
-        }
+/// Settles what a former process of this boot has left to do, on a thread of its own.
+pub(super) fn settle_rest(cache: Cache, room: Room) {
+    let keys = cache.unsettled();
+    if keys.is_empty() {
+        return;
+    }
+    let settle = move || keys.iter().for_each(|key| end(&cache, &room, key, Ok(())));
+    if let Err(error) = std::thread::Builder::new().name("settling".to_owned()).spawn(settle) {
+        warn!(%error, "no thread to sync models; their marks stay");
     }
 }
 
-/// Sees to it that a model that is shown already comes to the disk. One that does not is shown no more: what the
-/// disk has refused, memory forgets.
+/// Sees to it that a model that is shown already comes to the disk.
 pub(super) async fn settle(cache: Cache, room: Room, key: String, syncing: Syncing) {
     let synced = syncing.ended().await;
-    let done = tokio::task::spawn_blocking(move || {
-        let settled = synced.and_then(|()| cache.settle(&key));
-        match &settled {
-            Ok(()) => info!(%key, "model settled on the disk"),
-            Err(error) => room.lost(&key, error),
-        }
-    });
-    if let Err(error) = done.await {
+    if let Err(error) = tokio::task::spawn_blocking(move || end(&cache, &room, &key, synced)).await {
         warn!(%error, "settling a model was cut off; its mark stays");
+    }
+}
+
+/// Settles a model whose ranges are synced. One that does not come to the disk is shown no more: what the disk has
+/// refused, memory forgets. Blocks.
+fn end(cache: &Cache, room: &Room, key: &str, synced: io::Result<()>) {
+    match synced.and_then(|()| cache.settle(key)) {
+        Ok(()) => info!(%key, "model settled on the disk"),
+        Err(error) => room.lost(key, &error),
     }
 }
 

@@ -36,7 +36,7 @@ pub trait Source: Send + Sync {
     async fn list(&self) -> Result<Vec<Object>, ModelError>;
     /// Checksums of a file's content, as far as the source knows them beyond the listing.
     async fn checksums(&self, object: &Object) -> Result<Checksums, ModelError> {
-        Ok(Checksums { sha256: object.sha256.clone(), md5: object.md5.clone(), blake3: None })
+        Ok(Checksums::listed(object))
     }
     /// A part of a file, not empty; fails where the file is not any more what was listed.
     async fn read(&self, object: &Object, range: Range<u64>) -> Result<Content, String>;

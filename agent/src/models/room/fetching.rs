@@ -36,10 +36,11 @@ impl Room {
         uri: &str,
         key: &str,
         objects: &[Object],
+        began: Instant,
         stays: &BTreeSet<String>,
     ) -> Result<Step, ModelError> {
         let mut inner = self.lock();
-        let fetching = self.coming(&inner, uri, key, objects);
+        let fetching = self.coming(&inner, uri, key, objects, began);
         let (known, missing): (u64, u64) = (fetching.known.values().sum(), fetching.missing);
         let former = inner.fetching.insert(key.to_owned(), fetching);
         let entries = self.budget.map(|_| self.entries(&inner, Some((uri, key)), stays)).unwrap_or_default();
@@ -78,16 +79,8 @@ impl Room {
         Ok(Step::Done(reserved))
     }
 
-    /// Notes when the store of a model that is being fetched was first asked.
-    pub(in super::super) fn began(&self, key: &str, asked: Instant) {
-        let mut inner = self.lock();
-        if let Some(began) = inner.fetching.get_mut(key).and_then(|fetching| fetching.began.as_mut()) {
-            *began = asked.min(*began);
-        }
-    }
-
     /// What comes with a fetch, beside what is here.
-    fn coming(&self, inner: &Inner, uri: &str, key: &str, objects: &[Object]) -> Fetching {
+    fn coming(&self, inner: &Inner, uri: &str, key: &str, objects: &[Object], began: Instant) -> Fetching {
         let mut fetching = Fetching { uri: uri.to_owned(), ..Fetching::default() };
         for object in objects {
             match object.sha256.as_ref().filter(|sha256| self.cache.blob(sha256).exists()) {
@@ -98,7 +91,7 @@ impl Room {
         let fresh = fetching.known.is_empty() && !self.cache.begun(key);
         // One that is unpacked has been fetched before.
         let before = inner.fetching.get(key).map(|fetching| fetching.began);
-        fetching.began = before.unwrap_or_else(|| fresh.then(Instant::now));
+        fetching.began = before.unwrap_or_else(|| fresh.then_some(began));
         fetching
     }
 

@@ -5,7 +5,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fmt::Debug,
     sync::Arc,
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use async_trait::async_trait;
@@ -195,7 +195,8 @@ impl Room {
         images
     }
 
-    /// Makes room for a model, whose unused bytes other models and images give up.
+    /// Makes room for a model, whose unused bytes other models and images give up. `began` is when its store was
+    /// first asked.
     ///
     /// # Errors
     /// It does not fit; or the disk refuses.
@@ -204,6 +205,7 @@ impl Room {
         uri: &str,
         key: &str,
         objects: &[Object],
+        began: Instant,
     ) -> Result<Reserved, ModelError> {
         // One at a time: what one has asked images to leave for is not taken by another.
         let _turn = self.turn.lock().await;
@@ -211,7 +213,8 @@ impl Room {
         loop {
             let (room, refused) = (self.clone(), stays.clone());
             let (of, name, all) = (uri.to_owned(), key.to_owned(), objects.to_owned());
-            let step = tokio::task::spawn_blocking(move || room.try_to_reserve(&of, &name, &all, &refused)).await;
+            let step = move || room.try_to_reserve(&of, &name, &all, began, &refused);
+            let step = tokio::task::spawn_blocking(step).await;
             let failed = |error| ModelError::Disk { uri: uri.to_owned(), error: std::io::Error::other(error) };
             match step.map_err(failed)?? {
                 Step::Done(reserved) => return Ok(reserved),
