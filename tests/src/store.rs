@@ -1,7 +1,7 @@
 //! Models in an S3 store behind a relay, and services whose containers serve their files.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     sync::{
@@ -245,9 +245,7 @@ impl Disk {
 
     /// Ranges that cut-off fetches have noted as being here.
     pub fn noted(&self) -> usize {
-        let journals =
-            below(&self.0.join("partial")).into_iter().filter(|path| path.extension().is_some_and(|it| it == "done"));
-        journals.map(|journal| std::fs::read_to_string(journal).unwrap_or_default().lines().count()).sum()
+        noted(&self.0)
     }
 
     /// Bytes that models and what is on its way to them have on the disk. A file of several names counts once.
@@ -289,6 +287,17 @@ impl Drop for Watch {
     fn drop(&mut self) {
         self.task.abort();
     }
+}
+
+/// Ranges that cut-off fetches have noted as being here, by the folder of an agent's models: in memory, or on the disk.
+pub fn noted(models: &Path) -> usize {
+    let journals =
+        below(&models.join("partial")).into_iter().filter(|path| path.extension().is_some_and(|it| it == "done"));
+    let starts = |journal: PathBuf| {
+        let text = std::fs::read_to_string(journal).unwrap_or_default();
+        text.lines().filter_map(|line| line.split(' ').next().map(ToOwned::to_owned)).collect::<BTreeSet<_>>()
+    };
+    journals.map(|journal| starts(journal).len()).sum()
 }
 
 /// All files below a directory, of which some may go meanwhile.

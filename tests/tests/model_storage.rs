@@ -20,6 +20,7 @@ use pilotlight_tests::{
     cell::{Cell, Dev},
     eventually,
     s3::{KEY, S3, SECRET},
+    store::noted,
 };
 
 const RANGE: u64 = 16 << 20;
@@ -91,11 +92,8 @@ async fn a_fetch_goes_on_after_a_crash_and_is_not_repeated() {
     let trees = dev.data().join("agent/models/trees");
     assert_eq!(std::fs::read_dir(&trees).unwrap().count(), 0, "a half model is not seen");
     // What is fetched is noted a moment after it is counted.
-    eventually("three ranges are noted", || async {
-        let partial = std::fs::read_dir(dev.data().join("agent/models/partial")).ok()?.next()?.ok()?.path();
-        (std::fs::read_to_string(partial.join("0.done")).ok()?.lines().count() == 3).then_some(())
-    })
-    .await;
+    let store = dev.data().join("agent/models");
+    eventually("three ranges are noted", || async { (noted(&store) == 3).then_some(()) }).await;
 
     dev.kill_9();
     web.sent.store(0, Ordering::SeqCst);
@@ -126,11 +124,7 @@ async fn a_model_that_is_warmed_goes_on_after_its_agent_was_killed() {
     let uri = format!("http://{address}/m/model.bin");
     cell.operator.must(&["cache", "warm", &uri]);
     let store = cell.directory().join("gpu-1/models");
-    eventually("three ranges are noted", || async {
-        let partial = std::fs::read_dir(store.join("partial")).ok()?.next()?.ok()?.path();
-        (std::fs::read_to_string(partial.join("0.done")).ok()?.lines().count() == 3).then_some(())
-    })
-    .await;
+    eventually("three ranges are noted", || async { (noted(&store) == 3).then_some(()) }).await;
     agent.kill_9();
     assert_eq!(below(&store.join("trees")).len() + below(&store.join("blobs")).len(), 0, "a half model is not seen");
     assert!(cached(&cell, &[]).is_empty());

@@ -10,7 +10,7 @@
 //! partial/<key>/uri         which model is being fetched
 //! partial/<key>/tree        what will be trees/<key>
 //! partial/<key>/<n>.data    file n of a model that is being fetched
-//! partial/<key>/<n>.done    starts of its ranges that are on disk, one a line
+//! partial/<key>/<n>.done    starts of its ranges that are there, one a line; with the machine's boot: in its memory
 //! partial/<key>/<n>.told    its name by another node's word, where bytes may have come from one
 //! ```
 
@@ -54,6 +54,8 @@ impl TreeRecord {
 #[derive(Debug, Clone)]
 pub struct Cache {
     root: PathBuf,
+    /// This boot of the machine, where the kernel says.
+    boot: Option<String>,
 }
 
 impl Cache {
@@ -65,8 +67,8 @@ impl Cache {
         for name in ["blobs", "trees", "partial"] {
             fs::create_dir_all(root.join(name))?;
         }
-        let cache = Self { root };
-        cache.drop_unsettled(settle::boot_id().as_deref())?;
+        let cache = Self { root, boot: settle::boot_id() };
+        cache.drop_unsettled(cache.boot())?;
         cache.sweep()?;
         Ok(cache)
     }
@@ -86,6 +88,11 @@ impl Cache {
             }
         }
         Ok(())
+    }
+
+    /// This boot of the machine; `None` where there is no telling boots apart.
+    pub(super) fn boot(&self) -> Option<&str> {
+        self.boot.as_deref()
     }
 
     /// Where a model's files are, once it is whole.
@@ -132,7 +139,7 @@ impl Cache {
         self.root.join("partial").join(key)
     }
 
-    /// Opens file `number` of a model that is being fetched, with the ranges that are on disk already.
+    /// Opens file `number` of a model that is being fetched, with the ranges that are there already.
     ///
     /// # Errors
     /// The disk refuses.
@@ -142,14 +149,14 @@ impl Cache {
         let path = directory.join(format!("{number}.data"));
         let journal = directory.join(format!("{number}.done"));
         let data = File::options().create(true).truncate(false).read(true).write(true).open(&path)?;
-        let done = if data.metadata()?.len() == size { read_journal(&journal)? } else { BTreeSet::new() };
+        let done = if data.metadata()?.len() == size { read_journal(&journal, self.boot())? } else { BTreeSet::new() };
         if done.is_empty() {
             // What the journal does not vouch for is not there.
             File::create(&journal)?;
             data.set_len(size)?;
         }
         let journal = File::options().append(true).open(&journal)?;
-        Ok(Part { path, data, journal, done })
+        Ok(Part { path, data, journal, done, boot: self.boot.clone() })
     }
 
     /// Where file `number` of an archive is unpacked to, before it is taken in.
@@ -347,11 +354,21 @@ pub struct Part {
     /// Of full length from the start, with holes.
     pub data: File,
     journal: File,
-    /// Starts of the ranges that are on disk.
+    /// Starts of the ranges that are on disk, or written in this boot of the machine.
     pub done: BTreeSet<u64>,
+    pub(super) boot: Option<String>,
 }
 
 impl Part {
+    /// Notes that a range is written: what the machine's memory has, this process's end does not take away.
+    ///
+    /// # Errors
+    /// The disk refuses.
+    pub fn came(&self, start: u64) -> io::Result<()> {
+        let Some(boot) = &self.boot else { return Ok(()) };
+        (&self.journal).write_all(format!("{start} {boot}\n").as_bytes())
+    }
+
     /// Notes that ranges are on disk. Their data is synced first, so that the journal never says too much.
     ///
     /// # Errors
@@ -414,11 +431,17 @@ fn sync_below(folder: &Path) -> io::Result<()> {
     Ok(())
 }
 
-fn read_journal(path: &Path) -> io::Result<BTreeSet<u64>> {
-    match fs::read_to_string(path) {
-        // A line without its end may be cut short.
-        Ok(text) => Ok(text.split_inclusive('\n').filter_map(|line| line.strip_suffix('\n')?.parse().ok()).collect()),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(BTreeSet::new()),
-        Err(error) => Err(error),
-    }
+/// Starts of ranges that are on disk, and of those that this boot has in memory.
+fn read_journal(path: &Path, boot: Option<&str>) -> io::Result<BTreeSet<u64>> {
+    let text = match fs::read_to_string(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(BTreeSet::new()),
+        read => read?,
+    };
+    // A line without its end may be cut short.
+    let lines = text.split_inclusive('\n').filter_map(|line| line.strip_suffix('\n'));
+    let starts = lines.filter_map(|line| match line.split_once(' ') {
+        Some((start, of)) => boot.filter(|boot| *boot == of).and(start.parse().ok()),
+        None => line.parse().ok(),
+    });
+    Ok(starts.collect())
 }

@@ -6,10 +6,7 @@ use std::{
     io,
     ops::Range,
     os::unix::fs::FileExt as _,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -24,12 +21,14 @@ use super::{
     archive::{self, ArchiveError},
     cache::{Cache, TreeRecord},
     checksum::{self, Checksums, Mismatch},
+    content::Named,
     landing::{File, Landing, Runway, Syncing},
     peers::{Ask, PATIENCE, Peers, Refusal},
     plan::{self, Object, RANGE_BYTES},
     room::Room,
     settle,
     source::{Content, Source},
+    subtree::{Subtree, Value},
 };
 
 /// Ranges fetched at the same time; with the chunks in flight this bounds memory, too.
@@ -128,7 +127,7 @@ impl Fetch {
 
     /// Marks the model that is to come with this boot; `None` where there is no telling boots apart.
     async fn expect(&self, key: &str) -> Result<Option<String>, ModelError> {
-        let Some(boot) = settle::boot_id() else { return Ok(None) };
+        let Some(boot) = self.cache.boot().map(ToOwned::to_owned) else { return Ok(None) };
         let (cache, key, marked) = (self.cache.clone(), key.to_owned(), boot.clone());
         let marking = tokio::task::spawn_blocking(move || cache.expect(&key, &marked)).await;
         marking.map_err(io::Error::other).flatten().map_err(|error| self.disk(error))?;
@@ -187,11 +186,13 @@ impl Fetch {
     ) -> Result<(Vec<Checksums>, Syncing), ModelError> {
         let (runway, landing) = Landing::start(files);
         let places = files.iter().enumerate();
-        let ranges: Vec<(usize, Range<u64>)> = places
+        let mut ranges: Vec<(usize, Range<u64>)> = places
             .flat_map(|(place, file)| {
                 plan::missing(file.object.size, &file.part.done).into_iter().map(move |r| (place, r))
             })
             .collect();
+        // All files side by side: who writes to one file waits for others that do.
+        ranges.sort_by_key(|(_, range)| range.start);
         let came = futures::stream::iter(ranges)
             .map(|(place, range)| {
                 let (fetch, files, peers) = (Arc::clone(self), Arc::clone(files), peers.clone());
@@ -213,7 +214,7 @@ impl Fetch {
         Ok((found.map_err(|error| self.disk(error))?, syncing))
     }
 
-    /// Has one range on disk, and lets it be synced and hashed.
+    /// Has one range in its place, and lets it be synced and hashed.
     async fn land(
         self: Arc<Self>,
         files: Arc<Vec<File>>,
@@ -223,8 +224,8 @@ impl Fetch {
         runway: Runway,
     ) -> Result<(), ModelError> {
         let start = range.start;
-        self.range(&files[place], range, peers.as_deref()).await?;
-        if runway.written(place, start).await { Ok(()) } else { Err(self.disk(io::Error::other("cannot be synced"))) }
+        let value = self.range(&files[place], range, peers.as_deref()).await?;
+        runway.written(place, start, value).map_err(|error| self.disk(error))
     }
 
     /// Compares what came with what the source says, and with what other nodes said of what came from them.
@@ -252,14 +253,14 @@ impl Fetch {
         ModelError::Disk { uri: self.uri.clone(), error }
     }
 
-    /// Writes one range to its place, from wherever it comes.
-    async fn range(&self, file: &File, range: Range<u64>, peers: Option<&Peers>) -> Result<(), ModelError> {
-        let coming = Coming { file, at: AtomicU64::new(range.start), range };
+    /// Writes one range to its place, from wherever it comes, and gives what its bytes come to.
+    async fn range(&self, file: &File, range: Range<u64>, peers: Option<&Peers>) -> Result<Option<Value>, ModelError> {
+        let coming = Coming::new(file, range);
         if let Some(peers) = peers {
             self.ask_peers(peers, &coming).await.map_err(|error| self.disk(error))?;
         }
         if coming.left().is_empty() {
-            return Ok(());
+            return Ok(coming.value());
         }
         let waits = ExponentialBuilder::default()
             .with_min_delay(FIRST_PAUSE)
@@ -273,7 +274,7 @@ impl Fetch {
                 let left = coming.left();
                 warn!(uri = %self.uri, file = %path, ?left, %trouble, ?pause, "range not fetched; trying again");
             });
-        copied.await.map_err(|trouble| match trouble {
+        copied.await.map(|()| coming.value()).map_err(|trouble| match trouble {
             Trouble::Disk(error) => self.disk(error),
             Trouble::Source(reason) => {
                 let reason = format!("{path}: {reason}; tried {TRIES} times");
@@ -332,12 +333,10 @@ impl Fetch {
             let left = coming.left();
             if chunk.len() as u64 > left.end - left.start {
                 self.progress.send_modify(|progress| progress.done -= left.start - coming.range.start);
-                coming.at.store(coming.range.start, Ordering::Relaxed);
+                coming.forget();
                 return Err(Trouble::Source("more bytes came than were asked for".to_owned()));
             }
-            // Short writes to the page cache.
-            coming.file.part.data.write_all_at(&chunk, left.start).map_err(Trouble::Disk)?;
-            coming.at.fetch_add(chunk.len() as u64, Ordering::Relaxed);
+            coming.take(&chunk).map_err(Trouble::Disk)?;
             self.progress.send_modify(|progress| progress.done += chunk.len() as u64);
         }
         let left = coming.left();
@@ -352,12 +351,57 @@ impl Fetch {
 struct Coming<'f> {
     file: &'f File,
     range: Range<u64>,
-    at: AtomicU64,
+    came: Mutex<Came>,
 }
 
-impl Coming<'_> {
+/// What has come of a range.
+struct Came {
+    /// Up to here, in the file.
+    to: u64,
+    /// Its hash, where its file's content is named by BLAKE3.
+    hash: Option<Subtree>,
+}
+
+impl Came {
+    fn nothing(file: &File, range: &Range<u64>) -> Self {
+        let blake3 = file.named() == Named::Blake3;
+        Self { to: range.start, hash: blake3.then(|| Subtree::new(range, file.object.size)) }
+    }
+}
+
+impl<'f> Coming<'f> {
+    fn new(file: &'f File, range: Range<u64>) -> Self {
+        Self { file, came: Mutex::new(Came::nothing(file, &range)), range }
+    }
+
+    fn came(&self) -> MutexGuard<'_, Came> {
+        self.came.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn left(&self) -> Range<u64> {
-        self.at.load(Ordering::Relaxed)..self.range.end
+        self.came().to..self.range.end
+    }
+
+    /// Writes what follows to its place, and hashes it while it is in the processor's cache. Blocks, shortly: the
+    /// page cache takes it.
+    fn take(&self, chunk: &[u8]) -> io::Result<()> {
+        let mut came = self.came();
+        self.file.part.data.write_all_at(chunk, came.to)?;
+        if let Some(hash) = &mut came.hash {
+            hash.update(chunk);
+        }
+        came.to += chunk.len() as u64;
+        Ok(())
+    }
+
+    /// Has it begin anew.
+    fn forget(&self) {
+        *self.came() = Came::nothing(self.file, &self.range);
+    }
+
+    /// What its bytes come to, once all are there.
+    fn value(&self) -> Option<Value> {
+        self.came().hash.as_ref().map(Subtree::value)
     }
 }
 

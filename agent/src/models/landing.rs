@@ -1,26 +1,24 @@
-//! What becomes of ranges once they are written: synced and noted many at a time, and hashed in order, on
-//! threads of their own, while others are still on their way.
+//! What becomes of ranges once they are written: noted, synced many at a time, and hashed, while others are still on
+//! their way.
 
-use std::{collections::BTreeSet, io, os::unix::fs::FileExt as _, sync::Arc, thread};
+use std::{io, sync::Arc, thread, time::Duration};
 
-use md5::{Digest as _, Md5};
 use tokio::sync::{mpsc, oneshot};
 
 use super::{
     cache::Part,
     checksum::Checksums,
     content::{self, Named},
-    plan::{self, Object, RANGE_BYTES},
+    hashing::{Buffer, Hashing},
+    plan::Object,
+    subtree::Value,
 };
 
-/// Ranges that wait to be synced, at most: beyond them the disk sets the pace, and not memory.
-const UNSYNCED: usize = 64;
-/// Of these, synced at once and noted then: what a crash costs.
-const BATCH: usize = 16;
+/// How long what came may lie in memory alone, while more comes: what a crash of the machine costs. As often the
+/// kernel's own write-back wakes. Syncing takes time from what comes, and most models come sooner.
+const SYNC_EVERY: Duration = Duration::from_secs(5);
 /// Threads that hash, at most; one does what a fast network brings, unless there is an MD5 to compute, too.
 const HASHERS: usize = 4;
-/// Bytes hashed at once.
-const CHUNK: usize = 256 << 10;
 
 /// One file on its way.
 pub(super) struct File {
@@ -34,7 +32,7 @@ pub(super) struct File {
 
 impl File {
     /// By which hash its content will be named.
-    fn named(&self) -> Named {
+    pub(super) fn named(&self) -> Named {
         let told = self.told.as_deref().and_then(content::parse).map(|(named, _)| named);
         if self.object.sha256.is_some() { Named::Sha256 } else { told.unwrap_or(Named::Blake3) }
     }
@@ -43,22 +41,27 @@ impl File {
 /// A range that is written: its file, by its place among those that are fetched, and its start.
 type Written = (usize, u64);
 
-/// What a thread's work comes to.
+/// What work comes to that goes on beside others.
 type Outcome<T> = oneshot::Receiver<io::Result<T>>;
 
 /// Takes in ranges that are written. Cheap to clone.
 #[derive(Clone)]
 pub(super) struct Runway {
-    to_sync: mpsc::Sender<Written>,
-    to_hash: Vec<mpsc::UnboundedSender<Written>>,
+    files: Arc<Vec<File>>,
+    to_sync: mpsc::UnboundedSender<Written>,
+    to_hash: Vec<mpsc::UnboundedSender<(Written, Option<Value>)>>,
 }
 
 impl Runway {
-    /// A range is written. Waits while too many are not synced; false: the disk refuses, and
-    /// [`Syncing::ended`] says why.
-    pub(super) async fn written(&self, file: usize, start: u64) -> bool {
-        let hashes = self.to_hash[file % self.to_hash.len()].send((file, start)).is_ok();
-        self.to_sync.send((file, start)).await.is_ok() && hashes
+    /// A range is written; with what its bytes came to, where its file's content is named by BLAKE3.
+    ///
+    /// # Errors
+    /// The disk refuses; of what was written before, [`Syncing::ended`] says why.
+    pub(super) fn written(&self, file: usize, start: u64, value: Option<Value>) -> io::Result<()> {
+        self.files[file].part.came(start)?;
+        let hashes = self.to_hash[file % self.to_hash.len()].send(((file, start), value)).is_ok();
+        let syncs = self.to_sync.send((file, start)).is_ok();
+        if hashes && syncs { Ok(()) } else { Err(io::Error::other("what came cannot be synced or read")) }
     }
 }
 
@@ -71,9 +74,11 @@ pub(super) struct Landing {
 impl Landing {
     /// What is on disk of these files already is hashed, too.
     pub(super) fn start(files: &Arc<Vec<File>>) -> (Runway, Self) {
-        let (to_sync, written) = mpsc::channel(UNSYNCED);
-        let of_sync = Arc::clone(files);
-        let syncing = apart(move || sync(&of_sync, written));
+        let (to_sync, written) = mpsc::unbounded_channel();
+        let (tell, syncing) = oneshot::channel();
+        let syncs = sync(Arc::clone(files), written);
+        // Goes on where the fetch is given up: nobody hears of it then.
+        tokio::spawn(async move { tell.send(syncs.await) });
         let threads = thread::available_parallelism().map_or(1, usize::from).min(HASHERS).min(files.len().max(1));
         let hashers = (0..threads).map(|thread| {
             let (to_hash, written) = mpsc::unbounded_channel();
@@ -81,7 +86,7 @@ impl Landing {
             (to_hash, apart(move || hash(&files, thread, threads, written)))
         });
         let (to_hash, hashing) = hashers.unzip();
-        (Runway { to_sync, to_hash }, Self { syncing: Syncing(syncing), hashing })
+        (Runway { files: Arc::clone(files), to_sync, to_hash }, Self { syncing: Syncing(syncing), hashing })
     }
 
     /// Waits until every [`Runway`] is gone and all that was written is hashed, and gives each file's checksums:
@@ -131,15 +136,26 @@ fn apart<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send + 'stati
     outcome
 }
 
-fn sync(files: &[File], mut written: mpsc::Receiver<Written>) -> io::Result<()> {
-    let mut batch: Vec<Written> = Vec::new();
-    while written.blocking_recv_many(&mut batch, BATCH) > 0 {
+async fn sync(files: Arc<Vec<File>>, mut written: mpsc::UnboundedReceiver<Written>) -> io::Result<()> {
+    let mut more = true;
+    while more {
+        let mut batch: Vec<Written> = Vec::new();
+        let gathering = async {
+            while let Some(range) = written.recv().await {
+                batch.push(range);
+            }
+        };
+        more = tokio::time::timeout(SYNC_EVERY, gathering).await.is_err();
         batch.sort_unstable();
-        for of_file in batch.chunk_by(|(a, _), (b, _)| a == b) {
+        let noting = batch.chunk_by(|(a, _), (b, _)| a == b).map(|of_file| {
+            let (files, file) = (Arc::clone(&files), of_file[0].0);
             let starts: Vec<u64> = of_file.iter().map(|(_, start)| *start).collect();
-            files[of_file[0].0].part.note(&starts)?;
+            tokio::task::spawn_blocking(move || files[file].part.note(&starts))
+        });
+        let noting: Vec<_> = noting.collect();
+        for noted in noting {
+            noted.await.map_err(io::Error::other).flatten()?;
         }
-        batch.clear();
     }
     Ok(())
 }
@@ -149,90 +165,81 @@ fn hash(
     files: &[File],
     thread: usize,
     threads: usize,
-    mut written: mpsc::UnboundedReceiver<Written>,
+    mut written: mpsc::UnboundedReceiver<(Written, Option<Value>)>,
 ) -> io::Result<Vec<(usize, Checksums)>> {
-    let mut buffer = vec![0; CHUNK];
-    let mut running: Vec<Running<'_>> = files.iter().skip(thread).step_by(threads).map(Running::new).collect();
-    for running in &mut running {
-        running.go_on(&mut buffer)?;
+    let mut buffer = Buffer::new();
+    let mut all = Vec::new();
+    for file in files.iter().skip(thread).step_by(threads) {
+        all.push(Hashing::begin(file, &mut buffer)?);
     }
-    while let Some((file, start)) = written.blocking_recv() {
-        let running = &mut running[file / threads];
-        running.ready.insert(start);
-        running.go_on(&mut buffer)?;
+    while let Some(((file, start), value)) = written.blocking_recv() {
+        all[file / threads].written(start, value, &mut buffer)?;
     }
     let numbers = (thread..).step_by(threads);
-    Ok(numbers.zip(running.into_iter().map(Running::checksums)).collect())
+    Ok(numbers.zip(all.into_iter().map(Hashing::checksums)).collect())
 }
 
-/// The checksums of a file as far as it is there from its start.
-struct Running<'f> {
-    file: &'f File,
-    at: u64,
-    /// Starts of ranges that are written and not hashed.
-    ready: BTreeSet<u64>,
-    name: Name,
-    md5: Option<Md5>,
-}
+#[cfg(test)]
+mod tests {
+    use std::{fs, path::PathBuf};
 
-/// What becomes a content's name.
-enum Name {
-    Sha256(Box<ring::digest::Context>),
-    Blake3(Box<blake3::Hasher>),
-}
+    use super::*;
+    use crate::models::{cache::Cache, plan::RANGE_BYTES, subtree::Subtree};
 
-impl Name {
-    fn new(named: Named) -> Self {
-        match named {
-            Named::Sha256 => Self::Sha256(Box::new(ring::digest::Context::new(&ring::digest::SHA256))),
-            Named::Blake3 => Self::Blake3(Box::default()),
+    /// A file of two ranges that are written, and the journal of it.
+    fn written(root: &std::path::Path) -> (Arc<Vec<File>>, PathBuf) {
+        let size = RANGE_BYTES + 1;
+        let part = Cache::open(root.to_owned()).unwrap().part("k", 0, size).unwrap();
+        let journal = part.path.with_extension("done");
+        let object = Object { path: "m".into(), location: "m".into(), size, etag: None, sha256: None, md5: None };
+        (Arc::new(vec![File { number: 0, object, part, told: None }]), journal)
+    }
+
+    fn value(start: u64, end: u64) -> Option<Value> {
+        let mut subtree = Subtree::new(&(start..end), RANGE_BYTES + 1);
+        subtree.update(&vec![0; (end - start) as usize]);
+        Some(subtree.value())
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_comes_is_noted_at_once_and_synced_while_more_comes() {
+        let root = tempfile::tempdir().unwrap();
+        let (files, journal) = written(root.path());
+        let boot = files[0].part.boot.clone().unwrap();
+        let (runway, landing) = Landing::start(&files);
+        let noted = || fs::read_to_string(&journal).unwrap();
+        runway.written(0, 0, value(0, RANGE_BYTES)).unwrap();
+        assert_eq!(noted(), format!("0 {boot}\n"));
+        tokio::time::sleep(SYNC_EVERY / 2).await;
+        assert_eq!(noted(), format!("0 {boot}\n"), "syncing takes time from what comes");
+        while noted().lines().count() < 2 {
+            tokio::time::sleep(SYNC_EVERY).await;
         }
+        assert_eq!(noted(), format!("0 {boot}\n0\n"));
+        // The last one, and the end: nothing is waited for.
+        let before = tokio::time::Instant::now();
+        runway.written(0, RANGE_BYTES, value(RANGE_BYTES, RANGE_BYTES + 1)).unwrap();
+        drop(runway);
+        let (found, syncing) = landing.hashed().await;
+        syncing.ended().await.unwrap();
+        assert!(before.elapsed() < SYNC_EVERY);
+        assert_eq!(noted(), format!("0 {boot}\n0\n{RANGE_BYTES} {boot}\n{RANGE_BYTES}\n"));
+        let whole = blake3::hash(&vec![0; RANGE_BYTES as usize + 1]).to_hex().to_string();
+        assert_eq!(found.unwrap(), [Checksums { blake3: Some(whole), ..Checksums::default() }]);
     }
 
-    fn update(&mut self, content: &[u8]) {
-        match self {
-            Self::Sha256(context) => context.update(content),
-            Self::Blake3(hasher) => drop(hasher.update(content)),
-        }
-    }
-
-    fn checksums(self) -> Checksums {
-        match self {
-            Self::Sha256(context) => {
-                Checksums { sha256: Some(plan::hex(context.finish().as_ref())), ..Checksums::default() }
-            }
-            Self::Blake3(hasher) => {
-                Checksums { blake3: Some(hasher.finalize().to_hex().to_string()), ..Checksums::default() }
-            }
-        }
-    }
-}
-
-impl<'f> Running<'f> {
-    fn new(file: &'f File) -> Self {
-        let name = Name::new(file.named());
-        let md5 = file.object.md5.as_ref().map(|_| Md5::new());
-        Self { file, at: 0, ready: file.part.done.clone(), name, md5 }
-    }
-
-    /// Just written, most of it is read from memory.
-    fn go_on(&mut self, buffer: &mut [u8]) -> io::Result<()> {
-        while self.ready.remove(&self.at) {
-            let end = (self.at + RANGE_BYTES).min(self.file.object.size);
-            while self.at < end {
-                let chunk = usize::try_from(end - self.at).unwrap_or(usize::MAX).min(buffer.len());
-                self.file.part.data.read_exact_at(&mut buffer[..chunk], self.at)?;
-                self.name.update(&buffer[..chunk]);
-                if let Some(md5) = &mut self.md5 {
-                    md5.update(&buffer[..chunk]);
-                }
-                self.at += chunk as u64;
-            }
-        }
-        Ok(())
-    }
-
-    fn checksums(self) -> Checksums {
-        Checksums { md5: self.md5.map(|md5| plan::hex(&md5.finalize())), ..self.name.checksums() }
+    #[tokio::test]
+    async fn what_the_disk_refuses_ends_the_fetch() {
+        let root = tempfile::tempdir().unwrap();
+        let (mut files, _) = written(root.path());
+        // A file that cannot be read.
+        let written_only = fs::File::options().write(true).open(&files[0].part.path).unwrap();
+        let file = Arc::get_mut(&mut files).unwrap();
+        file[0].part.data = written_only;
+        file[0].object.sha256 = Some("0".repeat(64));
+        let (runway, landing) = Landing::start(&files);
+        runway.written(0, 0, None).unwrap();
+        drop(runway);
+        assert!(landing.hashed().await.0.is_err());
     }
 }

@@ -13,6 +13,7 @@ mod checksum;
 pub mod clients;
 mod content;
 mod fetch;
+mod hashing;
 #[cfg(test)]
 mod image_tests;
 mod landing;
@@ -32,6 +33,7 @@ mod shelf;
 #[cfg(test)]
 mod shelf_tests;
 pub mod source;
+mod subtree;
 #[cfg(test)]
 mod tests;
 mod warm_images;

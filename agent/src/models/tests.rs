@@ -119,24 +119,35 @@ async fn a_model_comes_through_cuts_and_stalls() {
 }
 
 #[tokio::test]
-async fn what_is_on_disk_is_not_read_again() {
+async fn what_is_there_is_not_read_again() {
     let whole = content(5);
     let (store, address) = serve(&[("model.bin", whole.clone())]).await;
     let uri = format!("http://{address}/model.bin");
-    let directory = tempfile::tempdir().unwrap();
-    let first = models(&directory);
     let listed = source::open(&uri, &Credentials::new(), &Clients::default()).unwrap().list().await.unwrap();
     let key = plan::tree_key(&uri, &listed);
-    // As a process leaves it that is killed after its first range.
-    let part = first.cache().part(&key, 0, listed[0].size).unwrap();
-    std::os::unix::fs::FileExt::write_all_at(&part.data, &whole[..RANGE_BYTES as usize], 0).unwrap();
-    part.note(&[0]).unwrap();
-    drop((part, first));
-    let again = models(&directory);
-    assert!(!again.cache().files(&key).exists(), "a half model is not seen");
-    let folder = again.ensure(&uri, &Credentials::new(), |_| {}).await.unwrap();
-    assert!(std::fs::read(folder.join("model.bin")).unwrap() == whole);
-    assert_eq!(store.sent.load(Ordering::SeqCst), whole.len() as u64 - RANGE_BYTES);
+    // Written and not synced, in this boot of the machine and in another one, and synced.
+    for (noted, counts) in [("memory", true), ("memory of another boot", false), ("disk", true)] {
+        let directory = tempfile::tempdir().unwrap();
+        let first = models(&directory);
+        // As a process leaves it that is killed after its first range.
+        let part = first.cache().part(&key, 0, listed[0].size).unwrap();
+        std::os::unix::fs::FileExt::write_all_at(&part.data, &whole[..RANGE_BYTES as usize], 0).unwrap();
+        match noted {
+            "memory" => part.came(0).unwrap(),
+            "disk" => part.note(&[0]).unwrap(),
+            _ => std::fs::write(part.path.with_extension("done"), "0 another\n").unwrap(),
+        }
+        drop((part, first));
+        let again = models(&directory);
+        assert!(!again.cache().files(&key).exists(), "a half model is not seen");
+        store.sent.store(0, Ordering::SeqCst);
+        let folder = again.ensure(&uri, &Credentials::new(), |_| {}).await.unwrap();
+        assert!(std::fs::read(folder.join("model.bin")).unwrap() == whole);
+        let left = whole.len() as u64 - if counts { RANGE_BYTES } else { 0 };
+        assert_eq!(store.sent.load(Ordering::SeqCst), left, "{noted}");
+        let name = &again.cache().record(&key).unwrap().blobs[0];
+        assert_eq!(*name, content::by_blake3(&blake3::hash(&whole).to_hex()), "{noted}");
+    }
 }
 
 #[tokio::test]
