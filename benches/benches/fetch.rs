@@ -5,8 +5,9 @@
 //! range. Such ETags are no MD5, so that neither side has a checksum of the content to compare with. rclone checks
 //! sizes and does not sync; it is timed to its end, and to the end of a sync after it. Pilotlight computes each file's
 //! BLAKE3, by which it keeps it, makes the model appear by one rename, and syncs meanwhile; it is timed until the model
-//! is there, and until it is settled on the disk. Each round fetches into fresh folders of one disk; the server's files
-//! are in the page cache for both.
+//! is there, and until it is settled on the disk. Each fetch is into a fresh folder of one disk, which is compared with
+//! the server's files and removed before the next one: whoever comes later would else have less memory that is ready
+//! for use. The server's files are in the page cache for both.
 //!
 //! `MODEL_MIB` is another size than 2048, `ROUNDS` another number of rounds than 6; `rclone` is Debian's.
 #![allow(clippy::print_stdout, reason = "its table is what a benchmark is for")]
@@ -69,12 +70,13 @@ fn rclone(server: &S3, flags: &[&str], directory: &Path) -> [Duration; 2] {
     [took, begun.elapsed()]
 }
 
-/// That both have the same bytes, and all of them.
-fn same(ours: &Path, theirs: &Path, bytes: u64) {
+/// That a fetch has all of the server's bytes, and no others.
+fn check(server: &S3, fetched: &Path, bytes: u64) {
     let (mut one, mut other) = (vec![0; 1 << 20], vec![0; 1 << 20]);
     for shard in 0..SHARDS {
         let name = format!("shard-{shard}.safetensors");
-        let (mut a, mut b) = (File::open(ours.join(&name)).unwrap(), File::open(theirs.join(&name)).unwrap());
+        let stored = server.file("models", &format!("large/{name}"));
+        let (mut a, mut b) = (File::open(fetched.join(&name)).unwrap(), File::open(stored).unwrap());
         assert_eq!((a.metadata().unwrap().len(), b.metadata().unwrap().len()), (bytes, bytes), "{name}");
         for _ in 0..bytes >> 20 {
             a.read_exact(&mut one).unwrap();
@@ -84,7 +86,7 @@ fn same(ours: &Path, theirs: &Path, bytes: u64) {
     }
 }
 
-/// What a round left to write back must not be on the next one's account.
+/// What one left to write back must not be on the next one's account.
 fn settle() {
     assert!(Command::new("sync").status().expect("sync starts").success());
 }
@@ -116,32 +118,27 @@ fn main() {
     let mut own = [Vec::new(), Vec::new()];
     let mut others = FLAGS.map(|_| [Vec::new(), Vec::new()]);
     for round in 0..rounds as usize {
-        let fresh = tempfile::tempdir().unwrap();
-        let (mut folder, mut theirs) = (PathBuf::new(), Vec::new());
         print!("round {round}:");
         // Each is first, and last, as often as the others.
         for turn in 0..=FLAGS.len() {
             settle();
-            match (turn + round) % (FLAGS.len() + 1) {
+            let fresh = tempfile::tempdir().unwrap();
+            let (name, times, [ended, synced], folder) = match (turn + round) % (FLAGS.len() + 1) {
                 0 => {
-                    let ([there, synced], at) = runtime.block_on(ours(&server, &fresh.path().join("pilotlight")));
-                    own[0].push(there);
-                    own[1].push(synced);
-                    folder = at;
-                    print!(" pilotlight {there:.2?} and synced {synced:.2?},");
+                    let (took, folder) = runtime.block_on(ours(&server, fresh.path()));
+                    ("pilotlight", &mut own, took, folder)
                 }
                 number => {
-                    let directory = fresh.path().join(format!("rclone-{number}"));
-                    let [ended, synced] = rclone(&server, FLAGS[number - 1].1, &directory);
-                    others[number - 1][0].push(ended);
-                    others[number - 1][1].push(synced);
-                    print!(" rclone {ended:.2?} and synced {synced:.2?},");
-                    theirs.push(directory.join("large"));
+                    let took = rclone(&server, FLAGS[number - 1].1, fresh.path());
+                    ("rclone", &mut others[number - 1], took, fresh.path().join("large"))
                 }
-            }
+            };
+            print!(" {name} {ended:.2?} and synced {synced:.2?},");
+            times[0].push(ended);
+            times[1].push(synced);
+            check(&server, &folder, bytes);
         }
         println!();
-        theirs.iter().for_each(|theirs| same(&folder, theirs, bytes));
     }
     println!("\n{}", String::from_utf8_lossy(&version.stdout).lines().next().unwrap_or_default());
     println!("{mib} MiB in {SHARDS} files from s3s-fs on loopback, median of {rounds} interleaved rounds:\n");
