@@ -194,8 +194,12 @@ async fn a_full_disk_is_said_and_the_fetch_goes_on_when_there_is_room() {
     assert!(error.to_string().contains("3145728 bytes more are needed, and "), "{error}");
     assert!(models.cache().partials().is_empty(), "nothing is begun that cannot end");
     std::fs::remove_file(filler).unwrap();
-    models.ensure(&uri, &Credentials::new(), |_| {}).await.unwrap();
+    let folder = models.ensure(&uri, &Credentials::new(), |_| {}).await.unwrap();
     assert_eq!(there(&models), ["model"]);
+    // Who has it on its way to the disk keeps its room.
+    while folder.with_file_name("unsettled").exists() {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
 
     // What a cut-off fetch has left goes where it is in the way, unless somebody wants it.
     assert_eq!(models.room.evict(&uri), Ok(3 << 20));
