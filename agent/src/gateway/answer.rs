@@ -22,6 +22,8 @@ pub enum Answer {
         /// Some that are known.
         known: Vec<String>,
     },
+    /// This node has not heard yet which services there are.
+    NoRoutes,
     /// The service has no revision yet.
     NoRevision {
         /// `<namespace>/<name>`.
@@ -59,7 +61,7 @@ impl Answer {
         match self {
             Self::UnknownService { .. } => StatusCode::NOT_FOUND,
             Self::BodyTooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
-            Self::QueueFull { .. } | Self::NoRevision { .. } => StatusCode::SERVICE_UNAVAILABLE,
+            Self::QueueFull { .. } | Self::NoRevision { .. } | Self::NoRoutes => StatusCode::SERVICE_UNAVAILABLE,
             Self::Timeout { .. } => StatusCode::GATEWAY_TIMEOUT,
             Self::BadGateway { .. } => StatusCode::BAD_GATEWAY,
             Self::Upgrade => StatusCode::NOT_IMPLEMENTED,
@@ -69,6 +71,7 @@ impl Answer {
     fn reason(&self) -> &'static str {
         match self {
             Self::UnknownService { .. } => "UnknownService",
+            Self::NoRoutes => "NoRoutes",
             Self::NoRevision { .. } => "NoRevision",
             Self::BodyTooLarge { .. } => "BodyTooLarge",
             Self::QueueFull { .. } => "QueueFull",
@@ -81,6 +84,7 @@ impl Answer {
     fn message(&self) -> String {
         match self {
             Self::UnknownService { host, path, .. } => format!("no service for host {host:?} and path {path:?}"),
+            Self::NoRoutes => "this node has not heard from the coordinator yet which services there are".to_owned(),
             Self::NoRevision { service } => format!("service {service} has no revision that takes traffic yet"),
             Self::BodyTooLarge { limit } => format!("request body is larger than {limit} bytes"),
             Self::QueueFull { limit } => format!("{limit} requests wait for this service already"),

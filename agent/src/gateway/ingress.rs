@@ -26,6 +26,11 @@ const CONNECTIONS: usize = 20_000;
 const HEADERS_WITHIN: Duration = Duration::from_secs(30);
 /// Requests that run get this long when the agent stops.
 const DRAIN_WITHIN: Duration = Duration::from_secs(30);
+/// Requests that wait for this node's first routes at the same time; further ones are answered 503.
+pub(super) const EARLY: usize = 1000;
+/// How long they wait: an agent that starts again has its routes within milliseconds, and a coordinator that
+/// starts again is back within this time.
+pub(super) const ROUTES_WITHIN: Duration = Duration::from_secs(10);
 /// Hosts named to a client that asked for an unknown one.
 const HOSTS_NAMED: usize = 20;
 
@@ -115,8 +120,8 @@ impl DataPath {
     ) -> Result<Response<Body>, Answer> {
         let (mut parts, body) = request.into_parts();
         let host = fixed_host.unwrap_or_else(|| host_of(&parts)).to_owned();
+        self.routes_are_loaded().await?;
         let (service, tagged) = match fixed_host {
-            // Its routes come with the next session.
             Some(host) => self.routes.by_host(host).ok_or_else(|| Answer::NoRevision { service: host.to_owned() })?,
             None => self.find(&host, &mut parts)?,
         };
@@ -141,6 +146,16 @@ impl DataPath {
 }
 
 impl DataPath {
+    /// Holds a request that has come before this node knew any route: nobody may be told that a service does
+    /// not exist because the agent has just started.
+    pub(super) async fn routes_are_loaded(&self) -> Result<(), Answer> {
+        if self.routes.is_loaded() {
+            return Ok(());
+        }
+        let _place = self.early.try_acquire().map_err(|_| Answer::NoRoutes)?;
+        tokio::time::timeout(ROUTES_WITHIN, self.routes.loaded()).await.map_err(|_| Answer::NoRoutes)
+    }
+
     /// The service that a client's request is for, by its host or else by its path, and the revision where
     /// the host names its tag. A prefix that named the service is taken off the path.
     fn find(&self, host: &str, parts: &mut http::request::Parts) -> Result<Found, Answer> {

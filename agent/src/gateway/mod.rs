@@ -27,7 +27,7 @@ use std::{
     time::Duration,
 };
 
-use tokio::time::Instant;
+use tokio::{sync::Semaphore, time::Instant};
 
 pub use egress::Gateway;
 pub use forward::{Connect, PeerStream};
@@ -59,6 +59,8 @@ pub struct DataPath {
     pub(crate) demands: Demands,
     pub(crate) sidecar: Arc<Sidecar>,
     pub(crate) routes: RouteTable,
+    /// Places for requests that come before all routes have.
+    early: Semaphore,
     pub(crate) forwarder: Forwarder,
     pub(crate) metrics: GatewayMetrics,
     weights: Nodes,
@@ -73,6 +75,7 @@ impl DataPath {
         let sidecar = Sidecar::new();
         Arc::new(Self {
             routes: RouteTable::new(Arc::clone(&sidecar)),
+            early: Semaphore::new(ingress::EARLY),
             forwarder: Forwarder::new(Arc::clone(&setup.connect)),
             node: setup.node,
             max_request_body: setup.max_request_body,

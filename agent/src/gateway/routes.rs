@@ -9,6 +9,7 @@ use std::{
 use arc_swap::ArcSwap;
 use http::HeaderName;
 use pilotlight_proto::fleet::v1 as fleet;
+use tokio::sync::SetOnce;
 
 use super::split::{Share, Split};
 use crate::sidecar::{Limits, RevisionQueue, Sidecar};
@@ -28,6 +29,9 @@ pub struct RouteTable {
     table: ArcSwap<Table>,
     /// Version of the last update of this session; `None` until the full one.
     version: Mutex<Option<u64>>,
+    /// Set by the first full update of this process, and for good: what a later session has not said yet is
+    /// as it was.
+    loaded: SetOnce<()>,
     sidecar: Arc<Sidecar>,
 }
 
@@ -73,7 +77,17 @@ impl Service {
 impl RouteTable {
     /// No routes yet.
     pub fn new(sidecar: Arc<Sidecar>) -> Self {
-        Self { table: ArcSwap::default(), version: Mutex::new(None), sidecar }
+        Self { table: ArcSwap::default(), version: Mutex::new(None), loaded: SetOnce::new(), sidecar }
+    }
+
+    /// Whether all routes have come once, so that what is not among them does not exist.
+    pub fn is_loaded(&self) -> bool {
+        self.loaded.initialized()
+    }
+
+    /// Waits until [`RouteTable::is_loaded`].
+    pub async fn loaded(&self) {
+        self.loaded.wait().await;
     }
 
     /// A new session: its first update, which is full, is taken whatever its version.
@@ -141,6 +155,8 @@ impl RouteTable {
             .filter(|key| !kept.contains(key.as_str()))
             .collect();
         self.table.store(Arc::new(table));
+        // Fails where it is set already.
+        let _ = self.loaded.set(());
         for key in gone {
             self.sidecar.revision(&key).route(LIMITS_WITHOUT_ROUTE, BTreeMap::new());
             self.sidecar.forget(&key);

@@ -23,6 +23,7 @@ use super::{
     Connect, DataPath, GatewayMetrics, PeerStream, Setup,
     answer::{Answer, BoxError},
     body::Replay,
+    ingress::{EARLY, ROUTES_WITHIN},
     split::Destination,
 };
 use crate::{
@@ -74,6 +75,45 @@ fn routes(node: &str, timeout: Duration, nodes: &[(&str, String)], concurrency: 
     let nodes =
         nodes.iter().map(|(name, address)| fleet::PeerNode { name: (*name).to_owned(), peer_address: address.clone() });
     fleet::Routes { version: 1, full: true, services: vec![service], nodes: nodes.collect(), ..Default::default() }
+}
+
+// ── Before the first routes ──────────────────────────────────────────────────────────────────────────────
+
+#[tokio::test]
+async fn a_request_that_comes_before_the_routes_waits_for_them() {
+    let (address, say) = replica().await;
+    let node = Node::start("edge").await;
+    let mut client = Client::ask(node.ingress).await;
+    eventually("it waits", || node.path.early.available_permits() == EARLY - 1).await;
+    // What is not full does not say what there is.
+    let part = fleet::Routes { full: false, services: Vec::new(), ..routes("edge", SECOND, &[], 1) };
+    node.path.apply_routes(part);
+    assert!(!node.path.routes.is_loaded());
+    node.has(address, false);
+    node.path.apply_routes(routes("edge", 60 * SECOND, &[], 1));
+    say.send(CHUNKED).unwrap();
+    say.send("0\r\n\r\n").unwrap();
+    let answer = client.read("\r\n0\r\n\r\n").await;
+    assert!(answer.starts_with("HTTP/1.1 200 OK\r\n"), "{answer}");
+
+    // Another session knows what the former one said.
+    node.path.session_opened();
+    assert!(node.path.routes.is_loaded() && node.path.routes.by_host(HOST).is_some());
+    assert_eq!(node.path.early.available_permits(), EARLY);
+}
+
+#[tokio::test(start_paused = true)]
+async fn without_routes_it_is_503_in_the_end_and_at_once_where_too_many_wait() {
+    let path = path("edge", Arc::new(Plain));
+    let begun = tokio::time::Instant::now();
+    let answers = (0..=EARLY).map(|_| async { (path.routes_are_loaded().await.unwrap_err(), begun.elapsed()) });
+    let answers = futures::future::join_all(answers).await;
+    let (at_once, waited) = (answers.last().unwrap(), &answers[..EARLY]);
+    assert_eq!(*at_once, (Answer::NoRoutes, Duration::ZERO));
+    assert!(waited.iter().all(|answer| *answer == (Answer::NoRoutes, ROUTES_WITHIN)));
+    let response = Answer::NoRoutes.response();
+    assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
+    assert_eq!(response.headers()[header::RETRY_AFTER], "1");
 }
 
 // ── In memory, on a paused clock: deadlines ──────────────────────────────────────────────────────────────
