@@ -14,13 +14,14 @@
 
 use std::{
     collections::BTreeMap,
-    fs::File,
-    io::Read as _,
+    fs::{self, File},
+    io::{self, Read as _},
     path::{Path, PathBuf},
     process::Command,
     time::{Duration, Instant},
 };
 
+use nix::sys::resource::{Usage, UsageWho, getrusage};
 use pilotlight_agent::models::{Models, STALL};
 use pilotlight_benches::{SHARDS, upload_model};
 use pilotlight_tests::s3::{KEY, S3, SECRET};
@@ -37,22 +38,80 @@ const FLAGS: [(&str, &[&str]); 2] = [
     ),
 ];
 
-/// Until the model is there, and until it is on the disk.
-async fn ours(server: &S3, directory: &Path) -> ([Duration; 2], PathBuf) {
-    let models = Models::open(directory.to_owned(), BTreeMap::new(), STALL, None).unwrap();
-    let credentials = server.env().into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
-    let begun = Instant::now();
-    let folder = models.ensure("s3://models/large", &credentials, |_| {}).await.unwrap();
-    let there = begun.elapsed();
-    let mark = folder.with_file_name("unsettled");
-    while mark.exists() {
-        tokio::time::sleep(Duration::from_millis(1)).await;
-    }
-    ([there, begun.elapsed()], folder)
+/// Name of the server's threads, by which its processor time is told from that of who fetches.
+const SERVER: &str = "server";
+
+/// What one fetch took.
+#[derive(Clone, Copy)]
+struct Took {
+    /// Until the model is there, by the clock.
+    ended: Duration,
+    /// Until it is on the disk.
+    synced: Duration,
+    /// Processor time until it is there: of who fetches.
+    own: Duration,
+    /// The same, of the server.
+    server: Duration,
 }
 
-/// Until it ends, and until what it wrote is on the disk.
-fn rclone(server: &S3, flags: &[&str], directory: &Path) -> [Duration; 2] {
+/// When a fetch began.
+struct Begun {
+    at: Instant,
+    own: Duration,
+    server: Duration,
+}
+
+impl Begun {
+    fn now(who: UsageWho) -> Self {
+        let server = server_time();
+        Self { at: Instant::now(), own: own_time(who, server), server }
+    }
+
+    /// The model is there; it is on the disk once `synced` is.
+    async fn ended(self, who: UsageWho, synced: impl Future<Output = ()>) -> Took {
+        let (ended, server) = (self.at.elapsed(), server_time());
+        let own = own_time(who, server) - self.own;
+        synced.await;
+        Took { ended, synced: self.at.elapsed(), own, server: server - self.server }
+    }
+}
+
+/// Processor time of this process without its server, or of processes that it has waited for.
+fn own_time(who: UsageWho, server: Duration) -> Duration {
+    let usage: Usage = getrusage(who).expect("the kernel counts");
+    let micros = |time: nix::sys::time::TimeVal| time.tv_sec() as u64 * 1_000_000 + time.tv_usec() as u64;
+    let all = Duration::from_micros(micros(usage.user_time()) + micros(usage.system_time()));
+    if matches!(who, UsageWho::RUSAGE_SELF) { all.saturating_sub(server) } else { all }
+}
+
+/// Processor time of the server's threads.
+fn server_time() -> Duration {
+    let of_thread = |thread: io::Result<fs::DirEntry>| {
+        let thread = thread.ok()?.path();
+        let name = fs::read_to_string(thread.join("comm")).ok()?;
+        // Nanoseconds, those of waiting, and turns.
+        let spent = fs::read_to_string(thread.join("schedstat")).ok()?;
+        let nanos = spent.split(' ').next()?.parse().ok()?;
+        (name.trim() == SERVER).then(|| Duration::from_nanos(nanos))
+    };
+    fs::read_dir("/proc/self/task").expect("Linux").filter_map(of_thread).sum()
+}
+
+async fn ours(server: &S3, directory: &Path) -> (Took, PathBuf) {
+    let models = Models::open(directory.to_owned(), BTreeMap::new(), STALL, None).unwrap();
+    let credentials = server.env().into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
+    let begun = Begun::now(UsageWho::RUSAGE_SELF);
+    let folder = models.ensure("s3://models/large", &credentials, |_| {}).await.unwrap();
+    let mark = folder.with_file_name("unsettled");
+    let synced = async {
+        while mark.exists() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    (begun.ended(UsageWho::RUSAGE_SELF, synced).await, folder)
+}
+
+async fn rclone(server: &S3, flags: &[&str], directory: &Path) -> (Took, PathBuf) {
     let mut command = Command::new("rclone");
     // The bucket as a whole: of a folder rclone first asks whether it is an object, to which s3s-fs answers with an error
     // that rclone tries again for most of a minute.
@@ -61,13 +120,15 @@ fn rclone(server: &S3, flags: &[&str], directory: &Path) -> [Duration; 2] {
     command.args(["--s3-access-key-id", KEY, "--s3-secret-access-key", SECRET, "--config", "/dev/null"]);
     // It is for all of rclone's connections, and need not exist here.
     command.env_remove("AWS_CA_BUNDLE").args(flags);
-    let begun = Instant::now();
+    let begun = Begun::now(UsageWho::RUSAGE_CHILDREN);
     let output = command.output().expect("rclone starts");
-    let took = begun.elapsed();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     // What a crash would leave is only then the same.
-    assert!(Command::new("sync").arg("--file-system").arg(directory).status().expect("sync starts").success());
-    [took, begun.elapsed()]
+    let synced = async {
+        assert!(Command::new("sync").arg("--file-system").arg(directory).status().expect("sync starts").success());
+    };
+    let took = begun.ended(UsageWho::RUSAGE_CHILDREN, synced).await;
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    (took, directory.join("large"))
 }
 
 /// That a fetch has all of the server's bytes, and no others.
@@ -91,10 +152,11 @@ fn settle() {
     assert!(Command::new("sync").status().expect("sync starts").success());
 }
 
-fn median(times: &[Duration]) -> Duration {
-    let mut times = times.to_vec();
+/// The median of one of their times, seconds.
+fn median(all: &[Took], time: impl Fn(&Took) -> Duration) -> f64 {
+    let mut times: Vec<_> = all.iter().map(time).collect();
     times.sort();
-    times[times.len() / 2]
+    times[times.len() / 2].as_secs_f64()
 }
 
 fn from_environment(name: &str, otherwise: u64) -> u64 {
@@ -109,47 +171,52 @@ fn main() {
     let _ = rustls::crypto::ring::default_provider().install_default();
     let (mib, rounds) = (from_environment("MODEL_MIB", 2048), from_environment("ROUNDS", 6));
     let bytes = (mib << 20) / SHARDS;
-    // By these names a profiler tells the two sides apart.
     let named =
         |name: &str| tokio::runtime::Builder::new_multi_thread().enable_all().thread_name(name).build().unwrap();
-    let (serving, runtime) = (named("server"), named("client"));
+    let (serving, runtime) = (named(SERVER), named("client"));
     let server = serving.block_on(S3::start());
     runtime.block_on(upload_model(&server, bytes));
-    let mut own = [Vec::new(), Vec::new()];
-    let mut others = FLAGS.map(|_| [Vec::new(), Vec::new()]);
+    let names: Vec<&str> = std::iter::once("Pilotlight").chain(FLAGS.map(|(name, _)| name)).collect();
+    let mut all = vec![Vec::new(); names.len()];
     for round in 0..rounds as usize {
         print!("round {round}:");
-        // Each is first, and last, as often as the others.
-        for turn in 0..=FLAGS.len() {
+        for turn in 0..names.len() {
             settle();
             let fresh = tempfile::tempdir().unwrap();
-            let (name, times, [ended, synced], folder) = match (turn + round) % (FLAGS.len() + 1) {
-                0 => {
-                    let (took, folder) = runtime.block_on(ours(&server, fresh.path()));
-                    ("pilotlight", &mut own, took, folder)
-                }
-                number => {
-                    let took = rclone(&server, FLAGS[number - 1].1, fresh.path());
-                    ("rclone", &mut others[number - 1], took, fresh.path().join("large"))
+            // Each is first, and last, as often as the others.
+            let number = (turn + round) % names.len();
+            let fetching = async {
+                match number {
+                    0 => ours(&server, fresh.path()).await,
+                    number => rclone(&server, FLAGS[number - 1].1, fresh.path()).await,
                 }
             };
-            print!(" {name} {ended:.2?} and synced {synced:.2?},");
-            times[0].push(ended);
-            times[1].push(synced);
+            let (took, folder) = runtime.block_on(fetching);
+            let Took { ended, synced, own, server: serving } = took;
+            print!(" {}: {ended:.2?}, synced {synced:.2?}, processor {own:.2?} + {serving:.2?};", names[number]);
+            all[number].push(took);
             check(&server, &folder, bytes);
         }
         println!();
     }
     println!("\n{}", String::from_utf8_lossy(&version.stdout).lines().next().unwrap_or_default());
     println!("{mib} MiB in {SHARDS} files from s3s-fs on loopback, median of {rounds} interleaved rounds:\n");
-    println!("| | s | MiB/s | Pilotlight's rate over it | synced, s | Pilotlight's rate over it |");
-    println!("| --- | ---: | ---: | ---: | ---: | ---: |");
-    let base = own.each_ref().map(|times| median(times).as_secs_f64());
-    let rate = |seconds: f64| mib as f64 / seconds;
-    println!("| Pilotlight | {:.2} | {:.0} | | {:.2} | |", base[0], rate(base[0]), base[1]);
-    for ((name, _), both) in FLAGS.iter().zip(&others) {
-        let [ended, synced] = both.each_ref().map(|times| median(times).as_secs_f64());
-        let over = [ended / base[0], synced / base[1]];
-        println!("| {name} | {ended:.2} | {:.0} | {:.2} | {synced:.2} | {:.2} |", rate(ended), over[0], over[1]);
+    table(&names, &all, mib);
+}
+
+/// Medians, seconds; and the first one's rates over each other's.
+fn table(names: &[&str], all: &[Vec<Took>], mib: u64) {
+    println!("| | s | MiB/s | Pilotlight's rate over it | synced, s | the same | processor, own + server's, s |");
+    println!("| --- | ---: | ---: | ---: | ---: | ---: | ---: |");
+    let base = (median(&all[0], |took| took.ended), median(&all[0], |took| took.synced));
+    for (name, times) in names.iter().zip(all) {
+        let (ended, synced) = (median(times, |took| took.ended), median(times, |took| took.synced));
+        let processor = (median(times, |took| took.own), median(times, |took| took.server));
+        let rate = mib as f64 / ended;
+        let over = (ended / base.0, synced / base.1);
+        println!(
+            "| {name} | {ended:.2} | {rate:.0} | {:.2} | {synced:.2} | {:.2} | {:.2} + {:.2} |",
+            over.0, over.1, processor.0, processor.1
+        );
     }
 }

@@ -2,7 +2,8 @@
 //! was cut off has left.
 //!
 //! ```text
-//! blobs/<name>              each content once, by its SHA-256 or `blake3-` and its BLAKE3
+//! blobs/<name>              each content once, by its SHA-256 or `blake3-` and its BLAKE3; `unnamed-<key>-<n>` while
+//!                           that is not computed yet
 //! trees/<key>/files/…       a whole model; appears by one rename
 //! trees/<key>/tree.json     what it is; its time of change is when it was last used
 //! trees/<key>/unsettled     until all of it is on the disk: the boot of the machine that has it in memory
@@ -15,7 +16,7 @@
 //! ```
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     fs::{self, File},
     io::{self, Write as _},
     os::unix::fs::MetadataExt as _,
@@ -25,10 +26,12 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::{plan::Object, settle};
+use super::{content, plan::Object, settle};
 
 /// Name of the file with a model's address beside what came of it.
 const ORIGIN: &str = "uri";
+/// Ending of the name of a file with another node's word for a content.
+const TOLD: &str = "told";
 /// Name of the folder that becomes the model's.
 const STAGED: &str = "tree";
 
@@ -73,7 +76,8 @@ impl Cache {
         Ok(cache)
     }
 
-    /// Blobs that no model links to, and staged folders; data of cut-off fetches stays, to be resumed.
+    /// Blobs that no model links to, names that contents do not have any more, and staged folders; data of cut-off
+    /// fetches stays, to be resumed.
     fn sweep(&self) -> io::Result<()> {
         for partial in fs::read_dir(self.root.join("partial"))? {
             match fs::remove_dir_all(partial?.path().join(STAGED)) {
@@ -81,13 +85,21 @@ impl Cache {
                 _ => {}
             }
         }
-        for blob in fs::read_dir(self.root.join("blobs"))? {
-            let blob = blob?;
+        let listed: BTreeSet<String> = self.trees().into_iter().flat_map(|(_, record)| record.blobs).collect();
+        let former = |name: &str| content::is_unnamed(name) && !listed.contains(name);
+        for blob in self.blobs()?.filter(|blob| blob.file_name().to_str().is_some_and(former)) {
+            fs::remove_file(blob.path())?;
+        }
+        for blob in self.blobs()? {
             if blob.metadata()?.nlink() == 1 {
                 fs::remove_file(blob.path())?;
             }
         }
         Ok(())
+    }
+
+    fn blobs(&self) -> io::Result<impl Iterator<Item = fs::DirEntry>> {
+        Ok(fs::read_dir(self.root.join("blobs"))?.collect::<io::Result<Vec<_>>>()?.into_iter())
     }
 
     /// This boot of the machine; `None` where there is no telling boots apart.
@@ -149,11 +161,18 @@ impl Cache {
         let path = directory.join(format!("{number}.data"));
         let journal = directory.join(format!("{number}.done"));
         let data = File::options().create(true).truncate(false).read(true).write(true).open(&path)?;
-        let done = if data.metadata()?.len() == size { read_journal(&journal, self.boot())? } else { BTreeSet::new() };
+        let told = fs::read_to_string(path.with_extension(TOLD)).ok();
+        // What may have come from another node cannot be compared without a name.
+        let told_wrong = told.is_some_and(|name| content::parse(&name).is_none());
+        let vouched = !told_wrong && data.metadata()?.len() == size;
+        let done = if vouched { read_journal(&journal, self.boot())? } else { BTreeSet::new() };
         if done.is_empty() {
             // What the journal does not vouch for is not there.
             File::create(&journal)?;
             data.set_len(size)?;
+        }
+        if told_wrong {
+            fs::remove_file(path.with_extension(TOLD))?;
         }
         let journal = File::options().append(true).open(&journal)?;
         Ok(Part { path, data, journal, done, boot: self.boot.clone() })
@@ -231,6 +250,63 @@ impl Cache {
         Ok(self.files(key))
     }
 
+    /// Gives contents of a whole model their own names, by those that they had until now, and gives its new record;
+    /// `None` where the model is not here any more. One that is here already by its name serves this model, too.
+    /// What a crash leaves is removed by [`Self::open`].
+    ///
+    /// # Errors
+    /// The disk refuses: all is as it was.
+    pub fn rename(&self, key: &str, names: &BTreeMap<String, String>) -> io::Result<Option<TreeRecord>> {
+        let Some(mut record) = self.record(key) else { return Ok(None) };
+        let mut made = Vec::new();
+        let renamed = self.link(key, &mut record, names, &mut made).and_then(|()| self.replace_record(key, &record));
+        let stale = if renamed.is_ok() { names.keys().map(|name| self.blob(name)).collect() } else { made };
+        for blob in stale {
+            match fs::remove_file(blob) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
+        }
+        renamed.map(|()| Some(record))
+    }
+
+    /// Makes what [`Self::rename`] needs beside what is there, and notes which links are new.
+    fn link(
+        &self,
+        key: &str,
+        record: &mut TreeRecord,
+        names: &BTreeMap<String, String>,
+        made: &mut Vec<PathBuf>,
+    ) -> io::Result<()> {
+        for (object, blob) in record.objects.iter().zip(&mut record.blobs) {
+            let Some(name) = names.get(blob) else { continue };
+            let shared = self.blob(name);
+            let file = self.files(key).join(&object.path);
+            match fs::hard_link(&file, &shared) {
+                Ok(()) => made.push(shared),
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                    // Of two links of one file a rename would leave both.
+                    if fs::metadata(&file)?.ino() != fs::metadata(&shared)?.ino() {
+                        let link = self.tree(key).join("link");
+                        fs::hard_link(&shared, &link)?;
+                        fs::rename(link, file)?;
+                    }
+                }
+                Err(error) => return Err(error),
+            }
+            blob.clone_from(name);
+        }
+        Ok(())
+    }
+
+    /// Writes a model's record anew; when the model was last used stays.
+    fn replace_record(&self, key: &str, record: &TreeRecord) -> io::Result<()> {
+        let (place, new) = (self.tree(key).join("tree.json"), self.tree(key).join("tree.json.new"));
+        fs::write(&new, serde_json::to_vec(record)?)?;
+        File::options().append(true).open(&new)?.set_modified(self.last_used(key))?;
+        fs::rename(new, place)
+    }
+
     /// Has a model's folder, its place among all, and its contents' names on the disk.
     pub(super) fn sync_tree(&self, key: &str) -> io::Result<()> {
         sync_below(&self.tree(key))?;
@@ -288,7 +364,7 @@ impl Cache {
     pub fn tidy(&self, key: &str) {
         let directory = self.partial(key);
         let Ok(entries) = fs::read_dir(&directory) else { return };
-        if entries.flatten().all(|entry| entry.file_name() == ORIGIN || entry.file_name() == STAGED) {
+        if !entries.flatten().any(|entry| has_come(&entry)) {
             // What cannot be removed now is when the next fetch of it ends.
             let _ = fs::remove_dir_all(directory);
         }
@@ -312,8 +388,7 @@ impl Cache {
         let Ok(entries) = fs::read_dir(self.root.join("partial")) else { return Vec::new() };
         let of = |entry: fs::DirEntry| {
             let files = fs::read_dir(entry.path()).ok()?.flatten();
-            let files = files.filter(|file| file.file_name() != ORIGIN && file.file_name() != STAGED);
-            let files = files.filter_map(|file| file.metadata().ok());
+            let files = files.filter(has_come).filter_map(|file| file.metadata().ok());
             let (mut bytes, mut changed) = (0, SystemTime::UNIX_EPOCH);
             for file in files {
                 // Files have holes: what counts is what the disk has given.
@@ -331,6 +406,11 @@ impl Cache {
         // What cannot be removed now is checked again before it is used.
         let _ = fs::remove_dir_all(self.partial(key));
     }
+}
+
+/// True for what a fetch has brought, beside its own notes.
+fn has_come(entry: &fs::DirEntry) -> bool {
+    entry.file_name() != ORIGIN && entry.file_name() != STAGED
 }
 
 /// What is there of a model that is not whole.
@@ -356,7 +436,7 @@ pub struct Part {
     journal: File,
     /// Starts of the ranges that are on disk, or written in this boot of the machine.
     pub done: BTreeSet<u64>,
-    pub(super) boot: Option<String>,
+    boot: Option<String>,
 }
 
 impl Part {
@@ -382,7 +462,7 @@ impl Part {
 
     /// The name that another node gave for a file of which bytes may have come from there.
     pub fn told(&self) -> Option<String> {
-        fs::read_to_string(self.path.with_extension("told")).ok()
+        fs::read_to_string(self.path.with_extension(TOLD)).ok()
     }
 
     /// Notes what [`Self::told`] gives, before any such byte counts as being there.
@@ -390,7 +470,7 @@ impl Part {
     /// # Errors
     /// The disk refuses.
     pub fn tell(&self, name: &str) -> io::Result<()> {
-        write_synced(&self.path.with_extension("told"), name)
+        write_synced(&self.path.with_extension(TOLD), name)
     }
 
     /// Forgets all that came of a file.
@@ -400,7 +480,7 @@ impl Part {
     pub fn reset(&self) -> io::Result<()> {
         // In this order: the journal must not vouch for what no one told.
         fs::remove_file(self.path.with_extension("done"))?;
-        match fs::remove_file(self.path.with_extension("told")) {
+        match fs::remove_file(self.path.with_extension(TOLD)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
             _ => Ok(()),
         }
@@ -444,4 +524,96 @@ fn read_journal(path: &Path, boot: Option<&str>) -> io::Result<BTreeSet<u64>> {
         None => line.parse().ok(),
     });
     Ok(starts.collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    const OLD: SystemTime = SystemTime::UNIX_EPOCH;
+
+    fn object(path: &str) -> Object {
+        Object { path: path.into(), location: path.into(), size: 4, etag: None, sha256: None, md5: None }
+    }
+
+    /// A model whose files have these contents, all without names yet, and the names that they get.
+    fn unnamed(cache: &Cache, key: &str, files: &[(&str, &str, &str)]) -> BTreeMap<String, String> {
+        let blobs: Vec<_> = (0..files.len()).map(|number| content::unnamed(key, number)).collect();
+        for (blob, (_, text, _)) in blobs.iter().zip(files) {
+            fs::write(cache.blob(blob), text).unwrap();
+        }
+        let objects = files.iter().map(|(path, ..)| object(path)).collect();
+        let record = TreeRecord { uri: "u".into(), objects, blobs: blobs.clone() };
+        cache.begin(key, "u").unwrap();
+        cache.publish(key, &record, None).unwrap();
+        cache.touch(key, OLD + Duration::from_secs(7)).unwrap();
+        blobs.into_iter().zip(files.iter().map(|(_, _, name)| (*name).to_owned())).collect()
+    }
+
+    fn names(cache: &Cache) -> BTreeSet<String> {
+        cache.blobs().unwrap().map(|blob| blob.file_name().into_string().unwrap()).collect()
+    }
+
+    fn inode(path: PathBuf) -> u64 {
+        fs::metadata(path).unwrap().ino()
+    }
+
+    fn set(names: &[&str]) -> BTreeSet<String> {
+        names.iter().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn contents_get_their_names_and_are_there_once() {
+        let root = tempfile::tempdir().unwrap();
+        let cache = Cache::open(root.path().to_owned()).unwrap();
+        let same = unnamed(&cache, "k", &[("a", "same", "S"), ("b/c", "same", "S"), ("d", "else", "E")]);
+        let record = cache.rename("k", &same).unwrap().unwrap();
+        assert_eq!((record.blobs, names(&cache)), (["S", "S", "E"].map(String::from).to_vec(), set(&["S", "E"])));
+        assert_eq!(cache.last_used("k"), OLD + Duration::from_secs(7), "it was not used");
+
+        let other = unnamed(&cache, "other", &[("m", "same", "S")]);
+        cache.rename("other", &other).unwrap().unwrap();
+        let shared = inode(cache.blob("S"));
+        let files = [("k", "a"), ("k", "b/c"), ("other", "m")].map(|(key, path)| cache.files(key).join(path));
+        assert_eq!(files.map(inode), [shared; 3]);
+        assert_eq!(fs::read_to_string(cache.files("k").join("d")).unwrap(), "else");
+        cache.remove_tree("other").unwrap();
+        assert!(cache.rename("other", &other).unwrap().is_none());
+        let again = Cache::open(root.path().to_owned()).unwrap();
+        assert_eq!((names(&again), again.trees().len()), (set(&["S", "E"]), 1));
+    }
+
+    #[test]
+    fn a_name_that_cannot_be_given_changes_nothing() {
+        let root = tempfile::tempdir().unwrap();
+        let cache = Cache::open(root.path().to_owned()).unwrap();
+        let mut to = unnamed(&cache, "k", &[("a", "text", "A"), ("b", "more", "B")]);
+        *to.get_mut(&content::unnamed("k", 1)).unwrap() = "no folder/B".to_owned();
+        let before = (names(&cache), cache.record("k").unwrap().blobs);
+        cache.rename("k", &to).unwrap_err();
+        assert_eq!((names(&cache), cache.record("k").unwrap().blobs), before);
+    }
+
+    #[test]
+    fn a_crash_in_the_middle_of_it_leaves_nothing() {
+        let root = tempfile::tempdir().unwrap();
+        let cache = Cache::open(root.path().to_owned()).unwrap();
+        let to = unnamed(&cache, "k", &[("a", "text", "A")]);
+        let called = content::unnamed("k", 0);
+        // Linked, and not noted yet.
+        fs::hard_link(cache.blob(&called), cache.blob("A")).unwrap();
+        let again = Cache::open(root.path().to_owned()).unwrap();
+        again.rename("k", &to).unwrap();
+        assert_eq!((names(&again), again.record("k").unwrap().blobs), (set(&["A"]), vec!["A".to_owned()]));
+        // Noted, and still there by its former name.
+        fs::hard_link(again.blob("A"), again.blob(&called)).unwrap();
+        let again = Cache::open(root.path().to_owned()).unwrap();
+        assert_eq!(names(&again), set(&["A"]));
+        // The same, and its model is gone.
+        fs::hard_link(again.blob("A"), again.blob(&called)).unwrap();
+        again.remove_tree("k").unwrap();
+        assert_eq!(names(&Cache::open(root.path().to_owned()).unwrap()), set(&[]));
+    }
 }

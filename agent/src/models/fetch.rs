@@ -2,11 +2,15 @@
 //! these have it and from its store otherwise.
 
 use std::{
+    collections::BTreeMap,
     future::Future,
     io,
     ops::Range,
     os::unix::fs::FileExt as _,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -21,14 +25,13 @@ use super::{
     archive::{self, ArchiveError},
     cache::{Cache, TreeRecord},
     checksum::{self, Checksums, Mismatch},
-    content::Named,
-    landing::{File, Landing, Runway, Syncing},
+    content,
+    landing::{File, Landing, Runway, Settling},
     peers::{Ask, PATIENCE, Peers, Refusal},
     plan::{self, Object, RANGE_BYTES},
     room::Room,
     settle,
     source::{Content, Source},
-    subtree::{Subtree, Value},
 };
 
 /// Ranges fetched at the same time; with the chunks in flight this bounds memory, too.
@@ -111,17 +114,18 @@ impl Fetch {
             Some(ask) => Peers::find(ask, &self.peers, &key, &objects).await.map(Arc::new),
             None => None,
         };
-        let (plan, found, syncing) = loop {
+        let (plan, found, settling) = loop {
             let plan = self.plan(&key, &objects, peers.as_deref())?;
             let begun = Instant::now();
-            let (found, syncing) = self.content(&plan.files, peers.take()).await?;
+            let (found, settling) = self.content(&plan.files, peers.take()).await?;
             if self.fits(&key, &plan.files, &found)? {
                 info!(uri = %self.uri, bytes = total, took = ?begun.elapsed(), "model fetched");
-                break (plan, found, syncing);
+                break (plan, found, settling);
             }
-            syncing.ended().await.map_err(|error| self.disk(error))?;
+            settling.synced().await.map_err(|error| self.disk(error))?;
         };
-        self.show(Arrival { uri: self.uri.clone(), key: key.clone(), objects, plan, found, boot }, syncing).await?;
+        let names = found.iter().filter_map(|(place, found)| Some((*place, found.name()?))).collect();
+        self.show(Arrival { uri: self.uri.clone(), key: key.clone(), objects, plan, names, boot }, settling).await?;
         Ok(key)
     }
 
@@ -134,20 +138,20 @@ impl Fetch {
         Ok(Some(boot))
     }
 
-    /// Makes a model visible, whose bytes go on to the disk meanwhile.
-    async fn show(&self, arrival: Arrival, syncing: Syncing) -> Result<(), ModelError> {
-        let syncing = match &arrival.boot {
-            Some(_) => Some(syncing),
+    /// Makes a model visible, whose bytes go on to the disk meanwhile, and some of whose contents have no names yet.
+    async fn show(&self, mut arrival: Arrival, settling: Settling) -> Result<(), ModelError> {
+        let later = match &arrival.boot {
+            Some(_) => Some((arrival.unnamed(), settling)),
             None => {
-                syncing.ended().await.map_err(|error| self.disk(error))?;
+                arrival.names.extend(settling.ended().await.map_err(|error| self.disk(error))?);
                 None
             }
         };
         let (cache, room, key) = (self.cache.clone(), self.room.clone(), arrival.key.clone());
         let published = tokio::task::spawn_blocking(move || arrival.publish(&cache, &room)).await;
         published.unwrap_or_else(|error| Err(self.disk(io::Error::other(error))))?;
-        if let Some(syncing) = syncing {
-            tokio::spawn(settle::settle(self.cache.clone(), self.room.clone(), key, syncing));
+        if let Some((unnamed, settling)) = later {
+            tokio::spawn(settle::settle(self.cache.clone(), self.room.clone(), key, unnamed, settling));
         }
         Ok(())
     }
@@ -177,13 +181,13 @@ impl Fetch {
         Ok(Plan { files: Arc::new(files), known })
     }
 
-    /// Has all files in place, on their way to the disk, and gives their checksums. Each range is a task of its
-    /// own: one task for all of them would have no more than one processor.
+    /// Has all files in place, on their way to the disk, and gives the checksums of those that are to be compared, by
+    /// their places. Each range is a task of its own: one task for all of them would have no more than one processor.
     async fn content(
         self: &Arc<Self>,
         files: &Arc<Vec<File>>,
         peers: Option<Arc<Peers>>,
-    ) -> Result<(Vec<Checksums>, Syncing), ModelError> {
+    ) -> Result<(BTreeMap<usize, Checksums>, Settling), ModelError> {
         let (runway, landing) = Landing::start(files);
         let places = files.iter().enumerate();
         let mut ranges: Vec<(usize, Range<u64>)> = places
@@ -205,13 +209,13 @@ impl Fetch {
             .await;
         // Tasks that were cut off give theirs back.
         drop(runway);
-        let (found, syncing) = landing.hashed().await;
+        let (found, settling) = landing.checked().await;
         if let Err(why) = came {
             // Where the disk is to blame, it says more; and what came is noted.
-            syncing.ended().await.map_err(|error| self.disk(error))?;
+            settling.synced().await.map_err(|error| self.disk(error))?;
             return Err(why);
         }
-        Ok((found.map_err(|error| self.disk(error))?, syncing))
+        Ok((found.map_err(|error| self.disk(error))?, settling))
     }
 
     /// Has one range in its place, and lets it be synced and hashed.
@@ -224,15 +228,15 @@ impl Fetch {
         runway: Runway,
     ) -> Result<(), ModelError> {
         let start = range.start;
-        let value = self.range(&files[place], range, peers.as_deref()).await?;
-        runway.written(place, start, value).map_err(|error| self.disk(error))
+        self.range(&files[place], range, peers.as_deref()).await?;
+        runway.written(place, start).map_err(|error| self.disk(error))
     }
 
     /// Compares what came with what the source says, and with what other nodes said of what came from them.
     /// False: some of theirs is not right, and is forgotten.
-    fn fits(&self, key: &str, files: &[File], found: &[Checksums]) -> Result<bool, ModelError> {
+    fn fits(&self, key: &str, files: &[File], found: &BTreeMap<usize, Checksums>) -> Result<bool, ModelError> {
         let mut fit = true;
-        for (file, found) in files.iter().zip(found) {
+        for (file, found) in found.iter().map(|(place, found)| (&files[*place], found)) {
             let listed = Checksums::listed(&file.object);
             let told = Checksums::of_name(file.told.as_deref());
             let Some(mismatch) = listed.differ(found).or_else(|| told.differ(found)) else { continue };
@@ -253,14 +257,14 @@ impl Fetch {
         ModelError::Disk { uri: self.uri.clone(), error }
     }
 
-    /// Writes one range to its place, from wherever it comes, and gives what its bytes come to.
-    async fn range(&self, file: &File, range: Range<u64>, peers: Option<&Peers>) -> Result<Option<Value>, ModelError> {
+    /// Writes one range to its place, from wherever it comes.
+    async fn range(&self, file: &File, range: Range<u64>, peers: Option<&Peers>) -> Result<(), ModelError> {
         let coming = Coming::new(file, range);
         if let Some(peers) = peers {
             self.ask_peers(peers, &coming).await.map_err(|error| self.disk(error))?;
         }
         if coming.left().is_empty() {
-            return Ok(coming.value());
+            return Ok(());
         }
         let waits = ExponentialBuilder::default()
             .with_min_delay(FIRST_PAUSE)
@@ -274,7 +278,7 @@ impl Fetch {
                 let left = coming.left();
                 warn!(uri = %self.uri, file = %path, ?left, %trouble, ?pause, "range not fetched; trying again");
             });
-        copied.await.map(|()| coming.value()).map_err(|trouble| match trouble {
+        copied.await.map_err(|trouble| match trouble {
             Trouble::Disk(error) => self.disk(error),
             Trouble::Source(reason) => {
                 let reason = format!("{path}: {reason}; tried {TRIES} times");
@@ -351,57 +355,29 @@ impl Fetch {
 struct Coming<'f> {
     file: &'f File,
     range: Range<u64>,
-    came: Mutex<Came>,
-}
-
-/// What has come of a range.
-struct Came {
-    /// Up to here, in the file.
-    to: u64,
-    /// Its hash, where its file's content is named by BLAKE3.
-    hash: Option<Subtree>,
-}
-
-impl Came {
-    fn nothing(file: &File, range: &Range<u64>) -> Self {
-        let blake3 = file.named() == Named::Blake3;
-        Self { to: range.start, hash: blake3.then(|| Subtree::new(range, file.object.size)) }
-    }
+    /// What has come ends here, in the file.
+    to: AtomicU64,
 }
 
 impl<'f> Coming<'f> {
     fn new(file: &'f File, range: Range<u64>) -> Self {
-        Self { file, came: Mutex::new(Came::nothing(file, &range)), range }
-    }
-
-    fn came(&self) -> MutexGuard<'_, Came> {
-        self.came.lock().unwrap_or_else(PoisonError::into_inner)
+        Self { file, to: AtomicU64::new(range.start), range }
     }
 
     fn left(&self) -> Range<u64> {
-        self.came().to..self.range.end
+        self.to.load(Ordering::Relaxed)..self.range.end
     }
 
-    /// Writes what follows to its place, and hashes it while it is in the processor's cache. Blocks, shortly: the
-    /// page cache takes it.
+    /// Writes what follows to its place. Blocks, shortly: the page cache takes it.
     fn take(&self, chunk: &[u8]) -> io::Result<()> {
-        let mut came = self.came();
-        self.file.part.data.write_all_at(chunk, came.to)?;
-        if let Some(hash) = &mut came.hash {
-            hash.update(chunk);
-        }
-        came.to += chunk.len() as u64;
+        self.file.part.data.write_all_at(chunk, self.left().start)?;
+        self.to.fetch_add(chunk.len() as u64, Ordering::Relaxed);
         Ok(())
     }
 
     /// Has it begin anew.
     fn forget(&self) {
-        *self.came() = Came::nothing(self.file, &self.range);
-    }
-
-    /// What its bytes come to, once all are there.
-    fn value(&self) -> Option<Value> {
-        self.came().hash.as_ref().map(Subtree::value)
+        self.to.store(self.range.start, Ordering::Relaxed);
     }
 }
 
@@ -419,18 +395,27 @@ struct Arrival {
     key: String,
     objects: Vec<Object>,
     plan: Plan,
-    found: Vec<Checksums>,
+    /// Of the plan's files, by their places, those of which they are known.
+    names: BTreeMap<usize, String>,
     /// This boot, where it is still to be synced.
     boot: Option<String>,
 }
 
 impl Arrival {
+    /// What contents without a name are called until they have one.
+    fn unnamed(&self) -> BTreeMap<usize, String> {
+        let files = self.plan.files.iter().enumerate();
+        let unnamed = files.filter(|(place, _)| !self.names.contains_key(place));
+        unnamed.map(|(place, file)| (place, content::unnamed(&self.key, file.number))).collect()
+    }
+
     /// Takes in what came and makes it visible. Blocks.
     fn publish(self, cache: &Cache, room: &Room) -> Result<(), ModelError> {
-        let Self { uri, key, objects, plan, found, boot } = self;
-        let files = plan.files.iter().zip(found);
+        let unnamed = self.unnamed();
+        let Self { uri, key, objects, plan, mut names, boot } = self;
+        names.extend(unnamed);
         let came: Vec<_> =
-            files.map(|(file, found)| (file.part.path.clone(), found.name().unwrap_or_default())).collect();
+            plan.files.iter().zip(names.into_values()).map(|(file, name)| (file.part.path.clone(), name)).collect();
         if let (Some(kind), [(path, _)]) = (archive::kind(&uri), came.as_slice()) {
             return unpack(cache, room, &uri, &key, kind, path, &objects);
         }

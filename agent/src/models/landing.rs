@@ -1,7 +1,10 @@
 //! What becomes of ranges once they are written: noted, synced many at a time, and hashed, while others are still on
 //! their way.
+//!
+//! A file of which its store or another node says a checksum is compared with it before its model is shown. Of any
+//! other the hash is only its name: that may come later, as may the disk.
 
-use std::{io, sync::Arc, thread, time::Duration};
+use std::{collections::BTreeMap, io, sync::Arc, thread, time::Duration};
 
 use tokio::sync::{mpsc, oneshot};
 
@@ -11,14 +14,16 @@ use super::{
     content::{self, Named},
     hashing::{Buffer, Hashing},
     plan::Object,
-    subtree::Value,
 };
 
 /// How long what came may lie in memory alone, while more comes: what a crash of the machine costs. As often the
 /// kernel's own write-back wakes. Syncing takes time from what comes, and most models come sooner.
 const SYNC_EVERY: Duration = Duration::from_secs(5);
-/// Threads that hash, at most; one does what a fast network brings, unless there is an MD5 to compute, too.
+/// Threads that hash what is to be compared, at most; one does what a fast network brings, unless there is an MD5 to
+/// compute, too.
 const HASHERS: usize = 4;
+/// Added to the niceness of the thread that hashes what is only to be named: it has what others leave.
+const NICE: i32 = 19;
 
 /// One file on its way.
 pub(super) struct File {
@@ -36,6 +41,11 @@ impl File {
         let told = self.told.as_deref().and_then(content::parse).map(|(named, _)| named);
         if self.object.sha256.is_some() { Named::Sha256 } else { told.unwrap_or(Named::Blake3) }
     }
+
+    /// True where there is a checksum to compare with.
+    fn is_checked(&self) -> bool {
+        self.object.sha256.is_some() || self.object.md5.is_some() || self.told.is_some()
+    }
 }
 
 /// A range that is written: its file, by its place among those that are fetched, and its start.
@@ -44,22 +54,26 @@ type Written = (usize, u64);
 /// What work comes to that goes on beside others.
 type Outcome<T> = oneshot::Receiver<io::Result<T>>;
 
+/// Checksums of some files, by their places.
+type Hashed = BTreeMap<usize, Checksums>;
+
 /// Takes in ranges that are written. Cheap to clone.
 #[derive(Clone)]
 pub(super) struct Runway {
     files: Arc<Vec<File>>,
     to_sync: mpsc::UnboundedSender<Written>,
-    to_hash: Vec<mpsc::UnboundedSender<(Written, Option<Value>)>>,
+    /// For each file.
+    to_hash: Arc<Vec<mpsc::UnboundedSender<Written>>>,
 }
 
 impl Runway {
-    /// A range is written; with what its bytes came to, where its file's content is named by BLAKE3.
+    /// A range is written.
     ///
     /// # Errors
-    /// The disk refuses; of what was written before, [`Syncing::ended`] says why.
-    pub(super) fn written(&self, file: usize, start: u64, value: Option<Value>) -> io::Result<()> {
+    /// The disk refuses; of what was written before, [`Settling::ended`] says why.
+    pub(super) fn written(&self, file: usize, start: u64) -> io::Result<()> {
         self.files[file].part.came(start)?;
-        let hashes = self.to_hash[file % self.to_hash.len()].send(((file, start), value)).is_ok();
+        let hashes = self.to_hash[file].send((file, start)).is_ok();
         let syncs = self.to_sync.send((file, start)).is_ok();
         if hashes && syncs { Ok(()) } else { Err(io::Error::other("what came cannot be synced or read")) }
     }
@@ -67,73 +81,84 @@ impl Runway {
 
 /// Takes care of ranges that are written.
 pub(super) struct Landing {
-    syncing: Syncing,
-    hashing: Vec<Outcome<Vec<(usize, Checksums)>>>,
+    checking: Vec<Outcome<Hashed>>,
+    settling: Settling,
 }
 
 impl Landing {
-    /// What is on disk of these files already is hashed, too.
+    /// What is there of these files already is hashed, too.
     pub(super) fn start(files: &Arc<Vec<File>>) -> (Runway, Self) {
         let (to_sync, written) = mpsc::unbounded_channel();
         let (tell, syncing) = oneshot::channel();
         let syncs = sync(Arc::clone(files), written);
         // Goes on where the fetch is given up: nobody hears of it then.
         tokio::spawn(async move { tell.send(syncs.await) });
-        let threads = thread::available_parallelism().map_or(1, usize::from).min(HASHERS).min(files.len().max(1));
-        let hashers = (0..threads).map(|thread| {
+
+        let (checked, named): (Vec<usize>, Vec<usize>) = (0..files.len()).partition(|file| files[*file].is_checked());
+        let threads = thread::available_parallelism().map_or(1, usize::from).min(HASHERS).min(checked.len());
+        let shares = (0..threads).map(|thread| checked.iter().copied().skip(thread).step_by(threads).collect());
+        let mut senders = BTreeMap::new();
+        let mut hasher = |share: Vec<usize>, nice| {
             let (to_hash, written) = mpsc::unbounded_channel();
-            let files = Arc::clone(files);
-            (to_hash, apart(move || hash(&files, thread, threads, written)))
-        });
-        let (to_hash, hashing) = hashers.unzip();
-        (Runway { files: Arc::clone(files), to_sync, to_hash }, Self { syncing: Syncing(syncing), hashing })
+            senders.extend(share.iter().map(|file| (*file, to_hash.clone())));
+            hashing(Arc::clone(files), share, nice, written)
+        };
+        let checking = shares.map(|share| hasher(share, 0)).collect();
+        let naming = hasher(named, NICE);
+        let to_hash = Arc::new(senders.into_values().collect());
+        (
+            Runway { files: Arc::clone(files), to_sync, to_hash },
+            Self { checking, settling: Settling { syncing, naming } },
+        )
     }
 
-    /// Waits until every [`Runway`] is gone and all that was written is hashed, and gives each file's checksums:
-    /// its MD5 only where the source gave one. Those of files that are not whole say nothing. Syncing may go on.
-    pub(super) async fn hashed(self) -> (io::Result<Vec<Checksums>>, Syncing) {
-        let mut all = Vec::new();
-        for hashing in self.hashing {
-            match hashing.await.map_err(io::Error::other).flatten() {
+    /// Waits until every [`Runway`] is gone and all that was written and is to be compared is hashed, and gives the
+    /// checksums of files by their places: an MD5 only where the source gave one. Those of files that are not whole
+    /// say nothing.
+    pub(super) async fn checked(self) -> (io::Result<Hashed>, Settling) {
+        let mut all = Hashed::new();
+        for checking in self.checking {
+            match checking.await.map_err(io::Error::other).flatten() {
                 Ok(some) => all.extend(some),
-                Err(error) => return (Err(error), self.syncing),
+                Err(error) => return (Err(error), self.settling),
             }
         }
-        all.sort_by_key(|(file, _)| *file);
-        (Ok(all.into_iter().map(|(_, checksums)| checksums).collect()), self.syncing)
+        (Ok(all), self.settling)
     }
 }
 
-/// Ranges on their way to the disk.
-pub(super) struct Syncing(Outcome<()>);
+/// What may go on once a model is shown: its way to the disk, and the hashes that are only names.
+pub(super) struct Settling {
+    syncing: Outcome<()>,
+    naming: Outcome<Hashed>,
+}
 
-impl Syncing {
+impl Settling {
     /// One that the disk has refused.
     #[cfg(test)]
     pub(super) fn refused() -> Self {
-        Self(apart(|| Err(io::ErrorKind::StorageFull.into())))
+        let (tell, syncing) = oneshot::channel();
+        let _ = tell.send(Err(io::ErrorKind::StorageFull.into()));
+        Self { syncing, naming: oneshot::channel().1 }
     }
 
     /// Waits until all that was written is synced and noted.
     ///
     /// # Errors
     /// The disk refuses.
-    pub(super) async fn ended(self) -> io::Result<()> {
-        self.0.await.map_err(io::Error::other)?
+    pub(super) async fn synced(self) -> io::Result<()> {
+        self.syncing.await.map_err(io::Error::other)?
     }
-}
 
-/// Does work on a thread of its own. Where there can be none, the outcome is an error.
-fn apart<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send + 'static) -> Outcome<T> {
-    let (tell, outcome) = oneshot::channel();
-    let work = move || {
-        // Nobody hears it where the fetch was given up.
-        let _ = tell.send(work());
-    };
-    if let Err(error) = thread::Builder::new().name("landing".to_owned()).spawn(work) {
-        tracing::error!(%error, "no thread for what is fetched");
+    /// Waits for that, and for the names of contents that were not to be compared, by places of files.
+    ///
+    /// # Errors
+    /// The disk refuses.
+    pub(super) async fn ended(self) -> io::Result<BTreeMap<usize, String>> {
+        self.syncing.await.map_err(io::Error::other)??;
+        let named = self.naming.await.map_err(io::Error::other)??;
+        Ok(named.into_iter().filter_map(|(file, checksums)| Some((file, checksums.name()?))).collect())
     }
-    outcome
 }
 
 async fn sync(files: Arc<Vec<File>>, mut written: mpsc::UnboundedReceiver<Written>) -> io::Result<()> {
@@ -160,23 +185,52 @@ async fn sync(files: Arc<Vec<File>>, mut written: mpsc::UnboundedReceiver<Writte
     Ok(())
 }
 
-/// Hashes every `threads`th file, beginning with the one of this number.
+/// Hashes some of the files, by their places, on a thread of its own, and ends early where nobody waits for it any
+/// more. Where there can be no thread, the outcome is an error.
+fn hashing(
+    files: Arc<Vec<File>>,
+    share: Vec<usize>,
+    nice: i32,
+    written: mpsc::UnboundedReceiver<Written>,
+) -> Outcome<Hashed> {
+    let (tell, outcome) = oneshot::channel();
+    if share.is_empty() {
+        let _ = tell.send(Ok(Hashed::new()));
+        return outcome;
+    }
+    let work = move || {
+        // Without it the thread only takes more.
+        let _ = rustix::process::nice(nice);
+        let hashed = hash(&files, share, written, || tell.is_closed());
+        let _ = tell.send(hashed);
+    };
+    if let Err(error) = thread::Builder::new().name("hashing".to_owned()).spawn(work) {
+        tracing::error!(%error, "no thread for what is fetched");
+    }
+    outcome
+}
+
 fn hash(
     files: &[File],
-    thread: usize,
-    threads: usize,
-    mut written: mpsc::UnboundedReceiver<(Written, Option<Value>)>,
-) -> io::Result<Vec<(usize, Checksums)>> {
+    share: Vec<usize>,
+    mut written: mpsc::UnboundedReceiver<Written>,
+    is_given_up: impl Fn() -> bool,
+) -> io::Result<Hashed> {
     let mut buffer = Buffer::new();
-    let mut all = Vec::new();
-    for file in files.iter().skip(thread).step_by(threads) {
-        all.push(Hashing::begin(file, &mut buffer)?);
+    let mut all: BTreeMap<usize, Hashing<'_>> =
+        share.into_iter().map(|file| (file, Hashing::new(&files[file]))).collect();
+    let mut go_on = |hashing: &mut Hashing<'_>| {
+        while !is_given_up() && hashing.step(&mut buffer)? {}
+        io::Result::Ok(())
+    };
+    all.values_mut().try_for_each(&mut go_on)?;
+    while let Some((file, start)) = written.blocking_recv() {
+        if let Some(hashing) = all.get_mut(&file) {
+            hashing.written(start);
+            go_on(hashing)?;
+        }
     }
-    while let Some(((file, start), value)) = written.blocking_recv() {
-        all[file / threads].written(start, value, &mut buffer)?;
-    }
-    let numbers = (thread..).step_by(threads);
-    Ok(numbers.zip(all.into_iter().map(Hashing::checksums)).collect())
+    Ok(all.into_iter().map(|(file, hashing)| (file, hashing.checksums())).collect())
 }
 
 #[cfg(test)]
@@ -184,7 +238,7 @@ mod tests {
     use std::{fs, path::PathBuf};
 
     use super::*;
-    use crate::models::{cache::Cache, plan::RANGE_BYTES, subtree::Subtree};
+    use crate::models::{cache::Cache, plan::RANGE_BYTES};
 
     /// A file of two ranges that are written, and the journal of it.
     fn written(root: &std::path::Path) -> (Arc<Vec<File>>, PathBuf) {
@@ -195,20 +249,14 @@ mod tests {
         (Arc::new(vec![File { number: 0, object, part, told: None }]), journal)
     }
 
-    fn value(start: u64, end: u64) -> Option<Value> {
-        let mut subtree = Subtree::new(&(start..end), RANGE_BYTES + 1);
-        subtree.update(&vec![0; (end - start) as usize]);
-        Some(subtree.value())
-    }
-
     #[tokio::test(start_paused = true)]
     async fn what_comes_is_noted_at_once_and_synced_while_more_comes() {
         let root = tempfile::tempdir().unwrap();
         let (files, journal) = written(root.path());
-        let boot = files[0].part.boot.clone().unwrap();
+        let boot = crate::models::settle::boot_id().unwrap();
         let (runway, landing) = Landing::start(&files);
         let noted = || fs::read_to_string(&journal).unwrap();
-        runway.written(0, 0, value(0, RANGE_BYTES)).unwrap();
+        runway.written(0, 0).unwrap();
         assert_eq!(noted(), format!("0 {boot}\n"));
         tokio::time::sleep(SYNC_EVERY / 2).await;
         assert_eq!(noted(), format!("0 {boot}\n"), "syncing takes time from what comes");
@@ -218,14 +266,15 @@ mod tests {
         assert_eq!(noted(), format!("0 {boot}\n0\n"));
         // The last one, and the end: nothing is waited for.
         let before = tokio::time::Instant::now();
-        runway.written(0, RANGE_BYTES, value(RANGE_BYTES, RANGE_BYTES + 1)).unwrap();
+        runway.written(0, RANGE_BYTES).unwrap();
         drop(runway);
-        let (found, syncing) = landing.hashed().await;
-        syncing.ended().await.unwrap();
+        let (checked, settling) = landing.checked().await;
+        assert!(checked.unwrap().is_empty(), "there is nothing to compare it with");
+        let names = settling.ended().await.unwrap();
         assert!(before.elapsed() < SYNC_EVERY);
         assert_eq!(noted(), format!("0 {boot}\n0\n{RANGE_BYTES} {boot}\n{RANGE_BYTES}\n"));
-        let whole = blake3::hash(&vec![0; RANGE_BYTES as usize + 1]).to_hex().to_string();
-        assert_eq!(found.unwrap(), [Checksums { blake3: Some(whole), ..Checksums::default() }]);
+        let whole = blake3::hash(&vec![0; RANGE_BYTES as usize + 1]).to_hex();
+        assert_eq!(names, BTreeMap::from([(0, content::by_blake3(&whole))]));
     }
 
     #[tokio::test]
@@ -238,8 +287,8 @@ mod tests {
         file[0].part.data = written_only;
         file[0].object.sha256 = Some("0".repeat(64));
         let (runway, landing) = Landing::start(&files);
-        runway.written(0, 0, None).unwrap();
+        runway.written(0, 0).unwrap();
         drop(runway);
-        assert!(landing.hashed().await.0.is_err());
+        assert!(landing.checked().await.0.is_err());
     }
 }

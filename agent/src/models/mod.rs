@@ -33,7 +33,6 @@ mod shelf;
 #[cfg(test)]
 mod shelf_tests;
 pub mod source;
-mod subtree;
 #[cfg(test)]
 mod tests;
 mod warm_images;

@@ -16,7 +16,7 @@ use super::{
     lend::{AT_ONCE, PREFIX, blob_path, tree_path},
     plan::RANGE_BYTES,
     source::Content,
-    tests::{Store, content, serve},
+    tests::{Store, content, serve, settled},
     *,
 };
 
@@ -83,6 +83,7 @@ impl Cell {
         let models = open(&directory, STALL);
         let uri = format!("http://{address}/m/model.bin");
         models.ensure(&uri, &Credentials::new(), |_| {}).await.unwrap();
+        settled(&models).await;
         store.sent.store(0, Ordering::SeqCst);
         let node = Arc::new(Node { models, does, asked: AtomicU64::new(0) });
         Self { whole, store, uri, node, other: tempfile::tempdir().unwrap(), _directory: directory }
@@ -144,6 +145,18 @@ async fn wrong_bytes_are_noticed_after_a_crash_too() {
     assert!(std::fs::read(folder.join("model.bin")).unwrap() == cell.whole);
     let twice = 2 * cell.whole.len() as u64 - RANGE_BYTES;
     assert_eq!(cell.store.sent.load(Ordering::SeqCst), twice, "what was missing, and then all");
+}
+
+#[tokio::test]
+async fn what_cannot_be_compared_with_a_nodes_word_does_not_count() {
+    let cell = Cell::start(content(5), Does::Well).await;
+    let (key, record) = cell.node.models.cache().trees().remove(0);
+    let models = open(&cell.other, STALL);
+    let part = models.cache().part(&key, 0, record.bytes()).unwrap();
+    part.tell("no name").unwrap();
+    part.note(&[0]).unwrap();
+    drop((part, models));
+    assert_eq!(cell.fetch(STALL).await, 0, "all of it from the other node, by its name");
 }
 
 #[tokio::test]

@@ -301,6 +301,24 @@ impl Room {
         Ok(())
     }
 
+    /// Gives contents of a model their own names, by those that they had until now. Two that turn out to be one take
+    /// the room of one. Blocks.
+    ///
+    /// # Errors
+    /// The disk refuses.
+    pub(super) fn rename(&self, key: &str, names: &BTreeMap<String, String>) -> io::Result<()> {
+        let mut inner = self.lock();
+        let Some(record) = self.cache.rename(key, names)? else { return Ok(()) };
+        let before = inner.bytes();
+        if let Some(tree) = inner.trees.get_mut(key) {
+            tree.blobs = blobs(&record);
+        }
+        if inner.bytes() < before {
+            self.say_made();
+        }
+        Ok(())
+    }
+
     /// Takes a model away that the disk has refused; replicas that have it keep what memory has.
     pub(super) fn lost(&self, key: &str, error: &io::Error) {
         warn!(key, %error, "the disk has refused a model that is shown already");
@@ -336,6 +354,11 @@ impl Room {
 }
 
 impl Inner {
+    /// All that whole models take: of equal contents, one.
+    fn bytes(&self) -> u64 {
+        self.trees.values().flat_map(|tree| &tree.blobs).collect::<BTreeMap<_, _>>().values().copied().sum()
+    }
+
     fn replicas(&self, uri: &str) -> Vec<String> {
         let holders = self.held.get(uri).into_iter().flatten();
         let names = holders.filter_map(|holder| if let Holder::Replica(name) = holder { Some(name) } else { None });
@@ -345,11 +368,14 @@ impl Inner {
 
 impl Tree {
     fn of(record: &TreeRecord, last_used: SystemTime) -> Self {
-        let sizes = record.objects.iter().map(|object| object.size);
-        let blobs = record.blobs.iter().cloned().zip(sizes).collect();
-        let (uri, bytes) = (record.uri.clone(), record.bytes());
+        let (uri, bytes, blobs) = (record.uri.clone(), record.bytes(), blobs(record));
         Self { uri, bytes, blobs, last_used, fetch_took: None, pages: Pages::default() }
     }
+}
+
+/// Bytes of each content of a model.
+fn blobs(record: &TreeRecord) -> BTreeMap<String, u64> {
+    record.blobs.iter().cloned().zip(record.objects.iter().map(|object| object.size)).collect()
 }
 
 fn micros(time: SystemTime) -> u64 {

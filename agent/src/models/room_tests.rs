@@ -4,7 +4,7 @@ use std::{path::Path, process::Command, time::Instant};
 
 use axum::{Router, body::Bytes, extract::Path as UrlPath, routing::any};
 
-use super::{plan::Object, room::Room, *};
+use super::{plan::Object, room::Room, tests::settled, *};
 
 /// A web server whose files are named by their sizes; equal sizes have equal content.
 async fn serve() -> String {
@@ -80,6 +80,7 @@ async fn equal_content_counts_once_and_survives_the_other_model() {
     let _held = models.hold("r", [format!("{server}/b/40")]);
     // "c" is equal to "b", which its server does not say: room for it is made, and not needed after all.
     models.ensure(&format!("{server}/c/40"), &none, |_| {}).await.unwrap();
+    settled(&models).await;
     assert_eq!(there(&models), ["b", "c"]);
     models.ensure(&format!("{server}/d/60"), &none, |_| {}).await.unwrap();
     assert_eq!(there(&models), ["b", "c", "d"], "40 and 60 bytes, not 140");

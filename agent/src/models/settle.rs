@@ -1,11 +1,13 @@
 //! Models are shown as soon as all of their bytes are in files and have been checked: a replica reads them from
-//! memory, and need not wait for the disk. Only a machine that ends before the disk has them all could lose some.
-//! So until then a mark beside the model names the machine's boot; what another boot has marked is not whole.
+//! memory, and need not wait for the disk, nor for hashes that are only names. Only a machine that ends before the disk
+//! has them all could lose some. So until then a mark beside the model names the machine's boot; what another boot has
+//! marked is not whole.
 //!
 //! The mark is on the disk before the first byte comes. Nothing is synced when the model is shown: a file system
 //! that keeps the order of what is written would first write all that has come.
 
 use std::{
+    collections::BTreeMap,
     fs::{self, File},
     io,
     path::Path,
@@ -15,7 +17,8 @@ use tracing::{info, warn};
 
 use super::{
     cache::{Cache, write_synced},
-    landing::Syncing,
+    checksum, content,
+    landing::Settling,
     room::Room,
 };
 
@@ -67,8 +70,15 @@ impl Cache {
         }
     }
 
+    /// The names that contents of a model get which have none of their own yet, by what they are called. Reads them.
+    fn names(&self, key: &str) -> io::Result<BTreeMap<String, String>> {
+        let blobs = self.record(key).map(|record| record.blobs).unwrap_or_default();
+        let unnamed = blobs.into_iter().filter(|blob| content::is_unnamed(blob));
+        unnamed.map(|blob| checksum::blake3_name(&self.blob(&blob)).map(|name| (blob, name))).collect()
+    }
+
     /// Keys of models that bear a mark, whatever else is there of them.
-    fn unsettled(&self) -> Vec<String> {
+    pub(super) fn unsettled(&self) -> Vec<String> {
         self.keys().filter(|key| self.tree(key).join(MARK).exists()).collect()
     }
 
@@ -91,24 +101,35 @@ pub(super) fn settle_rest(cache: Cache, room: Room) {
     if keys.is_empty() {
         return;
     }
-    let settle = move || keys.iter().for_each(|key| end(&cache, &room, key, Ok(())));
+    let settle = move || keys.iter().for_each(|key| end(&cache, &room, key, cache.names(key)));
     if let Err(error) = std::thread::Builder::new().name("settling".to_owned()).spawn(settle) {
         warn!(%error, "no thread to sync models; their marks stay");
     }
 }
 
-/// Sees to it that a model that is shown already comes to the disk.
-pub(super) async fn settle(cache: Cache, room: Room, key: String, syncing: Syncing) {
-    let synced = syncing.ended().await;
-    if let Err(error) = tokio::task::spawn_blocking(move || end(&cache, &room, &key, synced)).await {
+/// Sees to it that a model that is shown already comes to the disk, and its contents to their names. `unnamed` is what
+/// they are called until then, by the places of their files.
+pub(super) async fn settle(
+    cache: Cache,
+    room: Room,
+    key: String,
+    unnamed: BTreeMap<usize, String>,
+    settling: Settling,
+) {
+    let ended = settling.ended().await;
+    let names = ended.map(|mut names| {
+        unnamed.into_iter().filter_map(|(place, called)| Some((called, names.remove(&place)?))).collect()
+    });
+    if let Err(error) = tokio::task::spawn_blocking(move || end(&cache, &room, &key, names)).await {
         warn!(%error, "settling a model was cut off; its mark stays");
     }
 }
 
-/// Settles a model whose ranges are synced. One that does not come to the disk is shown no more: what the disk has
-/// refused, memory forgets. Blocks.
-fn end(cache: &Cache, room: &Room, key: &str, synced: io::Result<()>) {
-    match synced.and_then(|()| cache.settle(key)) {
+/// Settles a model whose ranges are synced, and whose contents get these names. One that does not come to the disk is
+/// shown no more: what the disk has refused, memory forgets. Blocks.
+fn end(cache: &Cache, room: &Room, key: &str, names: io::Result<BTreeMap<String, String>>) {
+    let named = names.and_then(|names| if names.is_empty() { Ok(()) } else { room.rename(key, &names) });
+    match named.and_then(|()| cache.settle(key)) {
         Ok(()) => info!(%key, "model settled on the disk"),
         Err(error) => room.lost(key, &error),
     }
@@ -119,10 +140,11 @@ mod tests {
     use super::*;
     use crate::models::cache::TreeRecord;
 
-    /// A cache with a model of one content, marked by this boot or settled.
+    /// A cache with a model of one content that has no name yet, marked by this boot or settled.
     fn cache(root: &Path, boot: Option<&str>) -> Cache {
         let cache = Cache::open(root.to_owned()).unwrap();
-        fs::write(cache.blob("b"), "content").unwrap();
+        let blob = content::unnamed("k", 0);
+        fs::write(cache.blob(&blob), "content").unwrap();
         let object = super::super::plan::Object {
             path: "m".into(),
             location: "m".into(),
@@ -131,7 +153,7 @@ mod tests {
             sha256: None,
             md5: None,
         };
-        let record = TreeRecord { uri: "u".into(), objects: vec![object], blobs: vec!["b".into()] };
+        let record = TreeRecord { uri: "u".into(), objects: vec![object], blobs: vec![blob] };
         cache.begin("k", "u").unwrap();
         cache.publish("k", &record, boot).unwrap();
         cache
@@ -143,18 +165,23 @@ mod tests {
         let there = cache(root.path(), Some("another boot"));
         assert!(there.record("k").is_some());
         let again = Cache::open(root.path().to_owned()).unwrap();
-        assert!(again.record("k").is_none() && !again.blob("b").exists());
+        assert!(again.record("k").is_none() && !again.blob(&content::unnamed("k", 0)).exists());
     }
 
-    #[test]
-    fn what_this_boot_left_unsettled_is_shown_and_settled() {
+    #[tokio::test]
+    async fn what_this_boot_left_unsettled_is_shown_and_settled() {
         let root = tempfile::tempdir().unwrap();
         let boot = boot_id().unwrap();
         cache(root.path(), Some(&boot));
         let again = Cache::open(root.path().to_owned()).unwrap();
         assert_eq!(again.unsettled(), ["k"]);
-        again.settle("k").unwrap();
-        assert!(again.unsettled().is_empty());
+        settle_rest(again.clone(), Room::open(again.clone(), None));
+        while !again.unsettled().is_empty() {
+            tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+        }
+        let name = content::by_blake3(&blake3::hash(b"content").to_hex());
+        assert_eq!(again.record("k").unwrap().blobs, [name.as_str()]);
+        assert!(again.blob(&name).exists() && !again.blob(&content::unnamed("k", 0)).exists());
         assert_eq!(fs::read_to_string(again.files("k").join("m")).unwrap(), "content");
         again.remove_tree("k").unwrap();
         again.settle("k").unwrap();
@@ -166,7 +193,7 @@ mod tests {
         let cache = cache(root.path(), boot_id().as_deref());
         let room = Room::open(cache.clone(), None);
         assert_eq!(room.report().borrow().models.len(), 1);
-        settle(cache.clone(), room.clone(), "k".to_owned(), Syncing::refused()).await;
+        settle(cache.clone(), room.clone(), "k".to_owned(), BTreeMap::new(), Settling::refused()).await;
         assert!(room.report().borrow().models.is_empty() && cache.record("k").is_none());
     }
 

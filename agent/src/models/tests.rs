@@ -93,6 +93,13 @@ fn models(directory: &tempfile::TempDir) -> Models {
     Models::open(directory.path().join("cache"), volumes, Duration::from_millis(300), None).unwrap()
 }
 
+/// Waits until all models are on the disk, and their contents have their names.
+pub(super) async fn settled(models: &Models) {
+    while !models.cache().unsettled().is_empty() {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+}
+
 fn blobs(directory: &tempfile::TempDir) -> usize {
     std::fs::read_dir(directory.path().join("cache/blobs")).unwrap().count()
 }
@@ -106,15 +113,13 @@ async fn a_model_comes_through_cuts_and_stalls() {
     let directory = tempfile::tempdir().unwrap();
     let last = Mutex::new(Progress::default());
     let uri = format!("http://{address}/m/model.bin");
-    let folder = models(&directory).ensure(&uri, &Credentials::new(), |now| *last.lock().unwrap() = now).await.unwrap();
+    let models = models(&directory);
+    let folder = models.ensure(&uri, &Credentials::new(), |now| *last.lock().unwrap() = now).await.unwrap();
     assert!(std::fs::read(folder.join("model.bin")).unwrap() == whole);
     assert_eq!(*last.lock().unwrap(), Progress { done: whole.len() as u64, total: whole.len() as u64 });
     assert!(std::fs::read_dir(directory.path().join("cache/partial")).unwrap().next().is_none());
     // It is shown at once, and marked until it is on the disk.
-    let mark = folder.parent().unwrap().join("unsettled");
-    while mark.exists() {
-        tokio::time::sleep(Duration::from_millis(1)).await;
-    }
+    settled(&models).await;
     assert!(folder.join("model.bin").exists());
 }
 
@@ -145,6 +150,7 @@ async fn what_is_there_is_not_read_again() {
         assert!(std::fs::read(folder.join("model.bin")).unwrap() == whole);
         let left = whole.len() as u64 - if counts { RANGE_BYTES } else { 0 };
         assert_eq!(store.sent.load(Ordering::SeqCst), left, "{noted}");
+        settled(&again).await;
         let name = &again.cache().record(&key).unwrap().blobs[0];
         assert_eq!(*name, content::by_blake3(&blake3::hash(&whole).to_hex()), "{noted}");
     }
@@ -162,6 +168,7 @@ async fn many_that_want_it_fetch_it_once_and_equal_files_are_one_blob() {
     assert!(all.iter().all(|folder| folder.as_ref().unwrap() == all[0].as_ref().unwrap()));
     assert_eq!(store.sent.load(Ordering::SeqCst), whole.len() as u64);
     models.ensure(&b, &none, |_| {}).await.unwrap();
+    settled(&models).await;
     assert_eq!(blobs(&directory), 1);
     assert_eq!(models.cache().trees().len(), 2);
     // A changed object makes another tree; the first stays.
