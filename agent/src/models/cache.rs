@@ -107,6 +107,12 @@ impl Cache {
         self.boot.as_deref()
     }
 
+    /// As on a machine that does not tell its boots apart.
+    #[cfg(test)]
+    pub(super) fn without_boot(self) -> Self {
+        Self { boot: None, ..self }
+    }
+
     /// Where a model's files are, once it is whole.
     pub fn files(&self, key: &str) -> PathBuf {
         self.root.join("trees").join(key).join("files")

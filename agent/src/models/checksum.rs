@@ -123,16 +123,6 @@ pub fn of_file(path: &Path, with_md5: bool) -> io::Result<Checksums> {
     }
 }
 
-/// The name of a file's content by its BLAKE3.
-///
-/// # Errors
-/// The disk refuses.
-pub(super) fn blake3_name(path: &Path) -> io::Result<String> {
-    let mut hasher = blake3::Hasher::new();
-    hasher.update_reader(File::open(path)?)?;
-    Ok(content::by_blake3(&hasher.finalize().to_hex()))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -25,8 +25,8 @@ use super::{
     archive::{self, ArchiveError},
     cache::{Cache, TreeRecord},
     checksum::{self, Checksums, Mismatch},
-    content,
-    landing::{File, Landing, Runway, Settling},
+    content, hashing,
+    landing::{File, Landing, Runway, Syncing},
     peers::{Ask, PATIENCE, Peers, Refusal},
     plan::{self, Object, RANGE_BYTES},
     room::Room,
@@ -114,18 +114,18 @@ impl Fetch {
             Some(ask) => Peers::find(ask, &self.peers, &key, &objects).await.map(Arc::new),
             None => None,
         };
-        let (plan, found, settling) = loop {
+        let (plan, found, syncing) = loop {
             let plan = self.plan(&key, &objects, peers.as_deref())?;
             let begun = Instant::now();
-            let (found, settling) = self.content(&plan.files, peers.take()).await?;
+            let (found, syncing) = self.content(&plan.files, peers.take()).await?;
             if self.fits(&key, &plan.files, &found)? {
                 info!(uri = %self.uri, bytes = total, took = ?begun.elapsed(), "model fetched");
-                break (plan, found, settling);
+                break (plan, found, syncing);
             }
-            settling.synced().await.map_err(|error| self.disk(error))?;
+            syncing.ended().await.map_err(|error| self.disk(error))?;
         };
         let names = found.iter().filter_map(|(place, found)| Some((*place, found.name()?))).collect();
-        self.show(Arrival { uri: self.uri.clone(), key: key.clone(), objects, plan, names, boot }, settling).await?;
+        self.show(Arrival { uri: self.uri.clone(), key: key.clone(), objects, plan, names, boot }, syncing).await?;
         Ok(key)
     }
 
@@ -139,19 +139,25 @@ impl Fetch {
     }
 
     /// Makes a model visible, whose bytes go on to the disk meanwhile, and some of whose contents have no names yet.
-    async fn show(&self, mut arrival: Arrival, settling: Settling) -> Result<(), ModelError> {
+    async fn show(&self, mut arrival: Arrival, syncing: Syncing) -> Result<(), ModelError> {
+        let (cache, room, key) = (self.cache.clone(), self.room.clone(), arrival.key.clone());
         let later = match &arrival.boot {
-            Some(_) => Some((arrival.unnamed(), settling)),
+            Some(_) => Some(syncing),
             None => {
-                arrival.names.extend(settling.ended().await.map_err(|error| self.disk(error))?);
+                syncing.ended().await.map_err(|error| self.disk(error))?;
                 None
             }
         };
-        let (cache, room, key) = (self.cache.clone(), self.room.clone(), arrival.key.clone());
-        let published = tokio::task::spawn_blocking(move || arrival.publish(&cache, &room)).await;
+        let publishing = move || {
+            if arrival.boot.is_none() {
+                arrival.name()?;
+            }
+            arrival.publish(&cache, &room)
+        };
+        let published = tokio::task::spawn_blocking(publishing).await;
         published.unwrap_or_else(|error| Err(self.disk(io::Error::other(error))))?;
-        if let Some((unnamed, settling)) = later {
-            tokio::spawn(settle::settle(self.cache.clone(), self.room.clone(), key, unnamed, settling));
+        if let Some(syncing) = later {
+            tokio::spawn(settle::settle(self.cache.clone(), self.room.clone(), key, syncing));
         }
         Ok(())
     }
@@ -187,7 +193,7 @@ impl Fetch {
         self: &Arc<Self>,
         files: &Arc<Vec<File>>,
         peers: Option<Arc<Peers>>,
-    ) -> Result<(BTreeMap<usize, Checksums>, Settling), ModelError> {
+    ) -> Result<(BTreeMap<usize, Checksums>, Syncing), ModelError> {
         let (runway, landing) = Landing::start(files);
         let places = files.iter().enumerate();
         let mut ranges: Vec<(usize, Range<u64>)> = places
@@ -209,13 +215,13 @@ impl Fetch {
             .await;
         // Tasks that were cut off give theirs back.
         drop(runway);
-        let (found, settling) = landing.checked().await;
+        let (found, syncing) = landing.checked().await;
         if let Err(why) = came {
             // Where the disk is to blame, it says more; and what came is noted.
-            settling.synced().await.map_err(|error| self.disk(error))?;
+            syncing.ended().await.map_err(|error| self.disk(error))?;
             return Err(why);
         }
-        Ok((found.map_err(|error| self.disk(error))?, settling))
+        Ok((found.map_err(|error| self.disk(error))?, syncing))
     }
 
     /// Has one range in its place, and lets it be synced and hashed.
@@ -402,20 +408,23 @@ struct Arrival {
 }
 
 impl Arrival {
-    /// What contents without a name are called until they have one.
-    fn unnamed(&self) -> BTreeMap<usize, String> {
-        let files = self.plan.files.iter().enumerate();
-        let unnamed = files.filter(|(place, _)| !self.names.contains_key(place));
-        unnamed.map(|(place, file)| (place, content::unnamed(&self.key, file.number))).collect()
+    /// Gives names to those contents that have none yet. Blocks.
+    fn name(&mut self) -> Result<(), ModelError> {
+        let unnamed: Vec<usize> = (0..self.plan.files.len()).filter(|place| !self.names.contains_key(place)).collect();
+        let files: Vec<_> = unnamed.iter().map(|place| self.plan.files[*place].part.path.clone()).collect();
+        let named = hashing::names(&files).map_err(|error| ModelError::Disk { uri: self.uri.clone(), error })?;
+        self.names.extend(unnamed.into_iter().zip(named));
+        Ok(())
     }
 
     /// Takes in what came and makes it visible. Blocks.
     fn publish(self, cache: &Cache, room: &Room) -> Result<(), ModelError> {
-        let unnamed = self.unnamed();
         let Self { uri, key, objects, plan, mut names, boot } = self;
-        names.extend(unnamed);
-        let came: Vec<_> =
-            plan.files.iter().zip(names.into_values()).map(|(file, name)| (file.part.path.clone(), name)).collect();
+        let came = plan.files.iter().enumerate().map(|(place, file)| {
+            let name = names.remove(&place).unwrap_or_else(|| content::unnamed(&key, file.number));
+            (file.part.path.clone(), name)
+        });
+        let came: Vec<_> = came.collect();
         if let (Some(kind), [(path, _)]) = (archive::kind(&uri), came.as_slice()) {
             return unpack(cache, room, &uri, &key, kind, path, &objects);
         }

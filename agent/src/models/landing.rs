@@ -1,8 +1,8 @@
 //! What becomes of ranges once they are written: noted, synced many at a time, and hashed, while others are still on
 //! their way.
 //!
-//! A file of which its store or another node says a checksum is compared with it before its model is shown. Of any
-//! other the hash is only its name: that may come later, as may the disk.
+//! Only a file of which its store or another node says a checksum is hashed here, to be compared before its model is
+//! shown. Of any other the hash is a name and no more: see [`super::settle`].
 
 use std::{collections::BTreeMap, io, sync::Arc, thread, time::Duration};
 
@@ -19,11 +19,8 @@ use super::{
 /// How long what came may lie in memory alone, while more comes: what a crash of the machine costs. As often the
 /// kernel's own write-back wakes. Syncing takes time from what comes, and most models come sooner.
 const SYNC_EVERY: Duration = Duration::from_secs(5);
-/// Threads that hash what is to be compared, at most; one does what a fast network brings, unless there is an MD5 to
-/// compute, too.
+/// Threads that hash, at most; one does what a fast network brings, unless there is an MD5 to compute, too.
 const HASHERS: usize = 4;
-/// Added to the niceness of the thread that hashes what is only to be named: it has what others leave.
-const NICE: i32 = 19;
 
 /// One file on its way.
 pub(super) struct File {
@@ -62,18 +59,18 @@ type Hashed = BTreeMap<usize, Checksums>;
 pub(super) struct Runway {
     files: Arc<Vec<File>>,
     to_sync: mpsc::UnboundedSender<Written>,
-    /// For each file.
-    to_hash: Arc<Vec<mpsc::UnboundedSender<Written>>>,
+    /// For each file that is to be compared.
+    to_hash: Arc<BTreeMap<usize, mpsc::UnboundedSender<Written>>>,
 }
 
 impl Runway {
     /// A range is written.
     ///
     /// # Errors
-    /// The disk refuses; of what was written before, [`Settling::ended`] says why.
+    /// The disk refuses; of what was written before, [`Syncing::ended`] says why.
     pub(super) fn written(&self, file: usize, start: u64) -> io::Result<()> {
         self.files[file].part.came(start)?;
-        let hashes = self.to_hash[file].send((file, start)).is_ok();
+        let hashes = self.to_hash.get(&file).is_none_or(|to_hash| to_hash.send((file, start)).is_ok());
         let syncs = self.to_sync.send((file, start)).is_ok();
         if hashes && syncs { Ok(()) } else { Err(io::Error::other("what came cannot be synced or read")) }
     }
@@ -82,7 +79,7 @@ impl Runway {
 /// Takes care of ranges that are written.
 pub(super) struct Landing {
     checking: Vec<Outcome<Hashed>>,
-    settling: Settling,
+    syncing: Syncing,
 }
 
 impl Landing {
@@ -94,71 +91,66 @@ impl Landing {
         // Goes on where the fetch is given up: nobody hears of it then.
         tokio::spawn(async move { tell.send(syncs.await) });
 
-        let (checked, named): (Vec<usize>, Vec<usize>) = (0..files.len()).partition(|file| files[*file].is_checked());
+        let checked: Vec<usize> = (0..files.len()).filter(|file| files[*file].is_checked()).collect();
         let threads = thread::available_parallelism().map_or(1, usize::from).min(HASHERS).min(checked.len());
-        let shares = (0..threads).map(|thread| checked.iter().copied().skip(thread).step_by(threads).collect());
-        let mut senders = BTreeMap::new();
-        let mut hasher = |share: Vec<usize>, nice| {
-            let (to_hash, written) = mpsc::unbounded_channel();
-            senders.extend(share.iter().map(|file| (*file, to_hash.clone())));
-            hashing(Arc::clone(files), share, nice, written)
-        };
-        let checking = shares.map(|share| hasher(share, 0)).collect();
-        let naming = hasher(named, NICE);
-        let to_hash = Arc::new(senders.into_values().collect());
-        (
-            Runway { files: Arc::clone(files), to_sync, to_hash },
-            Self { checking, settling: Settling { syncing, naming } },
-        )
+        let mut to_hash = BTreeMap::new();
+        let checking = (0..threads).map(|thread| {
+            let share: Vec<usize> = checked.iter().copied().skip(thread).step_by(threads).collect();
+            let (sender, written) = mpsc::unbounded_channel();
+            to_hash.extend(share.iter().map(|file| (*file, sender.clone())));
+            let files = Arc::clone(files);
+            apart(move || hash(&files, share, written))
+        });
+        let checking = checking.collect();
+        let runway = Runway { files: Arc::clone(files), to_sync, to_hash: Arc::new(to_hash) };
+        (runway, Self { checking, syncing: Syncing(syncing) })
     }
 
     /// Waits until every [`Runway`] is gone and all that was written and is to be compared is hashed, and gives the
     /// checksums of files by their places: an MD5 only where the source gave one. Those of files that are not whole
-    /// say nothing.
-    pub(super) async fn checked(self) -> (io::Result<Hashed>, Settling) {
+    /// say nothing. Syncing may go on.
+    pub(super) async fn checked(self) -> (io::Result<Hashed>, Syncing) {
         let mut all = Hashed::new();
         for checking in self.checking {
             match checking.await.map_err(io::Error::other).flatten() {
                 Ok(some) => all.extend(some),
-                Err(error) => return (Err(error), self.settling),
+                Err(error) => return (Err(error), self.syncing),
             }
         }
-        (Ok(all), self.settling)
+        (Ok(all), self.syncing)
     }
 }
 
-/// What may go on once a model is shown: its way to the disk, and the hashes that are only names.
-pub(super) struct Settling {
-    syncing: Outcome<()>,
-    naming: Outcome<Hashed>,
-}
+/// Ranges on their way to the disk.
+pub(super) struct Syncing(Outcome<()>);
 
-impl Settling {
+impl Syncing {
     /// One that the disk has refused.
     #[cfg(test)]
     pub(super) fn refused() -> Self {
-        let (tell, syncing) = oneshot::channel();
-        let _ = tell.send(Err(io::ErrorKind::StorageFull.into()));
-        Self { syncing, naming: oneshot::channel().1 }
+        Self(apart(|| Err(io::ErrorKind::StorageFull.into())))
     }
 
     /// Waits until all that was written is synced and noted.
     ///
     /// # Errors
     /// The disk refuses.
-    pub(super) async fn synced(self) -> io::Result<()> {
-        self.syncing.await.map_err(io::Error::other)?
+    pub(super) async fn ended(self) -> io::Result<()> {
+        self.0.await.map_err(io::Error::other)?
     }
+}
 
-    /// Waits for that, and for the names of contents that were not to be compared, by places of files.
-    ///
-    /// # Errors
-    /// The disk refuses.
-    pub(super) async fn ended(self) -> io::Result<BTreeMap<usize, String>> {
-        self.syncing.await.map_err(io::Error::other)??;
-        let named = self.naming.await.map_err(io::Error::other)??;
-        Ok(named.into_iter().filter_map(|(file, checksums)| Some((file, checksums.name()?))).collect())
+/// Does work on a thread of its own. Where there can be none, the outcome is an error.
+fn apart<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send + 'static) -> Outcome<T> {
+    let (tell, outcome) = oneshot::channel();
+    let work = move || {
+        // Nobody hears it where the fetch was given up.
+        let _ = tell.send(work());
+    };
+    if let Err(error) = thread::Builder::new().name("landing".to_owned()).spawn(work) {
+        tracing::error!(%error, "no thread for what is fetched");
     }
+    outcome
 }
 
 async fn sync(files: Arc<Vec<File>>, mut written: mpsc::UnboundedReceiver<Written>) -> io::Result<()> {
@@ -185,49 +177,16 @@ async fn sync(files: Arc<Vec<File>>, mut written: mpsc::UnboundedReceiver<Writte
     Ok(())
 }
 
-/// Hashes some of the files, by their places, on a thread of its own, and ends early where nobody waits for it any
-/// more. Where there can be no thread, the outcome is an error.
-fn hashing(
-    files: Arc<Vec<File>>,
-    share: Vec<usize>,
-    nice: i32,
-    written: mpsc::UnboundedReceiver<Written>,
-) -> Outcome<Hashed> {
-    let (tell, outcome) = oneshot::channel();
-    if share.is_empty() {
-        let _ = tell.send(Ok(Hashed::new()));
-        return outcome;
-    }
-    let work = move || {
-        // Without it the thread only takes more.
-        let _ = rustix::process::nice(nice);
-        let hashed = hash(&files, share, written, || tell.is_closed());
-        let _ = tell.send(hashed);
-    };
-    if let Err(error) = thread::Builder::new().name("hashing".to_owned()).spawn(work) {
-        tracing::error!(%error, "no thread for what is fetched");
-    }
-    outcome
-}
-
-fn hash(
-    files: &[File],
-    share: Vec<usize>,
-    mut written: mpsc::UnboundedReceiver<Written>,
-    is_given_up: impl Fn() -> bool,
-) -> io::Result<Hashed> {
+/// Hashes some of the files, by their places.
+fn hash(files: &[File], share: Vec<usize>, mut written: mpsc::UnboundedReceiver<Written>) -> io::Result<Hashed> {
     let mut buffer = Buffer::new();
-    let mut all: BTreeMap<usize, Hashing<'_>> =
-        share.into_iter().map(|file| (file, Hashing::new(&files[file]))).collect();
-    let mut go_on = |hashing: &mut Hashing<'_>| {
-        while !is_given_up() && hashing.step(&mut buffer)? {}
-        io::Result::Ok(())
-    };
-    all.values_mut().try_for_each(&mut go_on)?;
+    let mut all = BTreeMap::new();
+    for file in share {
+        all.insert(file, Hashing::begin(&files[file], &mut buffer)?);
+    }
     while let Some((file, start)) = written.blocking_recv() {
         if let Some(hashing) = all.get_mut(&file) {
-            hashing.written(start);
-            go_on(hashing)?;
+            hashing.written(start, &mut buffer)?;
         }
     }
     Ok(all.into_iter().map(|(file, hashing)| (file, hashing.checksums())).collect())
@@ -268,13 +227,11 @@ mod tests {
         let before = tokio::time::Instant::now();
         runway.written(0, RANGE_BYTES).unwrap();
         drop(runway);
-        let (checked, settling) = landing.checked().await;
-        assert!(checked.unwrap().is_empty(), "there is nothing to compare it with");
-        let names = settling.ended().await.unwrap();
+        let (found, syncing) = landing.checked().await;
+        syncing.ended().await.unwrap();
         assert!(before.elapsed() < SYNC_EVERY);
         assert_eq!(noted(), format!("0 {boot}\n0\n{RANGE_BYTES} {boot}\n{RANGE_BYTES}\n"));
-        let whole = blake3::hash(&vec![0; RANGE_BYTES as usize + 1]).to_hex();
-        assert_eq!(names, BTreeMap::from([(0, content::by_blake3(&whole))]));
+        assert!(found.unwrap().is_empty(), "there is nothing to compare it with");
     }
 
     #[tokio::test]

@@ -34,7 +34,7 @@ pub(super) fn blob_path(name: &str) -> String {
 impl Models {
     /// Answers another node's GET: the record of a whole model by its key, or the part of a content that
     /// `range`, the header of that name, names. 404: it is not here, whole; 503: as many as may have their
-    /// content now.
+    /// content now, or the model's contents have no names yet by which they could be checked.
     pub async fn lend(&self, path: &str, range: Option<&str>) -> (StatusCode, Content) {
         let asked = path.strip_prefix(PREFIX).and_then(|path| path.split_once('/'));
         match asked {
@@ -49,10 +49,14 @@ impl Models {
 
     async fn lend_record(&self, key: String) -> (StatusCode, Content) {
         let cache = self.cache.clone();
-        let record = tokio::task::spawn_blocking(move || serde_json::to_vec(&cache.record(&key)?).ok()).await;
-        match record.ok().flatten() {
-            Some(text) => (StatusCode::OK, futures::stream::iter([Ok(Bytes::from(text))]).boxed()),
-            None => nothing(StatusCode::NOT_FOUND),
+        let record = tokio::task::spawn_blocking(move || cache.record(&key)).await;
+        let Some(record) = record.ok().flatten() else { return nothing(StatusCode::NOT_FOUND) };
+        if record.blobs.iter().any(|blob| content::is_unnamed(blob)) {
+            return nothing(StatusCode::SERVICE_UNAVAILABLE);
+        }
+        match serde_json::to_vec(&record) {
+            Ok(text) => (StatusCode::OK, futures::stream::iter([Ok(Bytes::from(text))]).boxed()),
+            Err(_) => nothing(StatusCode::INTERNAL_SERVER_ERROR),
         }
     }
 

@@ -197,9 +197,17 @@ async fn only_parts_of_whole_models_are_lent() {
     let past = format!("bytes=0-{size}");
     let lost = blob_path(&"1".repeat(64));
     std::fs::write(models.cache().blob(&"1".repeat(64)), "not linked").unwrap();
+    // As it is until its contents are hashed.
+    let (fresh, called) = ("2".repeat(64), content::unnamed(&"2".repeat(64), 0));
+    std::fs::write(models.cache().blob(&called), "text").unwrap();
+    let unnamed = cache::TreeRecord { blobs: vec![called.clone()], ..record.clone() };
+    models.cache().begin(&fresh, "u").unwrap();
+    models.cache().publish(&fresh, &unnamed, None).unwrap();
     for (path, range, status) in [
         (tree_path(&key), None, StatusCode::OK),
         (tree_path(&none), None, StatusCode::NOT_FOUND),
+        (tree_path(&fresh), None, StatusCode::SERVICE_UNAVAILABLE),
+        (blob_path(&called), Some("bytes=1-2"), StatusCode::NOT_FOUND),
         (blob.clone(), Some("bytes=1-2"), StatusCode::PARTIAL_CONTENT),
         (blob.clone(), None, StatusCode::RANGE_NOT_SATISFIABLE),
         (blob, Some(past.as_str()), StatusCode::RANGE_NOT_SATISFIABLE),

@@ -17,8 +17,8 @@ use tracing::{info, warn};
 
 use super::{
     cache::{Cache, write_synced},
-    checksum, content,
-    landing::Settling,
+    content, hashing,
+    landing::Syncing,
     room::Room,
 };
 
@@ -73,8 +73,13 @@ impl Cache {
     /// The names that contents of a model get which have none of their own yet, by what they are called. Reads them.
     fn names(&self, key: &str) -> io::Result<BTreeMap<String, String>> {
         let blobs = self.record(key).map(|record| record.blobs).unwrap_or_default();
-        let unnamed = blobs.into_iter().filter(|blob| content::is_unnamed(blob));
-        unnamed.map(|blob| checksum::blake3_name(&self.blob(&blob)).map(|name| (blob, name))).collect()
+        let unnamed: Vec<_> = blobs.into_iter().filter(|blob| content::is_unnamed(blob)).collect();
+        let files: Vec<_> = unnamed.iter().map(|blob| self.blob(blob)).collect();
+        match hashing::names(&files) {
+            // Removed, its contents need no names any more.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(BTreeMap::new()),
+            named => Ok(unnamed.into_iter().zip(named?).collect()),
+        }
     }
 
     /// Keys of models that bear a mark, whatever else is there of them.
@@ -107,19 +112,12 @@ pub(super) fn settle_rest(cache: Cache, room: Room) {
     }
 }
 
-/// Sees to it that a model that is shown already comes to the disk, and its contents to their names. `unnamed` is what
-/// they are called until then, by the places of their files.
-pub(super) async fn settle(
-    cache: Cache,
-    room: Room,
-    key: String,
-    unnamed: BTreeMap<usize, String>,
-    settling: Settling,
-) {
-    let ended = settling.ended().await;
-    let names = ended.map(|mut names| {
-        unnamed.into_iter().filter_map(|(place, called)| Some((called, names.remove(&place)?))).collect()
-    });
+/// Sees to it that a model that is shown already comes to the disk, and its contents to their names.
+pub(super) async fn settle(cache: Cache, room: Room, key: String, syncing: Syncing) {
+    let (reads, of) = (cache.clone(), key.clone());
+    let naming = tokio::task::spawn_blocking(move || reads.names(&of));
+    let (synced, named) = tokio::join!(syncing.ended(), naming);
+    let names = synced.and(named.map_err(io::Error::other).flatten());
     if let Err(error) = tokio::task::spawn_blocking(move || end(&cache, &room, &key, names)).await {
         warn!(%error, "settling a model was cut off; its mark stays");
     }
@@ -193,7 +191,7 @@ mod tests {
         let cache = cache(root.path(), boot_id().as_deref());
         let room = Room::open(cache.clone(), None);
         assert_eq!(room.report().borrow().models.len(), 1);
-        settle(cache.clone(), room.clone(), "k".to_owned(), BTreeMap::new(), Settling::refused()).await;
+        settle(cache.clone(), room.clone(), "k".to_owned(), Syncing::refused()).await;
         assert!(room.report().borrow().models.is_empty() && cache.record("k").is_none());
     }
 

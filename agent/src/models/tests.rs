@@ -124,6 +124,20 @@ async fn a_model_comes_through_cuts_and_stalls() {
 }
 
 #[tokio::test]
+async fn where_boots_are_not_told_apart_a_model_is_settled_before_it_is_shown() {
+    let whole = content(1);
+    let (_, address) = serve(&[("a/m.bin", whole.clone())]).await;
+    let directory = tempfile::tempdir().unwrap();
+    let mut models = models(&directory);
+    models.cache = models.cache.without_boot();
+    let folder = models.ensure(&format!("http://{address}/a/m.bin"), &Credentials::new(), |_| {}).await.unwrap();
+    assert!(models.cache().unsettled().is_empty());
+    let (_, record) = models.cache().trees().remove(0);
+    assert_eq!(record.blobs, [content::by_blake3(&blake3::hash(&whole).to_hex())]);
+    assert!(std::fs::read(folder.join("m.bin")).unwrap() == whole);
+}
+
+#[tokio::test]
 async fn what_is_there_is_not_read_again() {
     let whole = content(5);
     let (store, address) = serve(&[("model.bin", whole.clone())]).await;
