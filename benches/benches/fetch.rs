@@ -88,9 +88,9 @@ impl Begun {
     /// The model is there; it is on the disk once `synced` is.
     async fn ended(self, who: UsageWho, synced: impl Future<Output = ()>) -> Took {
         let (ended, server) = (self.at.elapsed(), server_time());
-        let own = own_time(who, server) - self.own;
+        let own = own_time(who, server).saturating_sub(self.own);
         synced.await;
-        Took { ended, synced: self.at.elapsed(), own, server: server - self.server }
+        Took { ended, synced: self.at.elapsed(), own, server: server.saturating_sub(self.server) }
     }
 }
 
@@ -194,8 +194,11 @@ fn main() {
     let _ = rustls::crypto::ring::default_provider().install_default();
     let (mib, rounds) = (from_environment("MODEL_MIB", 2048), from_environment("ROUNDS", 6));
     let bytes = (mib << 20) / SHARDS;
-    let named =
-        |name: &str| tokio::runtime::Builder::new_multi_thread().enable_all().thread_name(name).build().unwrap();
+    let named = |name: &str| {
+        let mut runtime = tokio::runtime::Builder::new_multi_thread();
+        // A thread that ends takes its processor time out of the sum.
+        runtime.enable_all().thread_name(name).thread_keep_alive(Duration::from_secs(3600)).build().unwrap()
+    };
     let (serving, runtime) = (named(SERVER), named("client"));
     let server = serving.block_on(S3::start());
     runtime.block_on(upload_model(&server, bytes));

@@ -237,9 +237,9 @@ impl Disk {
         let linked = below(&self.0.join("trees"));
         let linked = linked.iter().filter(|path| !path.ends_with("tree.json") && !path.ends_with("pinned"));
         let inode = |path: &PathBuf| std::fs::metadata(path).map(|file| file.ino()).ok();
-        let linked: Vec<_> = linked.map(inode).collect();
-        let unused: Vec<_> =
-            below(&self.0.join("blobs")).into_iter().filter(|blob| !linked.contains(&inode(blob))).collect();
+        let linked: BTreeSet<u64> = linked.filter_map(inode).collect();
+        let is_unused = |blob: &PathBuf| inode(blob).is_some_and(|inode| !linked.contains(&inode));
+        let unused: Vec<_> = below(&self.0.join("blobs")).into_iter().filter(is_unused).collect();
         assert!(unused.is_empty(), "{unused:?}");
     }
 
@@ -298,6 +298,15 @@ pub fn noted(models: &Path) -> usize {
         text.lines().filter_map(|line| line.split(' ').next().map(ToOwned::to_owned)).collect::<BTreeSet<_>>()
     };
     journals.map(|journal| starts(journal).len()).sum()
+}
+
+/// Waits until all models of an agent are on the disk, and each content has one name, by the folder of its models.
+pub async fn settled(models: &Path) {
+    eventually("the models are settled", || async {
+        let marked = below(&models.join("trees")).iter().any(|path| path.ends_with("unsettled"));
+        (!marked).then_some(())
+    })
+    .await;
 }
 
 /// All files below a directory, of which some may go meanwhile.

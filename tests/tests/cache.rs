@@ -6,6 +6,7 @@ use pilotlight_tests::{
     cell::{Cell, Operator},
     eventually,
     s3::{KEY, S3, SECRET},
+    store::settled,
 };
 use serde_json::Value;
 
@@ -96,6 +97,7 @@ async fn models_are_warmed_pinned_and_evicted() {
     assert_eq!(freed, format!("node/gpu-2 evicted {two}, 5.0 MiB freed\n"));
     model_is(operator, "gpu-2", &one, |_| true).await;
     let cache = cell.directory().join("gpu-2/models");
+    settled(&cache).await;
     assert_eq!((count(&cache.join("blobs")), count(&cache.join("trees")), count(&cache.join("partial"))), (2, 2, 0));
     operator.must(&["cache", "evict", &one, "--node", "gpu-2"]);
     assert_eq!((count(&cache.join("blobs")), count(&cache.join("trees"))), (1, 1));

@@ -20,7 +20,7 @@ use pilotlight_tests::{
     cell::{Cell, Dev},
     eventually,
     s3::{KEY, S3, SECRET},
-    store::noted,
+    store::{noted, settled},
 };
 
 const RANGE: u64 = 16 << 20;
@@ -134,6 +134,7 @@ async fn a_model_that_is_warmed_goes_on_after_its_agent_was_killed() {
     agent.restart(&cell.operator).await;
     eventually("it is whole", || async { (cached(&cell, &[]).len() == 1).then_some(()) }).await;
     assert_eq!(web.sent.load(Ordering::SeqCst), RANGE, "what was on disk is not read again");
+    settled(&store).await;
     let [blob] = below(&store.join("blobs")).try_into().unwrap();
     assert!(std::fs::read(blob).unwrap() == web.content[..]);
     let left: Vec<_> = below(&store)
@@ -283,5 +284,7 @@ async fn what_one_node_has_the_others_take_from_there() {
         assert!(answer.body.as_bytes() == weights, "{node} has the model");
         eventually("the coordinator knows", || async { (!cached(&cell, &["--node", node]).is_empty()).then_some(()) })
             .await;
+        // Before its contents have their names others are told to come later.
+        settled(&cell.directory().join(node).join("models")).await;
     }
 }

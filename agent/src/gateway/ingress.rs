@@ -120,7 +120,7 @@ impl DataPath {
     ) -> Result<Response<Body>, Answer> {
         let (mut parts, body) = request.into_parts();
         let host = fixed_host.unwrap_or_else(|| host_of(&parts)).to_owned();
-        self.routes_are_loaded().await?;
+        self.wait_for_routes().await?;
         let (service, tagged) = match fixed_host {
             Some(host) => self.routes.by_host(host).ok_or_else(|| Answer::NoRevision { service: host.to_owned() })?,
             None => self.find(&host, &mut parts)?,
@@ -148,7 +148,7 @@ impl DataPath {
 impl DataPath {
     /// Holds a request that has come before this node knew any route: nobody may be told that a service does
     /// not exist because the agent has just started.
-    pub(super) async fn routes_are_loaded(&self) -> Result<(), Answer> {
+    pub(super) async fn wait_for_routes(&self) -> Result<(), Answer> {
         if self.routes.is_loaded() {
             return Ok(());
         }

@@ -106,7 +106,7 @@ async fn a_request_that_comes_before_the_routes_waits_for_them() {
 async fn without_routes_it_is_503_in_the_end_and_at_once_where_too_many_wait() {
     let path = path("edge", Arc::new(Plain));
     let begun = tokio::time::Instant::now();
-    let answers = (0..=EARLY).map(|_| async { (path.routes_are_loaded().await.unwrap_err(), begun.elapsed()) });
+    let answers = (0..=EARLY).map(|_| async { (path.wait_for_routes().await.unwrap_err(), begun.elapsed()) });
     let answers = futures::future::join_all(answers).await;
     let (at_once, waited) = (answers.last().unwrap(), &answers[..EARLY]);
     assert_eq!(*at_once, (Answer::NoRoutes, Duration::ZERO));

@@ -2,7 +2,7 @@
 //! was cut off has left.
 //!
 //! ```text
-//! blobs/<name>              each content once, by its SHA-256 or `blake3-` and its BLAKE3; `unnamed-<key>-<n>` while
+//! blobs/<name>              each content once, by its SHA-256 or `blake3-` and its BLAKE3; `unnamed-<fetch>-<n>` while
 //!                           that is not computed yet
 //! trees/<key>/files/…       a whole model; appears by one rename
 //! trees/<key>/tree.json     what it is; its time of change is when it was last used
@@ -76,8 +76,7 @@ impl Cache {
         Ok(cache)
     }
 
-    /// Blobs that no model links to, names that contents do not have any more, and staged folders; data of cut-off
-    /// fetches stays, to be resumed.
+    /// Blobs that no model lists or links to, and staged folders; data of cut-off fetches stays, to be resumed.
     fn sweep(&self) -> io::Result<()> {
         for partial in fs::read_dir(self.root.join("partial"))? {
             match fs::remove_dir_all(partial?.path().join(STAGED)) {
@@ -86,20 +85,14 @@ impl Cache {
             }
         }
         let listed: BTreeSet<String> = self.trees().into_iter().flat_map(|(_, record)| record.blobs).collect();
-        let former = |name: &str| content::is_unnamed(name) && !listed.contains(name);
-        for blob in self.blobs()?.filter(|blob| blob.file_name().to_str().is_some_and(former)) {
-            fs::remove_file(blob.path())?;
-        }
-        for blob in self.blobs()? {
-            if blob.metadata()?.nlink() == 1 {
+        for blob in fs::read_dir(self.root.join("blobs"))? {
+            let blob = blob?;
+            let is_listed = blob.file_name().to_str().is_some_and(|name| listed.contains(name));
+            if !is_listed || blob.metadata()?.nlink() == 1 {
                 fs::remove_file(blob.path())?;
             }
         }
         Ok(())
-    }
-
-    fn blobs(&self) -> io::Result<impl Iterator<Item = fs::DirEntry>> {
-        Ok(fs::read_dir(self.root.join("blobs"))?.collect::<io::Result<Vec<_>>>()?.into_iter())
     }
 
     /// This boot of the machine; `None` where there is no telling boots apart.
@@ -189,8 +182,8 @@ impl Cache {
         self.partial(key).join(format!("{number}.unpacked"))
     }
 
-    /// Takes in a finished file under its content's name. A blob that is there already is kept, and the new copy
-    /// goes.
+    /// Takes in a finished file under its content's name, or what that is called until it has one. A blob that is there
+    /// already is kept, and the new copy goes.
     ///
     /// # Errors
     /// The disk refuses.
@@ -205,7 +198,10 @@ impl Cache {
     /// The disk refuses.
     pub fn drop_unused(&self, name: &str) -> io::Result<u64> {
         let blob = self.blob(name);
-        let about = fs::metadata(&blob)?;
+        let about = match fs::metadata(&blob) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(0),
+            about => about?,
+        };
         if about.nlink() > 1 {
             return Ok(0);
         }
@@ -261,17 +257,15 @@ impl Cache {
     /// What a crash leaves is removed by [`Self::open`].
     ///
     /// # Errors
-    /// The disk refuses: all is as it was.
+    /// The disk refuses: the names are as they were.
     pub fn rename(&self, key: &str, names: &BTreeMap<String, String>) -> io::Result<Option<TreeRecord>> {
         let Some(mut record) = self.record(key) else { return Ok(None) };
         let mut made = Vec::new();
         let renamed = self.link(key, &mut record, names, &mut made).and_then(|()| self.replace_record(key, &record));
         let stale = if renamed.is_ok() { names.keys().map(|name| self.blob(name)).collect() } else { made };
         for blob in stale {
-            match fs::remove_file(blob) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-                _ => {}
-            }
+            // One that stays costs room until the cache is opened again.
+            let _ = fs::remove_file(blob);
         }
         renamed.map(|()| Some(record))
     }
@@ -294,6 +288,8 @@ impl Cache {
                     // Of two links of one file a rename would leave both.
                     if fs::metadata(&file)?.ino() != fs::metadata(&shared)?.ino() {
                         let link = self.tree(key).join("link");
+                        // A crash may have left it.
+                        let _ = fs::remove_file(&link);
                         fs::hard_link(&shared, &link)?;
                         fs::rename(link, file)?;
                     }
@@ -559,7 +555,8 @@ mod tests {
     }
 
     fn names(cache: &Cache) -> BTreeSet<String> {
-        cache.blobs().unwrap().map(|blob| blob.file_name().into_string().unwrap()).collect()
+        let blobs = fs::read_dir(cache.root.join("blobs")).unwrap();
+        blobs.map(|blob| blob.unwrap().file_name().into_string().unwrap()).collect()
     }
 
     fn inode(path: PathBuf) -> u64 {
@@ -611,6 +608,7 @@ mod tests {
         // Linked, and not noted yet.
         fs::hard_link(cache.blob(&called), cache.blob("A")).unwrap();
         let again = Cache::open(root.path().to_owned()).unwrap();
+        assert_eq!(names(&again), set(&[&called]), "what nobody lists would stay when the model goes");
         again.rename("k", &to).unwrap();
         assert_eq!((names(&again), again.record("k").unwrap().blobs), (set(&["A"]), vec!["A".to_owned()]));
         // Noted, and still there by its former name.
@@ -621,5 +619,25 @@ mod tests {
         fs::hard_link(again.blob("A"), again.blob(&called)).unwrap();
         again.remove_tree("k").unwrap();
         assert_eq!(names(&Cache::open(root.path().to_owned()).unwrap()), set(&[]));
+    }
+
+    #[test]
+    fn a_crash_while_two_become_one_is_made_good() {
+        let root = tempfile::tempdir().unwrap();
+        let cache = Cache::open(root.path().to_owned()).unwrap();
+        let named = unnamed(&cache, "first", &[("m", "same", "S")]);
+        cache.rename("first", &named).unwrap();
+        let to = unnamed(&cache, "k", &[("a", "same", "S"), ("b", "more", "B")]);
+        // One file is the other model's already, and nothing is noted; a link for the next one is there.
+        fs::remove_file(cache.files("k").join("a")).unwrap();
+        fs::hard_link(cache.blob("S"), cache.files("k").join("a")).unwrap();
+        fs::write(cache.tree("k").join("link"), "left").unwrap();
+        let again = Cache::open(root.path().to_owned()).unwrap();
+        // As it is, the model can go: what is not there takes no room.
+        assert_eq!(again.drop_unused(&content::unnamed("k", 0)).unwrap(), 0);
+        let record = again.rename("k", &to).unwrap().unwrap();
+        assert_eq!((record.blobs, names(&again)), (vec!["S".to_owned(), "B".to_owned()], set(&["S", "B"])));
+        assert_eq!(inode(again.files("k").join("a")), inode(again.blob("S")));
+        assert_eq!(fs::read_to_string(again.files("k").join("b")).unwrap(), "more");
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! SHA-256 where the source gives one: what is here already is then known before a byte comes. BLAKE3
 //! otherwise, which takes a processor about a fifth of the time. A model is shown before that is computed, where there
-//! is nothing to compare it with; until then the content has a name of its model's, which no other node is told.
+//! is nothing to compare it with; until then the content is called by its fetch, which no other node is told.
 
 /// Of both hashes, in hex.
 const HEX_CHARS: usize = 64;
@@ -23,9 +23,10 @@ pub(super) fn by_blake3(hex: &str) -> String {
     format!("{BLAKE3}{hex}")
 }
 
-/// What a content is called until it is hashed: by the key of its model and its place in that one's listing.
-pub(super) fn unnamed(key: &str, number: usize) -> String {
-    format!("{UNNAMED}{key}-{number}")
+/// What a content is called until it is hashed: by the fetch that it came with, which no other one is called like, and
+/// its place in the listing.
+pub(super) fn unnamed(fetch: &str, number: usize) -> String {
+    format!("{UNNAMED}{fetch}-{number}")
 }
 
 /// True for what [`unnamed`] gives.

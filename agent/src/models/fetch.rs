@@ -19,6 +19,7 @@ use futures::{StreamExt as _, TryStreamExt as _};
 use tokio::{runtime::Handle, sync::watch};
 use tokio_util::task::AbortOnDropHandle;
 use tracing::{Instrument as _, info, warn};
+use uuid::Uuid;
 
 use super::{
     ModelError,
@@ -125,7 +126,10 @@ impl Fetch {
             syncing.ended().await.map_err(|error| self.disk(error))?;
         };
         let names = found.iter().filter_map(|(place, found)| Some((*place, found.name()?))).collect();
-        self.show(Arrival { uri: self.uri.clone(), key: key.clone(), objects, plan, names, boot }, syncing).await?;
+        let arrival = Arrival { uri: self.uri.clone(), key: key.clone(), objects, plan, names, boot };
+        // To its end, though nobody may wait any more: what is shown must be settled.
+        let showing = tokio::spawn(arrival.show(self.cache.clone(), self.room.clone(), syncing));
+        showing.await.map_err(|error| self.disk(io::Error::other(error)))??;
         Ok(key)
     }
 
@@ -136,30 +140,6 @@ impl Fetch {
         let marking = tokio::task::spawn_blocking(move || cache.expect(&key, &marked)).await;
         marking.map_err(io::Error::other).flatten().map_err(|error| self.disk(error))?;
         Ok(Some(boot))
-    }
-
-    /// Makes a model visible, whose bytes go on to the disk meanwhile, and some of whose contents have no names yet.
-    async fn show(&self, mut arrival: Arrival, syncing: Syncing) -> Result<(), ModelError> {
-        let (cache, room, key) = (self.cache.clone(), self.room.clone(), arrival.key.clone());
-        let later = match &arrival.boot {
-            Some(_) => Some(syncing),
-            None => {
-                syncing.ended().await.map_err(|error| self.disk(error))?;
-                None
-            }
-        };
-        let publishing = move || {
-            if arrival.boot.is_none() {
-                arrival.name()?;
-            }
-            arrival.publish(&cache, &room)
-        };
-        let published = tokio::task::spawn_blocking(publishing).await;
-        published.unwrap_or_else(|error| Err(self.disk(io::Error::other(error))))?;
-        if let Some(syncing) = later {
-            tokio::spawn(settle::settle(self.cache.clone(), self.room.clone(), key, syncing));
-        }
-        Ok(())
     }
 
     /// Opens the files that are not here. Once other nodes are asked for one, what they say of it is noted.
@@ -408,6 +388,34 @@ struct Arrival {
 }
 
 impl Arrival {
+    /// Makes the model visible, whose bytes go on to the disk meanwhile, and some of whose contents have no names yet;
+    /// where there is no telling boots apart, once both is done.
+    async fn show(mut self, cache: Cache, room: Room, syncing: Syncing) -> Result<(), ModelError> {
+        let (uri, key) = (self.uri.clone(), self.key.clone());
+        let disk = |error| ModelError::Disk { uri: uri.clone(), error };
+        let later = match &self.boot {
+            Some(_) => Some(syncing),
+            None => {
+                syncing.ended().await.map_err(disk)?;
+                None
+            }
+        };
+        let (of, to) = (cache.clone(), room.clone());
+        let publishing = move || {
+            // What an archive is called does not matter.
+            if self.boot.is_none() && archive::kind(&self.uri).is_none() {
+                self.name()?;
+            }
+            self.publish(&of, &to)
+        };
+        let published = tokio::task::spawn_blocking(publishing).await;
+        published.unwrap_or_else(|error| Err(disk(io::Error::other(error))))?;
+        if let Some(syncing) = later {
+            tokio::spawn(settle::settle(cache, room, key, syncing));
+        }
+        Ok(())
+    }
+
     /// Gives names to those contents that have none yet. Blocks.
     fn name(&mut self) -> Result<(), ModelError> {
         let unnamed: Vec<usize> = (0..self.plan.files.len()).filter(|place| !self.names.contains_key(place)).collect();
@@ -420,8 +428,9 @@ impl Arrival {
     /// Takes in what came and makes it visible. Blocks.
     fn publish(self, cache: &Cache, room: &Room) -> Result<(), ModelError> {
         let Self { uri, key, objects, plan, mut names, boot } = self;
+        let fetch = Uuid::new_v4().simple().to_string();
         let came = plan.files.iter().enumerate().map(|(place, file)| {
-            let name = names.remove(&place).unwrap_or_else(|| content::unnamed(&key, file.number));
+            let name = names.remove(&place).unwrap_or_else(|| content::unnamed(&fetch, file.number));
             (file.part.path.clone(), name)
         });
         let came: Vec<_> = came.collect();

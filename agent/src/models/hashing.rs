@@ -127,9 +127,13 @@ pub(super) fn names(files: &[PathBuf]) -> io::Result<Vec<String>> {
     };
     let threads = thread::available_parallelism().map_or(1, usize::from).min(NAMERS).min(files.len());
     let mut all = thread::scope(|scope| {
-        let threads: Vec<_> = (0..threads)
-            .map(|_| thread::Builder::new().name("naming".to_owned()).spawn_scoped(scope, some))
-            .collect::<io::Result<_>>()?;
+        let named = || thread::Builder::new().name("naming".to_owned());
+        // Those that there can be; the files are shared out among them.
+        let started: Vec<_> = (0..threads).map(|_| named().spawn_scoped(scope, some)).collect();
+        if !started.is_empty() && started.iter().all(io::Result::is_err) {
+            return Err(io::Error::other("no thread to hash contents"));
+        }
+        let threads = started.into_iter().flatten();
         let ended =
             threads.into_iter().map(|thread| thread.join().unwrap_or_else(|_| Err(io::ErrorKind::Other.into())));
         ended.collect::<io::Result<Vec<_>>>().map(|all| all.concat())

@@ -49,7 +49,7 @@ impl File {
 type Written = (usize, u64);
 
 /// What work comes to that goes on beside others.
-type Outcome<T> = oneshot::Receiver<io::Result<T>>;
+pub(super) type Outcome<T> = oneshot::Receiver<io::Result<T>>;
 
 /// Checksums of some files, by their places.
 type Hashed = BTreeMap<usize, Checksums>;
@@ -141,7 +141,7 @@ impl Syncing {
 }
 
 /// Does work on a thread of its own. Where there can be none, the outcome is an error.
-fn apart<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send + 'static) -> Outcome<T> {
+pub(super) fn apart<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send + 'static) -> Outcome<T> {
     let (tell, outcome) = oneshot::channel();
     let work = move || {
         // Nobody hears it where the fetch was given up.

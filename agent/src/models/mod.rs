@@ -227,7 +227,7 @@ impl Models {
     }
 
     /// Changes whenever there may be room within the budget that was not there before: a replica with a model
-    /// has gone, or a model was evicted or is not pinned any more.
+    /// has gone, a model was evicted or is not pinned any more, or two contents turned out to be one.
     pub fn room_made(&self) -> watch::Receiver<u64> {
         self.room.made()
     }

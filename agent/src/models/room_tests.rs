@@ -48,6 +48,7 @@ async fn what_nobody_uses_goes_for_what_is_asked_for() {
     get("old", 30).await.unwrap();
     get("new", 25).await.unwrap();
     assert_eq!(there(&models), ["new", "old", "used"]);
+    settled(&models).await;
     let blobs = std::fs::read_dir(directory.path().join("blobs")).unwrap().count();
     assert_eq!(blobs, 3, "its content is gone, too");
 

@@ -1,7 +1,7 @@
 //! Models are shown as soon as all of their bytes are in files and have been checked: a replica reads them from
 //! memory, and need not wait for the disk, nor for hashes that are only names. Only a machine that ends before the disk
-//! has them all could lose some. So until then a mark beside the model names the machine's boot; what another boot has
-//! marked is not whole.
+//! has them all could lose some. So until both is done a mark beside the model names the machine's boot; what another
+//! boot has marked is taken for not whole.
 //!
 //! The mark is on the disk before the first byte comes. Nothing is synced when the model is shown: a file system
 //! that keeps the order of what is written would first write all that has come.
@@ -18,7 +18,7 @@ use tracing::{info, warn};
 use super::{
     cache::{Cache, write_synced},
     content, hashing,
-    landing::Syncing,
+    landing::{self, Syncing},
     room::Room,
 };
 
@@ -49,35 +49,34 @@ impl Cache {
         mark(&self.staged(key), boot)
     }
 
-    /// Has all of a model on the disk, contents that it shares with others too, and takes its mark away.
+    /// Has all of a model on the disk, contents that it shares with others too, and takes its mark away. False where it
+    /// was removed meanwhile, and has nothing to lose any more.
     ///
     /// # Errors
     /// The disk refuses: what is there of the model cannot be trusted.
-    pub(super) fn settle(&self, key: &str) -> io::Result<()> {
-        // Removed, it has nothing to lose any more.
-        let Some(record) = self.record(key) else { return Ok(()) };
-        for blob in &record.blobs {
-            match File::open(self.blob(blob)) {
-                Ok(blob) => blob.sync_data()?,
-                Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-                Err(error) => return Err(error),
-            }
+    pub(super) fn settle(&self, key: &str) -> io::Result<bool> {
+        let Some(record) = self.record(key) else { return Ok(false) };
+        let mut files = record.objects.iter().map(|object| self.files(key).join(&object.path));
+        let synced = files.try_for_each(|file| File::open(file)?.sync_data()).and_then(|()| self.sync_tree(key));
+        match synced {
+            Err(error) if error.kind() == io::ErrorKind::NotFound && self.record(key).is_none() => return Ok(false),
+            synced => synced?,
         }
-        self.sync_tree(key)?;
         match fs::remove_file(self.tree(key).join(MARK)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-            _ => Ok(()),
+            _ => Ok(true),
         }
     }
 
     /// The names that contents of a model get which have none of their own yet, by what they are called. Reads them.
     fn names(&self, key: &str) -> io::Result<BTreeMap<String, String>> {
-        let blobs = self.record(key).map(|record| record.blobs).unwrap_or_default();
-        let unnamed: Vec<_> = blobs.into_iter().filter(|blob| content::is_unnamed(blob)).collect();
-        let files: Vec<_> = unnamed.iter().map(|blob| self.blob(blob)).collect();
+        let Some(record) = self.record(key) else { return Ok(BTreeMap::new()) };
+        let of = record.objects.iter().zip(record.blobs).filter(|(_, blob)| content::is_unnamed(blob));
+        // By their files: of a blob a crash may have left no more than these.
+        let (files, unnamed): (Vec<_>, Vec<_>) =
+            of.map(|(object, blob)| (self.files(key).join(&object.path), blob)).unzip();
         match hashing::names(&files) {
-            // Removed, its contents need no names any more.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(BTreeMap::new()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound && self.record(key).is_none() => Ok(BTreeMap::new()),
             named => Ok(unnamed.into_iter().zip(named?).collect()),
         }
     }
@@ -106,29 +105,47 @@ pub(super) fn settle_rest(cache: Cache, room: Room) {
     if keys.is_empty() {
         return;
     }
-    let settle = move || keys.iter().for_each(|key| end(&cache, &room, key, cache.names(key)));
+    let settle = move || {
+        for key in &keys {
+            let named = name(&cache, &room, key);
+            end(&cache, &room, key, named, Ok(()));
+        }
+    };
     if let Err(error) = std::thread::Builder::new().name("settling".to_owned()).spawn(settle) {
         warn!(%error, "no thread to sync models; their marks stay");
     }
 }
 
-/// Sees to it that a model that is shown already comes to the disk, and its contents to their names.
+/// Sees to it that a model that is shown already comes to the disk, and its contents to their names. Those come as soon
+/// as they can, on a thread that does not hold up the process's end.
 pub(super) async fn settle(cache: Cache, room: Room, key: String, syncing: Syncing) {
-    let (reads, of) = (cache.clone(), key.clone());
-    let naming = tokio::task::spawn_blocking(move || reads.names(&of));
-    let (synced, named) = tokio::join!(syncing.ended(), naming);
-    let names = synced.and(named.map_err(io::Error::other).flatten());
-    if let Err(error) = tokio::task::spawn_blocking(move || end(&cache, &room, &key, names)).await {
+    let (reads, at, of) = (cache.clone(), room.clone(), key.clone());
+    let naming = landing::apart(move || name(&reads, &at, &of));
+    let synced = syncing.ended().await;
+    // What the disk has refused must not be shown until it has a name.
+    let named = if synced.is_ok() { naming.await.map_err(io::Error::other).flatten() } else { Ok(()) };
+    if let Err(error) = tokio::task::spawn_blocking(move || end(&cache, &room, &key, named, synced)).await {
         warn!(%error, "settling a model was cut off; its mark stays");
     }
 }
 
-/// Settles a model whose ranges are synced, and whose contents get these names. One that does not come to the disk is
-/// shown no more: what the disk has refused, memory forgets. Blocks.
-fn end(cache: &Cache, room: &Room, key: &str, names: io::Result<BTreeMap<String, String>>) {
-    let named = names.and_then(|names| if names.is_empty() { Ok(()) } else { room.rename(key, &names) });
-    match named.and_then(|()| cache.settle(key)) {
-        Ok(()) => info!(%key, "model settled on the disk"),
+/// Hashes contents of a model that have no names yet, and gives them these. Blocks.
+fn name(cache: &Cache, room: &Room, key: &str) -> io::Result<()> {
+    let names = cache.names(key)?;
+    if names.is_empty() { Ok(()) } else { room.rename(key, &names) }
+}
+
+/// Settles a model whose ranges are synced. One that does not come to the disk is shown no more: what the disk has
+/// refused, memory forgets. One whose contents could not be named keeps its mark, by which the next process tries again.
+/// Blocks.
+fn end(cache: &Cache, room: &Room, key: &str, named: io::Result<()>, synced: io::Result<()>) {
+    if let (Err(error), Ok(())) = (&named, &synced) {
+        warn!(%key, %error, "a model's contents cannot be named now; other nodes cannot have it from here");
+        return;
+    }
+    match synced.and_then(|()| cache.settle(key)) {
+        Ok(true) => info!(%key, "model settled on the disk"),
+        Ok(false) => {}
         Err(error) => room.lost(key, &error),
     }
 }

@@ -17,6 +17,7 @@ use pilotlight_proto::fleet::v1::{CachedModel, EnvVar, ModelAssignment, Rung};
 use pilotlight_tests::eventually;
 
 use super::*;
+use crate::models::tests::settled;
 use crate::warmth::page_cache::{PageCache, residency};
 
 const MIB: usize = 1 << 20;
@@ -170,6 +171,7 @@ async fn an_evicted_model_is_gone_with_all_that_was_left_of_it() {
     models.ensure(&twin, &Credentials::new(), |_| {}).await.unwrap();
     shelf.assign(vec![ask(&uri, Rung::Staged, 0)], vec![]);
     one(&models, &uri, "it is staged", |model| model.staged).await;
+    settled(&models).await;
     let held = models.hold("m-00001-abc", [uri.clone()]);
     assert_eq!(shelf.evict(&uri).await.unwrap_err(), "in use by m-00001-abc");
     drop(held);
