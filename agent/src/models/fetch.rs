@@ -17,7 +17,6 @@ use std::{
 use backon::{ExponentialBuilder, Retryable as _};
 use futures::{StreamExt as _, TryStreamExt as _};
 use tokio::{runtime::Handle, sync::watch};
-use tokio_util::task::AbortOnDropHandle;
 use tracing::{Instrument as _, info, warn};
 use uuid::Uuid;
 
@@ -26,7 +25,9 @@ use super::{
     archive::{self, ArchiveError},
     cache::{Cache, TreeRecord},
     checksum::{self, Checksums, Mismatch},
-    content, hashing,
+    content,
+    hands::Hands,
+    hashing,
     landing::{File, Landing, Runway, Syncing},
     peers::{Ask, PATIENCE, Peers, Refusal},
     plan::{self, Object, RANGE_BYTES},
@@ -60,6 +61,7 @@ pub(super) struct Fetch {
     pub(super) ask: Option<Arc<dyn Ask>>,
     pub(super) cache: Cache,
     pub(super) room: Room,
+    pub(super) hands: Hands,
     /// Silence after which a range is asked for again.
     pub(super) stall: Duration,
     pub(super) progress: watch::Sender<Progress>,
@@ -187,7 +189,7 @@ impl Fetch {
             .map(|(place, range)| {
                 let (fetch, files, peers) = (Arc::clone(self), Arc::clone(files), peers.clone());
                 let coming = fetch.land(files, place, range, peers, runway.clone());
-                AbortOnDropHandle::new(tokio::spawn(coming.in_current_span()))
+                self.hands.spawn(coming.in_current_span())
             })
             .buffer_unordered(PARALLEL)
             .map(|ended| ended.unwrap_or_else(|error| Err(self.disk(io::Error::other(error)))))

@@ -13,6 +13,7 @@ mod checksum;
 pub mod clients;
 mod content;
 mod fetch;
+mod hands;
 mod hashing;
 #[cfg(test)]
 mod image_tests;
@@ -54,6 +55,7 @@ use cache::Cache;
 use clients::Clients;
 use fetch::Fetch;
 pub use fetch::Progress;
+use hands::Hands;
 use peers::Ask;
 pub use room::{Held, Image, Images};
 use room::{Holder, Room};
@@ -157,6 +159,7 @@ pub struct Models {
     running: Arc<Mutex<Running>>,
     answers: answers::Answers,
     clients: Clients,
+    hands: Hands,
     turns: Arc<Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>>,
     /// How other nodes are asked; `None`: they are not.
     ask: Option<Arc<dyn Ask>>,
@@ -187,6 +190,7 @@ impl Models {
             running: Arc::default(),
             answers: answers::Answers::default(),
             clients: Clients::default(),
+            hands: Hands::new()?,
             turns: Arc::default(),
             ask: None,
             lent: Arc::new(Semaphore::new(lend::AT_ONCE)),
@@ -303,6 +307,7 @@ impl Models {
             ask: self.ask.clone(),
             cache: self.cache.clone(),
             room: self.room.clone(),
+            hands: self.hands.clone(),
             stall: self.stall,
             progress: sender,
         });

@@ -98,6 +98,7 @@ async fn the_order_of_use_outlives_the_process() {
         first.ensure(&format!("{server}/{name}/{}", if name == "a" { 40 } else { 41 }), &none, |_| {}).await.unwrap();
     }
     first.ensure(&format!("{server}/a/40"), &none, |_| {}).await.unwrap();
+    settled(&first).await;
     drop(first);
     let again = models(directory.path(), Some(100));
     again.ensure(&format!("{server}/c/42"), &none, |_| {}).await.unwrap();

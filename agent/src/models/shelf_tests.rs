@@ -150,6 +150,7 @@ async fn pins_hold_for_all_versions_and_outlive_the_process() {
     shelf.assign(vec![ModelAssignment { pinned: true, ..ask(&uri, Rung::Unspecified, 0) }], vec![]);
     assert!(reported(&models, &uri)[0].pinned);
     says.changed.store(true, Ordering::SeqCst);
+    settled(&models).await;
     drop((models, shelf));
     // The coordinator is away; a replica fetches the new version.
     let (models, shelf) = open(directory.path(), None, 0);
