@@ -162,7 +162,7 @@ impl Cache {
         let data = File::options().create(true).truncate(false).read(true).write(true).open(&path)?;
         let told = fs::read_to_string(path.with_extension(TOLD)).ok();
         // What may have come from another node cannot be compared without a name.
-        let told_wrong = told.is_some_and(|name| content::parse(&name).is_none());
+        let told_wrong = told.as_deref().is_some_and(|name| content::parse(name).is_none());
         let vouched = !told_wrong && data.metadata()?.len() == size;
         let done = if vouched { read_journal(&journal, self.boot())? } else { BTreeSet::new() };
         if done.is_empty() {
@@ -174,7 +174,7 @@ impl Cache {
             fs::remove_file(path.with_extension(TOLD))?;
         }
         let journal = File::options().append(true).open(&journal)?;
-        Ok(Part { path, data, journal, done, boot: self.boot.clone() })
+        Ok(Part { path, data, journal, done, told: told.filter(|_| !told_wrong), boot: self.boot.clone() })
     }
 
     /// Where file `number` of an archive is unpacked to, before it is taken in.
@@ -438,6 +438,8 @@ pub struct Part {
     journal: File,
     /// Starts of the ranges that are on disk, or written in this boot of the machine.
     pub done: BTreeSet<u64>,
+    /// The name that another node gave, as it was noted when the file was opened, where bytes may have come from there.
+    pub told: Option<String>,
     boot: Option<String>,
 }
 
@@ -462,12 +464,7 @@ impl Part {
         (&self.journal).write_all(lines.as_bytes())
     }
 
-    /// The name that another node gave for a file of which bytes may have come from there.
-    pub fn told(&self) -> Option<String> {
-        fs::read_to_string(self.path.with_extension(TOLD)).ok()
-    }
-
-    /// Notes what [`Self::told`] gives, before any such byte counts as being there.
+    /// Notes what [`Self::told`] will be when it is opened again, before any such byte counts as being there.
     ///
     /// # Errors
     /// The disk refuses.

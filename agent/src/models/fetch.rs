@@ -158,7 +158,7 @@ impl Fetch {
             let missing = plan::missing(object.size, &part.done);
             let left: u64 = missing.iter().map(|range| range.end - range.start).sum();
             done -= left;
-            let mut told = part.told();
+            let mut told = part.told.clone();
             if let (None, Some(name), true) = (&told, peers.and_then(|peers| peers.blob(number)), left > 0) {
                 part.tell(name).map_err(|error| self.disk(error))?;
                 told = Some(name.to_owned());

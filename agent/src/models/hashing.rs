@@ -133,9 +133,10 @@ pub(super) fn names(files: &[PathBuf]) -> io::Result<Vec<String>> {
         if !started.is_empty() && started.iter().all(io::Result::is_err) {
             return Err(io::Error::other("no thread to hash contents"));
         }
-        let threads = started.into_iter().flatten();
-        let ended =
-            threads.into_iter().map(|thread| thread.join().unwrap_or_else(|_| Err(io::ErrorKind::Other.into())));
+        let ended = started
+            .into_iter()
+            .flatten()
+            .map(|thread| thread.join().unwrap_or_else(|_| Err(io::ErrorKind::Other.into())));
         ended.collect::<io::Result<Vec<_>>>().map(|all| all.concat())
     })?;
     all.sort_unstable();

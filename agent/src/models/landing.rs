@@ -49,7 +49,7 @@ impl File {
 type Written = (usize, u64);
 
 /// What work comes to that goes on beside others.
-pub(super) type Outcome<T> = oneshot::Receiver<io::Result<T>>;
+type Outcome<T> = oneshot::Receiver<io::Result<T>>;
 
 /// Checksums of some files, by their places.
 type Hashed = BTreeMap<usize, Checksums>;
