@@ -26,7 +26,7 @@ use std::{
 
 use nix::sys::resource::{Usage, UsageWho, getrusage};
 use pilotlight_agent::models::{Models, STALL};
-use pilotlight_benches::{SHARDS, upload_model};
+use pilotlight_benches::{SHARDS, ready_memory, upload_model};
 use pilotlight_tests::s3::{KEY, S3, SECRET};
 use tokio_util::sync::CancellationToken;
 
@@ -192,13 +192,10 @@ fn check(server: &S3, fetched: &Path, bytes: u64) {
     }
 }
 
-/// What one left to write back must not be on the next one's account, nor that the host of a virtual machine takes back
-/// memory that is free: whoever uses it next waits for it. So as much as a fetch takes is used once before each.
+/// What one left to write back must not be on the next one's account, nor what memory it finds ready.
 fn settle(bytes: u64) {
     assert!(Command::new("sync").status().expect("sync starts").success());
-    let mut memory = vec![0_u8; usize::try_from(bytes).expect("64 bits")];
-    memory.chunks_mut(4096).for_each(|page| page[0] = 1);
-    std::hint::black_box(memory);
+    ready_memory(bytes);
 }
 
 /// The median of one of their times, seconds.

@@ -1,9 +1,9 @@
 //! How long a request waits for the same model of 1 GiB, by the rung of the ladder on which it finds it, and
 //! Pilotlight's own share of that: what is left without fetching, and without what the model's server takes for
-//! itself. Where it is started, that is what this very process says of itself, from its first listening until its
-//! model was there (that the kernel makes a process of it, and what comes before listening, is in the own share);
-//! where it was asleep or serving, what the same server takes when it is halted and continued, woken, or asked by
-//! hand in the same round.
+//! itself. Where it is started, that is what this very process says of itself: the processor time that it took to
+//! become a process that listens (what it waited for meanwhile is in the own share), and the time from there until its
+//! model was there; where it was asleep or serving, what the same server takes when it is halted and continued, woken,
+//! or asked by hand in the same round.
 //!
 //! The model comes from an S3 server on this machine; the server is the example server, which reads all of it
 //! into memory before it is ready, as a process. Nothing here has a GPU. `MODEL_MIB` is another size than 1024,
@@ -22,7 +22,7 @@ use nix::{
     unistd::Pid,
 };
 use pilotlight_agent::warmth::{PageCache, page_cache::residency};
-use pilotlight_benches::{SHARDS, upload_model};
+use pilotlight_benches::{SHARDS, ready_memory, upload_model};
 use pilotlight_tests::{
     cell::Dev,
     eventually, free_port,
@@ -189,7 +189,7 @@ struct Fleets {
     asleep: Dev,
 }
 
-async fn round(fleets: &Fleets, rung: Rung, times: &mut Times) {
+async fn round(fleets: &Fleets, rung: Rung, bytes: u64, times: &mut Times) {
     let (dev, service) = match rung {
         Rung::Absent | Rung::Cached => (&fleets.cold, "cold"),
         Rung::Staged => (&fleets.staged, "staged"),
@@ -226,6 +226,10 @@ async fn round(fleets: &Fleets, rung: Rung, times: &mut Times) {
         }
         Rung::Paused | Rung::Asleep | Rung::Serving => {}
     }
+    if rung <= Rung::Staged {
+        // For the model's files, for the server that is started, and what else they take.
+        ready_memory(bytes * 5 / 2);
+    }
     times.waited.push(ask(&dev.gateway, &host).await);
     let fetched = model(dev).and_then(|model| model["fetchSeconds"].as_f64()).filter(|_| rung == Rung::Absent);
     times.fetched.push(fetched.unwrap_or(0.0));
@@ -235,12 +239,12 @@ async fn round(fleets: &Fleets, rung: Rung, times: &mut Times) {
     });
 }
 
-/// How long the service's replica says that it loaded.
+/// How long the service's replica says that it started and loaded.
 async fn loading(gateway: &Gateway, host: &str) -> f64 {
     let answer = gateway.get(host, "/stats").await.unwrap();
     let stats: Value = serde_json::from_str(&answer.body).unwrap();
-    let took = stats["loadMicroseconds"].as_f64().filter(|took| *took > 0.0);
-    took.expect("it has loaded") / 1e6
+    let took = ["startMicroseconds", "loadMicroseconds"].map(|part| stats[part].as_f64().filter(|took| *took > 0.0));
+    took.iter().map(|part| part.expect("it has loaded") / 1e6).sum()
 }
 
 /// What the same server takes from a rung on which it is loaded.
@@ -292,7 +296,7 @@ async fn measure() {
     for number in 0..rounds {
         print!("round {number}:");
         for (rung, times) in RUNGS.into_iter().zip(&mut times) {
-            round(&fleets, rung, times).await;
+            round(&fleets, rung, (mib as u64) << 20, times).await;
             let last = |of: &[f64]| of.last().map_or(0.0, |seconds| seconds * 1e3);
             print!(" {} {:.1} ({:.1} own),", rung.name(), last(&times.waited), last(&times.own()));
         }

@@ -35,6 +35,17 @@ pub async fn upload_model(server: &S3, bytes_of_shard: u64) {
     }
 }
 
+/// Uses so much memory once, and frees it: the host of a virtual machine takes back what has been free for a while, and
+/// whoever uses it next waits for it, with more than what is measured.
+///
+/// # Panics
+/// There is not so much.
+pub fn ready_memory(bytes: u64) {
+    let mut memory = vec![0_u8; usize::try_from(bytes).expect("64 bits")];
+    memory.chunks_mut(4096).for_each(|page| page[0] = 1);
+    std::hint::black_box(memory);
+}
+
 /// Bytes that do not repeat.
 fn block(state: &mut u64, bytes: usize) -> Vec<u8> {
     let mut block = vec![0_u8; bytes];

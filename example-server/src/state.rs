@@ -8,6 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use nix::time::{ClockId, clock_gettime};
 use serde::Serialize;
 
 use crate::{Classifier, error::Refusal, weights::Weights};
@@ -21,6 +22,8 @@ pub struct Server {
     weights: OnceLock<Weights>,
     asleep: AtomicBool,
     began: Instant,
+    /// Processor time until then.
+    start_took: Duration,
     /// How long loading took.
     load_took: OnceLock<Duration>,
     counts: Arc<Counts>,
@@ -48,6 +51,9 @@ pub struct Stats {
     pub max_in_flight: u64,
     /// Bytes of the weights that were loaded into memory.
     pub weight_bytes: u64,
+    /// Processor time of this process when the server began to listen, microseconds: what it takes to become a process
+    /// that listens.
+    pub start_microseconds: u64,
     /// From the moment at which the server began to listen until its model was there, microseconds; 0 before that.
     pub load_microseconds: u64,
     /// Process id, so that a caller behind a proxy can tell servers apart.
@@ -64,6 +70,8 @@ impl Server {
             weights: OnceLock::new(),
             asleep: AtomicBool::new(false),
             began: Instant::now(),
+            // Linux always has this clock.
+            start_took: clock_gettime(ClockId::CLOCK_PROCESS_CPUTIME_ID).map_or(Duration::ZERO, Duration::from),
             load_took: OnceLock::new(),
             counts: Arc::default(),
         }
@@ -109,7 +117,8 @@ impl Server {
             in_flight: self.counts.in_flight.load(Relaxed),
             max_in_flight: self.counts.max_in_flight.load(Relaxed),
             weight_bytes: self.weights.get().map_or(0, Weights::bytes),
-            load_microseconds: self.load_took.get().map_or(0, |took| took.as_micros().try_into().unwrap_or(u64::MAX)),
+            start_microseconds: microseconds(self.start_took),
+            load_microseconds: self.load_took.get().copied().map_or(0, microseconds),
             pid: std::process::id(),
         }
     }
@@ -152,4 +161,8 @@ impl Drop for InFlight {
     fn drop(&mut self) {
         self.counts.in_flight.fetch_sub(1, Relaxed);
     }
+}
+
+fn microseconds(duration: Duration) -> u64 {
+    duration.as_micros().try_into().unwrap_or(u64::MAX)
 }

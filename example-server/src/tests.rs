@@ -180,12 +180,14 @@ async fn counts_what_is_in_flight_at_the_same_time() {
     assert!(tokio::time::timeout(Duration::from_secs(1), ask()).await.is_err());
     get(&slow, "/v1/models/iris").await;
     let (_, mut stats) = get(&slow, "/stats").await;
-    assert!(stats["loadMicroseconds"].take().as_u64() > Some(0));
+    for took in ["startMicroseconds", "loadMicroseconds"] {
+        assert!(stats[took].take().as_u64() > Some(0), "{took}");
+    }
     assert_eq!(
         stats,
         json!({
             "received": 4, "answered": 3, "inFlight": 0, "maxInFlight": 3,
-            "weightBytes": 0, "loadMicroseconds": null, "pid": std::process::id(),
+            "weightBytes": 0, "startMicroseconds": null, "loadMicroseconds": null, "pid": std::process::id(),
         })
     );
 }

@@ -21,10 +21,12 @@ use crate::{
 };
 
 /// Until it is ready it is asked again after one part in so many of the time that it has taken so far: what
-/// the questions add to its start is small beside it.
-const PART_OF_START: u32 = 200;
-/// But not sooner than this, and not sooner than the last question took.
+/// the questions add to its start is small beside it, and a request that waits does not wait long for the next one.
+const PART_OF_START: u32 = 1000;
+/// But not sooner than this,
 const SHORTEST_PAUSE: Duration = Duration::from_millis(2);
+/// and not sooner than so many times what the last question took: it may be the thread that loads which answers.
+const ANSWERS: u32 = 4;
 
 /// How a replica came to be awake.
 pub(super) enum Begin {
@@ -95,7 +97,7 @@ impl Readiness {
         if self.ready {
             return period;
         }
-        (self.since.elapsed() / PART_OF_START).max(SHORTEST_PAUSE).max(took).min(period)
+        (self.since.elapsed() / PART_OF_START).max(SHORTEST_PAUSE).max(took * ANSWERS).min(period)
     }
 
     /// True where it has become ready.
@@ -327,14 +329,14 @@ mod tests {
         let mut woken = readiness(&Begin::Woken(Instant::now()), None);
         assert_eq!(woken.first_pause(), Duration::ZERO);
         assert_eq!(woken.pause(Duration::ZERO), Duration::from_millis(2));
-        tokio::time::advance(Duration::from_secs(2)).await;
+        tokio::time::advance(Duration::from_secs(10)).await;
         assert_eq!(woken.pause(Duration::ZERO), Duration::from_millis(10));
-        let dear = Duration::from_millis(30);
-        assert_eq!(woken.pause(dear), dear, "such as a command in a container");
         let slow = readiness(&Begin::Woken(Instant::now()), Some(1));
+        let dear = Duration::from_millis(30);
+        assert_eq!(slow.pause(dear), Duration::from_millis(120), "such as a command in a container");
         tokio::time::advance(Duration::from_secs(60)).await;
         assert_eq!(woken.pause(Duration::ZERO), Duration::from_millis(50), "no less often than the probe says");
-        assert_eq!(slow.pause(Duration::ZERO), Duration::from_millis(300));
+        assert_eq!(slow.pause(Duration::ZERO), Duration::from_millis(60));
         assert!(!woken.failed() && !woken.succeeded() && woken.succeeded(), "its threshold is 2");
         assert_eq!(woken.pause(Duration::ZERO), Duration::from_secs(10));
 
