@@ -189,6 +189,23 @@ struct Fleets {
     asleep: Dev,
 }
 
+impl Fleets {
+    /// Waits until no replica runs or goes to sleep, and nothing is read ahead: what one rung leaves to be done must not
+    /// be on the next one's account.
+    async fn at_rest(&self) {
+        self.cold.operator.replicas_are("cold", 0, "").await;
+        self.staged.operator.replicas_are("staged", 0, "").await;
+        eventually("the weights are in the page cache", || async {
+            let model = model(&self.staged)?;
+            (model["rung"] == "Staged" && model["residentBytes"] == model["bytes"]).then_some(())
+        })
+        .await;
+        for sleeps in ["paused", "asleep"] {
+            self.asleep.operator.replicas_are(sleeps, 1, "Asleep").await;
+        }
+    }
+}
+
 async fn round(fleets: &Fleets, rung: Rung, bytes: u64, times: &mut Times) {
     let (dev, service) = match rung {
         Rung::Absent | Rung::Cached => (&fleets.cold, "cold"),
@@ -197,16 +214,8 @@ async fn round(fleets: &Fleets, rung: Rung, bytes: u64, times: &mut Times) {
         Rung::Asleep | Rung::Serving => (&fleets.asleep, "asleep"),
     };
     let host = format!("{service}.default.localhost");
-    match rung {
-        Rung::Absent | Rung::Cached | Rung::Staged => {
-            dev.operator.replicas_are(service, 0, "").await;
-        }
-        Rung::Paused | Rung::Asleep => {
-            dev.operator.replicas_are(service, 1, "Asleep").await;
-        }
-        Rung::Serving => {
-            ask(&dev.gateway, &host).await;
-        }
+    if rung <= Rung::Staged {
+        fleets.at_rest().await;
     }
     match rung {
         Rung::Absent => {
@@ -217,14 +226,13 @@ async fn round(fleets: &Fleets, rung: Rung, bytes: u64, times: &mut Times) {
             read_pages(&folder(dev)).await;
             drop_pages(&folder(dev)).await;
         }
-        Rung::Staged => {
-            eventually("the weights are in the page cache", || async {
-                let model = model(dev)?;
-                (model["rung"] == "Staged" && model["residentBytes"] == model["bytes"]).then_some(())
-            })
-            .await;
+        Rung::Staged => {}
+        Rung::Paused | Rung::Asleep => {
+            dev.operator.replicas_are(service, 1, "Asleep").await;
         }
-        Rung::Paused | Rung::Asleep | Rung::Serving => {}
+        Rung::Serving => {
+            ask(&dev.gateway, &host).await;
+        }
     }
     if rung <= Rung::Staged {
         // For the model's files, for the server that is started, and what else they take.
