@@ -16,7 +16,7 @@
 //! ```
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeSet,
     fs::{self, File},
     io::{self, Write as _},
     os::unix::fs::MetadataExt as _,
@@ -26,12 +26,10 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::{content, plan::Object, settle};
+use super::{plan::Object, settle};
 
 /// Name of the file with a model's address beside what came of it.
 const ORIGIN: &str = "uri";
-/// Ending of the name of a file with another node's word for a content.
-const TOLD: &str = "told";
 /// Name of the folder that becomes the model's.
 const STAGED: &str = "tree";
 
@@ -146,35 +144,8 @@ impl Cache {
         self.root.join("trees").join(key)
     }
 
-    fn partial(&self, key: &str) -> PathBuf {
+    pub(super) fn partial(&self, key: &str) -> PathBuf {
         self.root.join("partial").join(key)
-    }
-
-    /// Opens file `number` of a model that is being fetched, with the ranges that are there already.
-    ///
-    /// # Errors
-    /// The disk refuses.
-    pub fn part(&self, key: &str, number: usize, size: u64) -> io::Result<Part> {
-        let directory = self.partial(key);
-        fs::create_dir_all(&directory)?;
-        let path = directory.join(format!("{number}.data"));
-        let journal = directory.join(format!("{number}.done"));
-        let data = File::options().create(true).truncate(false).read(true).write(true).open(&path)?;
-        let told = fs::read_to_string(path.with_extension(TOLD)).ok();
-        // What may have come from another node cannot be compared without a name.
-        let told_wrong = told.as_deref().is_some_and(|name| content::parse(name).is_none());
-        let vouched = !told_wrong && data.metadata()?.len() == size;
-        let done = if vouched { read_journal(&journal, self.boot())? } else { BTreeSet::new() };
-        if done.is_empty() {
-            // What the journal does not vouch for is not there.
-            File::create(&journal)?;
-            data.set_len(size)?;
-        }
-        if told_wrong {
-            fs::remove_file(path.with_extension(TOLD))?;
-        }
-        let journal = File::options().append(true).open(&journal)?;
-        Ok(Part { path, data, journal, done, told: told.filter(|_| !told_wrong), boot: self.boot.clone() })
     }
 
     /// Where file `number` of an archive is unpacked to, before it is taken in.
@@ -250,63 +221,6 @@ impl Cache {
         }
         fs::remove_dir_all(self.partial(key))?;
         Ok(self.files(key))
-    }
-
-    /// Gives contents of a whole model their own names, by those that they had until now, and gives its new record;
-    /// `None` where the model is not here any more. One that is here already by its name serves this model, too.
-    /// What a crash leaves is removed by [`Self::open`].
-    ///
-    /// # Errors
-    /// The disk refuses: the names are as they were.
-    pub fn rename(&self, key: &str, names: &BTreeMap<String, String>) -> io::Result<Option<TreeRecord>> {
-        let Some(mut record) = self.record(key) else { return Ok(None) };
-        let mut made = Vec::new();
-        let renamed = self.link(key, &mut record, names, &mut made).and_then(|()| self.replace_record(key, &record));
-        let stale = if renamed.is_ok() { names.keys().map(|name| self.blob(name)).collect() } else { made };
-        for blob in stale {
-            // One that stays costs room until the cache is opened again.
-            let _ = fs::remove_file(blob);
-        }
-        renamed.map(|()| Some(record))
-    }
-
-    /// Makes what [`Self::rename`] needs beside what is there, and notes which links are new.
-    fn link(
-        &self,
-        key: &str,
-        record: &mut TreeRecord,
-        names: &BTreeMap<String, String>,
-        made: &mut Vec<PathBuf>,
-    ) -> io::Result<()> {
-        for (object, blob) in record.objects.iter().zip(&mut record.blobs) {
-            let Some(name) = names.get(blob) else { continue };
-            let shared = self.blob(name);
-            let file = self.files(key).join(&object.path);
-            match fs::hard_link(&file, &shared) {
-                Ok(()) => made.push(shared),
-                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-                    // Of two links of one file a rename would leave both.
-                    if fs::metadata(&file)?.ino() != fs::metadata(&shared)?.ino() {
-                        let link = self.tree(key).join("link");
-                        // A crash may have left it.
-                        let _ = fs::remove_file(&link);
-                        fs::hard_link(&shared, &link)?;
-                        fs::rename(link, file)?;
-                    }
-                }
-                Err(error) => return Err(error),
-            }
-            blob.clone_from(name);
-        }
-        Ok(())
-    }
-
-    /// Writes a model's record anew; when the model was last used stays.
-    fn replace_record(&self, key: &str, record: &TreeRecord) -> io::Result<()> {
-        let (place, new) = (self.tree(key).join("tree.json"), self.tree(key).join("tree.json.new"));
-        fs::write(&new, serde_json::to_vec(record)?)?;
-        File::options().append(true).open(&new)?.set_modified(self.last_used(key))?;
-        fs::rename(new, place)
     }
 
     /// Has a model's folder, its place among all, and its contents' names on the disk.
@@ -428,64 +342,6 @@ pub struct Partial {
     pub changed: SystemTime,
 }
 
-/// A file that is being fetched.
-#[derive(Debug)]
-pub struct Part {
-    /// Where it is.
-    pub path: PathBuf,
-    /// Of full length from the start, with holes.
-    pub data: File,
-    journal: File,
-    /// Starts of the ranges that are on disk, or written in this boot of the machine.
-    pub done: BTreeSet<u64>,
-    /// The name that another node gave, as it was noted when the file was opened, where bytes may have come from there.
-    pub told: Option<String>,
-    boot: Option<String>,
-}
-
-impl Part {
-    /// Notes that a range is written: what the machine's memory has, this process's end does not take away.
-    ///
-    /// # Errors
-    /// The disk refuses.
-    pub fn came(&self, start: u64) -> io::Result<()> {
-        let Some(boot) = &self.boot else { return Ok(()) };
-        (&self.journal).write_all(format!("{start} {boot}\n").as_bytes())
-    }
-
-    /// Notes that ranges are on disk. Their data is synced first, so that the journal never says too much.
-    ///
-    /// # Errors
-    /// The disk refuses.
-    pub fn note(&self, starts: &[u64]) -> io::Result<()> {
-        self.data.sync_data()?;
-        // A line that a crash cuts short is without its end, and does not count.
-        let lines: String = starts.iter().map(|start| format!("{start}\n")).collect();
-        (&self.journal).write_all(lines.as_bytes())
-    }
-
-    /// Notes what [`Self::told`] will be when it is opened again, before any such byte counts as being there.
-    ///
-    /// # Errors
-    /// The disk refuses.
-    pub fn tell(&self, name: &str) -> io::Result<()> {
-        write_synced(&self.path.with_extension(TOLD), name)
-    }
-
-    /// Forgets all that came of a file.
-    ///
-    /// # Errors
-    /// The disk refuses.
-    pub fn reset(&self) -> io::Result<()> {
-        // In this order: the journal must not vouch for what no one told.
-        fs::remove_file(self.path.with_extension("done"))?;
-        match fs::remove_file(self.path.with_extension(TOLD)) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-            _ => Ok(()),
-        }
-    }
-}
-
 /// Writes a file, and has it and its place in its folder on the disk.
 pub(super) fn write_synced(path: &Path, text: &str) -> io::Result<()> {
     let mut file = File::create(path)?;
@@ -508,133 +364,4 @@ fn sync_below(folder: &Path) -> io::Result<()> {
         File::open(folder)?.sync_all()?;
     }
     Ok(())
-}
-
-/// Starts of ranges that are on disk, and of those that this boot has in memory.
-fn read_journal(path: &Path, boot: Option<&str>) -> io::Result<BTreeSet<u64>> {
-    let text = match fs::read_to_string(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(BTreeSet::new()),
-        read => read?,
-    };
-    // A line without its end may be cut short.
-    let lines = text.split_inclusive('\n').filter_map(|line| line.strip_suffix('\n'));
-    let starts = lines.filter_map(|line| match line.split_once(' ') {
-        Some((start, of)) => boot.filter(|boot| *boot == of).and(start.parse().ok()),
-        None => line.parse().ok(),
-    });
-    Ok(starts.collect())
-}
-
-#[cfg(test)]
-mod tests {
-    use std::time::Duration;
-
-    use super::*;
-
-    const OLD: SystemTime = SystemTime::UNIX_EPOCH;
-
-    fn object(path: &str) -> Object {
-        Object { path: path.into(), location: path.into(), size: 4, etag: None, sha256: None, md5: None }
-    }
-
-    /// A model whose files have these contents, all without names yet, and the names that they get.
-    fn unnamed(cache: &Cache, key: &str, files: &[(&str, &str, &str)]) -> BTreeMap<String, String> {
-        let blobs: Vec<_> = (0..files.len()).map(|number| content::unnamed(key, number)).collect();
-        for (blob, (_, text, _)) in blobs.iter().zip(files) {
-            fs::write(cache.blob(blob), text).unwrap();
-        }
-        let objects = files.iter().map(|(path, ..)| object(path)).collect();
-        let record = TreeRecord { uri: "u".into(), objects, blobs: blobs.clone() };
-        cache.begin(key, "u").unwrap();
-        cache.publish(key, &record, None).unwrap();
-        cache.touch(key, OLD + Duration::from_secs(7)).unwrap();
-        blobs.into_iter().zip(files.iter().map(|(_, _, name)| (*name).to_owned())).collect()
-    }
-
-    fn names(cache: &Cache) -> BTreeSet<String> {
-        let blobs = fs::read_dir(cache.root.join("blobs")).unwrap();
-        blobs.map(|blob| blob.unwrap().file_name().into_string().unwrap()).collect()
-    }
-
-    fn inode(path: PathBuf) -> u64 {
-        fs::metadata(path).unwrap().ino()
-    }
-
-    fn set(names: &[&str]) -> BTreeSet<String> {
-        names.iter().map(ToString::to_string).collect()
-    }
-
-    #[test]
-    fn contents_get_their_names_and_are_there_once() {
-        let root = tempfile::tempdir().unwrap();
-        let cache = Cache::open(root.path().to_owned()).unwrap();
-        let same = unnamed(&cache, "k", &[("a", "same", "S"), ("b/c", "same", "S"), ("d", "else", "E")]);
-        let record = cache.rename("k", &same).unwrap().unwrap();
-        assert_eq!((record.blobs, names(&cache)), (["S", "S", "E"].map(String::from).to_vec(), set(&["S", "E"])));
-        assert_eq!(cache.last_used("k"), OLD + Duration::from_secs(7), "it was not used");
-
-        let other = unnamed(&cache, "other", &[("m", "same", "S")]);
-        cache.rename("other", &other).unwrap().unwrap();
-        let shared = inode(cache.blob("S"));
-        let files = [("k", "a"), ("k", "b/c"), ("other", "m")].map(|(key, path)| cache.files(key).join(path));
-        assert_eq!(files.map(inode), [shared; 3]);
-        assert_eq!(fs::read_to_string(cache.files("k").join("d")).unwrap(), "else");
-        cache.remove_tree("other").unwrap();
-        assert!(cache.rename("other", &other).unwrap().is_none());
-        let again = Cache::open(root.path().to_owned()).unwrap();
-        assert_eq!((names(&again), again.trees().len()), (set(&["S", "E"]), 1));
-    }
-
-    #[test]
-    fn a_name_that_cannot_be_given_changes_nothing() {
-        let root = tempfile::tempdir().unwrap();
-        let cache = Cache::open(root.path().to_owned()).unwrap();
-        let mut to = unnamed(&cache, "k", &[("a", "text", "A"), ("b", "more", "B")]);
-        *to.get_mut(&content::unnamed("k", 1)).unwrap() = "no folder/B".to_owned();
-        let before = (names(&cache), cache.record("k").unwrap().blobs);
-        cache.rename("k", &to).unwrap_err();
-        assert_eq!((names(&cache), cache.record("k").unwrap().blobs), before);
-    }
-
-    #[test]
-    fn a_crash_in_the_middle_of_it_leaves_nothing() {
-        let root = tempfile::tempdir().unwrap();
-        let cache = Cache::open(root.path().to_owned()).unwrap();
-        let to = unnamed(&cache, "k", &[("a", "text", "A")]);
-        let called = content::unnamed("k", 0);
-        // Linked, and not noted yet.
-        fs::hard_link(cache.blob(&called), cache.blob("A")).unwrap();
-        let again = Cache::open(root.path().to_owned()).unwrap();
-        assert_eq!(names(&again), set(&[&called]), "what nobody lists would stay when the model goes");
-        again.rename("k", &to).unwrap();
-        assert_eq!((names(&again), again.record("k").unwrap().blobs), (set(&["A"]), vec!["A".to_owned()]));
-        // Noted, and still there by its former name.
-        fs::hard_link(again.blob("A"), again.blob(&called)).unwrap();
-        let again = Cache::open(root.path().to_owned()).unwrap();
-        assert_eq!(names(&again), set(&["A"]));
-        // The same, and its model is gone.
-        fs::hard_link(again.blob("A"), again.blob(&called)).unwrap();
-        again.remove_tree("k").unwrap();
-        assert_eq!(names(&Cache::open(root.path().to_owned()).unwrap()), set(&[]));
-    }
-
-    #[test]
-    fn a_crash_while_two_become_one_is_made_good() {
-        let root = tempfile::tempdir().unwrap();
-        let cache = Cache::open(root.path().to_owned()).unwrap();
-        let named = unnamed(&cache, "first", &[("m", "same", "S")]);
-        cache.rename("first", &named).unwrap();
-        let to = unnamed(&cache, "k", &[("a", "same", "S"), ("b", "more", "B")]);
-        // One file is the other model's already, and nothing is noted; a link for the next one is there.
-        fs::remove_file(cache.files("k").join("a")).unwrap();
-        fs::hard_link(cache.blob("S"), cache.files("k").join("a")).unwrap();
-        fs::write(cache.tree("k").join("link"), "left").unwrap();
-        let again = Cache::open(root.path().to_owned()).unwrap();
-        // As it is, the model can go: what is not there takes no room.
-        assert_eq!(again.drop_unused(&content::unnamed("k", 0)).unwrap(), 0);
-        let record = again.rename("k", &to).unwrap().unwrap();
-        assert_eq!((record.blobs, names(&again)), (vec!["S".to_owned(), "B".to_owned()], set(&["S", "B"])));
-        assert_eq!(inode(again.files("k").join("a")), inode(again.blob("S")));
-        assert_eq!(fs::read_to_string(again.files("k").join("b")).unwrap(), "more");
-    }
 }

@@ -9,10 +9,10 @@ use std::{collections::BTreeMap, io, sync::Arc, thread, time::Duration};
 use tokio::sync::{mpsc, oneshot};
 
 use super::{
-    cache::Part,
     checksum::Checksums,
     content::{self, Named},
     hashing::{Buffer, Hashing},
+    part::Part,
     plan::Object,
 };
 

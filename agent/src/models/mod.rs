@@ -19,6 +19,8 @@ mod hashing;
 mod image_tests;
 mod landing;
 pub mod lend;
+mod naming;
+mod part;
 pub mod peers;
 #[cfg(test)]
 mod peers_tests;

@@ -7,7 +7,6 @@
 //! that keeps the order of what is written would first write all that has come.
 
 use std::{
-    collections::BTreeMap,
     fs::{self, File},
     io,
     path::Path,
@@ -17,7 +16,6 @@ use tracing::{info, warn};
 
 use super::{
     cache::{Cache, write_synced},
-    content, hashing,
     landing::{self, Syncing},
     room::Room,
 };
@@ -65,19 +63,6 @@ impl Cache {
         match fs::remove_file(self.tree(key).join(MARK)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
             _ => Ok(true),
-        }
-    }
-
-    /// The names that contents of a model get which have none of their own yet, by what they are called. Reads them.
-    fn names(&self, key: &str) -> io::Result<BTreeMap<String, String>> {
-        let Some(record) = self.record(key) else { return Ok(BTreeMap::new()) };
-        let of = record.objects.iter().zip(record.blobs).filter(|(_, blob)| content::is_unnamed(blob));
-        // By their files: of a blob a crash may have left no more than these.
-        let (files, unnamed): (Vec<_>, Vec<_>) =
-            of.map(|(object, blob)| (self.files(key).join(&object.path), blob)).unzip();
-        match hashing::names(&files) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound && self.record(key).is_none() => Ok(BTreeMap::new()),
-            named => Ok(unnamed.into_iter().zip(named?).collect()),
         }
     }
 
@@ -153,7 +138,7 @@ fn end(cache: &Cache, room: &Room, key: &str, named: io::Result<()>, synced: io:
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::models::cache::TreeRecord;
+    use crate::models::{cache::TreeRecord, content};
 
     /// A cache with a model of one content that has no name yet, marked by this boot or settled.
     fn cache(root: &Path, boot: Option<&str>) -> Cache {
