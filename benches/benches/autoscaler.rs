@@ -8,6 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use pilotlight_benches::median;
 use pilotlight_coordinator::{
     autoscaler::{Class, Defaults, Observation, Sample, Scaler, ScalerConfig},
     spec::Scaling,
@@ -43,11 +44,6 @@ fn busy(config: &ScalerConfig) -> Scaler {
         scaler.record(Duration::from_secs(second), &sample(second));
     }
     scaler
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
 }
 
 /// Nanoseconds per report and per decision of one service, windows full.
@@ -86,7 +82,7 @@ fn tick(config: &ScalerConfig, services: usize) -> f64 {
         second += 2;
         began.elapsed().as_nanos() as f64 / services as f64
     });
-    median(rounds.collect())
+    median(rounds)
 }
 
 fn main() {

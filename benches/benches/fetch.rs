@@ -26,7 +26,7 @@ use std::{
 
 use nix::sys::resource::{Usage, UsageWho, getrusage};
 use pilotlight_agent::models::{Models, STALL};
-use pilotlight_benches::{SHARDS, ready_memory, upload_model};
+use pilotlight_benches::{SHARDS, from_environment, ready_memory, upload_model};
 use pilotlight_tests::s3::{KEY, S3, SECRET};
 use tokio_util::sync::CancellationToken;
 
@@ -200,13 +200,7 @@ fn settle(bytes: u64) {
 
 /// The median of one of their times, seconds.
 fn median(all: &[Took], time: impl Fn(&Took) -> Duration) -> f64 {
-    let mut times: Vec<_> = all.iter().map(time).collect();
-    times.sort();
-    times[times.len() / 2].as_secs_f64()
-}
-
-fn from_environment(name: &str, otherwise: u64) -> u64 {
-    std::env::var(name).ok().and_then(|value| value.parse().ok()).unwrap_or(otherwise)
+    pilotlight_benches::median(all.iter().map(|took| time(took).as_secs_f64()))
 }
 
 /// The first line of what a program says of its version; `None` where it is not installed.

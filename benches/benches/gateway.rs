@@ -23,6 +23,7 @@ use pilotlight_agent::{
     endpoint::{Endpoints as _, LocalReplica},
     gateway::{Connect, DataPath, GatewayMetrics, PeerStream, Setup},
 };
+use pilotlight_benches::median;
 use pilotlight_proto::fleet::v1::{PeerNode, ReplicaRoute, RevisionRoute, Routes, ServiceRoute};
 use prometheus_client::registry::Registry;
 use tokio::{net::TcpListener, sync::mpsc};
@@ -139,11 +140,6 @@ async fn worker(caller: Caller, address: SocketAddr) {
     for _ in 0..EACH {
         call(&caller, address).await;
     }
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
 }
 
 fn main() {

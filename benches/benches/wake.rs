@@ -22,7 +22,7 @@ use nix::{
     unistd::Pid,
 };
 use pilotlight_agent::warmth::{PageCache, page_cache::residency};
-use pilotlight_benches::{SHARDS, ready_memory, upload_model};
+use pilotlight_benches::{SHARDS, from_environment, median, ready_memory, upload_model};
 use pilotlight_tests::{
     cell::Dev,
     eventually, free_port,
@@ -265,20 +265,11 @@ async fn by_hand(folder: &Path, rung: Rung) -> f64 {
     }
 }
 
-fn median(of: &[f64]) -> f64 {
-    let mut of = of.to_vec();
-    of.sort_by(f64::total_cmp);
-    of[of.len() / 2]
-}
-
-fn from_environment(name: &str, otherwise: usize) -> usize {
-    std::env::var(name).ok().and_then(|value| value.parse().ok()).unwrap_or(otherwise)
-}
-
 async fn measure() {
     let (mib, rounds) = (from_environment("MODEL_MIB", 1024), from_environment("ROUNDS", 5));
     let server = S3::start().await;
-    upload_model(&server, ((mib as u64) << 20) / SHARDS).await;
+    let bytes = mib << 20;
+    upload_model(&server, bytes / SHARDS).await;
     let fleets = Fleets {
         cold: dev(&server, &["--idle-replicas=stop", "--warm-memory=0B"]).await,
         staged: dev(&server, &["--idle-replicas=stop", "--warm-memory=8GiB"]).await,
@@ -304,7 +295,7 @@ async fn measure() {
     for number in 0..rounds {
         print!("round {number}:");
         for (rung, times) in RUNGS.into_iter().zip(&mut times) {
-            round(&fleets, rung, (mib as u64) << 20, times).await;
+            round(&fleets, rung, bytes, times).await;
             let last = |of: &[f64]| of.last().map_or(0.0, |seconds| seconds * 1e3);
             print!(" {} {:.1} ({:.1} own),", rung.name(), last(&times.waited), last(&times.own()));
         }
@@ -315,10 +306,9 @@ async fn measure() {
     println!("| --- | --- | --- | --- | --- | --- |");
     for (rung, times) in RUNGS.into_iter().zip(&times) {
         let own = times.own();
-        let worst = own.iter().copied().fold(f64::MIN, f64::max);
-        let [waited, fetched, server, own, worst] =
-            [median(&times.waited), median(&times.fetched), median(&times.server), median(&own), worst]
-                .map(|s| s * 1e3);
+        let worst = own.iter().copied().fold(f64::MIN, f64::max) * 1e3;
+        let [waited, fetched, server, own] =
+            [&times.waited, &times.fetched, &times.server, &own].map(|all| median(all.iter().copied()) * 1e3);
         println!("| {} | {waited:.1} | {fetched:.1} | {server:.1} | {own:.1} | {worst:.1} |", rung.name());
     }
 }

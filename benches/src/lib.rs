@@ -35,6 +35,21 @@ pub async fn upload_model(server: &S3, bytes_of_shard: u64) {
     }
 }
 
+/// The middle one, the upper of two.
+///
+/// # Panics
+/// There is none.
+pub fn median(values: impl IntoIterator<Item = f64>) -> f64 {
+    let mut values: Vec<f64> = values.into_iter().collect();
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+/// A number that a variable of the environment gives, or else the other one.
+pub fn from_environment(name: &str, otherwise: u64) -> u64 {
+    std::env::var(name).ok().and_then(|value| value.parse().ok()).unwrap_or(otherwise)
+}
+
 /// Uses so much memory once, and frees it: the host of a virtual machine takes back what has been free for a while, and
 /// whoever uses it next waits for it, with more than what is measured.
 ///

@@ -32,6 +32,8 @@ use super::{plan::Object, settle};
 const ORIGIN: &str = "uri";
 /// Name of the folder that becomes the model's.
 const STAGED: &str = "tree";
+/// Name of the file with what a model is, in its folder.
+const RECORD: &str = "tree.json";
 
 /// What lies in a model's folder.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -77,10 +79,7 @@ impl Cache {
     /// Blobs that no model lists or links to, and staged folders; data of cut-off fetches stays, to be resumed.
     fn sweep(&self) -> io::Result<()> {
         for partial in fs::read_dir(self.root.join("partial"))? {
-            match fs::remove_dir_all(partial?.path().join(STAGED)) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-                _ => {}
-            }
+            unless_missing(fs::remove_dir_all(partial?.path().join(STAGED)))?;
         }
         let listed: BTreeSet<String> = self.trees().into_iter().flat_map(|(_, record)| record.blobs).collect();
         for blob in fs::read_dir(self.root.join("blobs"))? {
@@ -111,7 +110,7 @@ impl Cache {
 
     /// What is known of a whole model; `None` where it is not here.
     pub fn record(&self, key: &str) -> Option<TreeRecord> {
-        let text = fs::read(self.root.join("trees").join(key).join("tree.json")).ok()?;
+        let text = fs::read(self.record_file(key)).ok()?;
         serde_json::from_slice(&text).ok()
     }
 
@@ -142,6 +141,10 @@ impl Cache {
 
     pub(super) fn tree(&self, key: &str) -> PathBuf {
         self.root.join("trees").join(key)
+    }
+
+    fn record_file(&self, key: &str) -> PathBuf {
+        self.tree(key).join(RECORD)
     }
 
     pub(super) fn partial(&self, key: &str) -> PathBuf {
@@ -193,10 +196,7 @@ impl Cache {
     pub fn publish(&self, key: &str, record: &TreeRecord, boot: Option<&str>) -> io::Result<PathBuf> {
         let staged = self.staged(key);
         let files = staged.join("files");
-        match fs::remove_dir_all(if boot.is_some() { &files } else { &staged }) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
+        unless_missing(fs::remove_dir_all(if boot.is_some() { &files } else { &staged }))?;
         if let Some(boot) = boot {
             settle::mark(&staged, boot)?;
         }
@@ -208,7 +208,7 @@ impl Cache {
             }
             fs::hard_link(self.blob(blob), link)?;
         }
-        fs::write(staged.join("tree.json"), serde_json::to_vec(record)?)?;
+        fs::write(staged.join(RECORD), serde_json::to_vec(record)?)?;
         if boot.is_none() {
             sync_below(&staged)?;
         }
@@ -223,6 +223,15 @@ impl Cache {
         Ok(self.files(key))
     }
 
+    /// Writes a whole model's record anew; when the model was last used stays.
+    pub(super) fn replace_record(&self, key: &str, record: &TreeRecord) -> io::Result<()> {
+        let place = self.record_file(key);
+        let new = place.with_extension("json.new");
+        fs::write(&new, serde_json::to_vec(record)?)?;
+        File::options().append(true).open(&new)?.set_modified(self.last_used(key))?;
+        fs::rename(new, place)
+    }
+
     /// Has a model's folder, its place among all, and its contents' names on the disk.
     pub(super) fn sync_tree(&self, key: &str) -> io::Result<()> {
         sync_below(&self.tree(key))?;
@@ -231,7 +240,7 @@ impl Cache {
 
     /// When a whole model was last used, as noted by [`Self::touch`].
     pub fn last_used(&self, key: &str) -> SystemTime {
-        let noted = fs::metadata(self.tree(key).join("tree.json")).and_then(|file| file.modified());
+        let noted = fs::metadata(self.record_file(key)).and_then(|file| file.modified());
         noted.unwrap_or(SystemTime::UNIX_EPOCH)
     }
 
@@ -240,7 +249,7 @@ impl Cache {
     /// # Errors
     /// The disk refuses.
     pub fn touch(&self, key: &str, now: SystemTime) -> io::Result<()> {
-        File::options().append(true).open(self.tree(key).join("tree.json"))?.set_modified(now)
+        File::options().append(true).open(self.record_file(key))?.set_modified(now)
     }
 
     /// True where an operator keeps the model: by a file `pinned` beside its `tree.json`.
@@ -342,6 +351,11 @@ pub struct Partial {
     pub changed: SystemTime,
 }
 
+/// What removing came to, where what is not there need not be removed.
+pub(super) fn unless_missing(removed: io::Result<()>) -> io::Result<()> {
+    removed.or_else(|error| if error.kind() == io::ErrorKind::NotFound { Ok(()) } else { Err(error) })
+}
+
 /// Writes a file, and has it and its place in its folder on the disk.
 pub(super) fn write_synced(path: &Path, text: &str) -> io::Result<()> {
     let mut file = File::create(path)?;
@@ -352,7 +366,7 @@ pub(super) fn write_synced(path: &Path, text: &str) -> io::Result<()> {
 
 /// Syncs a model's folder, the folders in it, and its record.
 fn sync_below(folder: &Path) -> io::Result<()> {
-    File::open(folder.join("tree.json"))?.sync_all()?;
+    File::open(folder.join(RECORD))?.sync_all()?;
     let mut open = vec![folder.to_owned()];
     while let Some(folder) = open.pop() {
         for entry in fs::read_dir(&folder)? {

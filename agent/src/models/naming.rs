@@ -1,12 +1,6 @@
 //! Contents of a shown model get their own names, once these are computed.
 
-use std::{
-    collections::BTreeMap,
-    fs::{self, File},
-    io,
-    os::unix::fs::MetadataExt as _,
-    path::PathBuf,
-};
+use std::{collections::BTreeMap, fs, io, os::unix::fs::MetadataExt as _, path::PathBuf};
 
 use super::{
     cache::{Cache, TreeRecord},
@@ -74,14 +68,6 @@ impl Cache {
             blob.clone_from(name);
         }
         Ok(())
-    }
-
-    /// Writes a model's record anew; when the model was last used stays.
-    fn replace_record(&self, key: &str, record: &TreeRecord) -> io::Result<()> {
-        let (place, new) = (self.tree(key).join("tree.json"), self.tree(key).join("tree.json.new"));
-        fs::write(&new, serde_json::to_vec(record)?)?;
-        File::options().append(true).open(&new)?.set_modified(self.last_used(key))?;
-        fs::rename(new, place)
     }
 }
 

@@ -9,12 +9,14 @@ use std::{
 };
 
 use super::{
-    cache::{Cache, write_synced},
+    cache::{Cache, unless_missing, write_synced},
     content,
 };
 
 /// Ending of the name of a file with another node's word for a content.
 const TOLD: &str = "told";
+/// Ending of the name of the journal of a file's ranges.
+const DONE: &str = "done";
 
 /// A file that is being fetched.
 #[derive(Debug)]
@@ -66,11 +68,8 @@ impl Part {
     /// The disk refuses.
     pub(super) fn reset(&self) -> io::Result<()> {
         // In this order: the journal must not vouch for what no one told.
-        fs::remove_file(self.path.with_extension("done"))?;
-        match fs::remove_file(self.path.with_extension(TOLD)) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-            _ => Ok(()),
-        }
+        fs::remove_file(self.path.with_extension(DONE))?;
+        unless_missing(fs::remove_file(self.path.with_extension(TOLD)))
     }
 }
 
@@ -83,7 +82,7 @@ impl Cache {
         let directory = self.partial(key);
         fs::create_dir_all(&directory)?;
         let path = directory.join(format!("{number}.data"));
-        let journal = directory.join(format!("{number}.done"));
+        let journal = path.with_extension(DONE);
         let data = File::options().create(true).truncate(false).read(true).write(true).open(&path)?;
         let told = fs::read_to_string(path.with_extension(TOLD)).ok();
         // What may have come from another node cannot be compared without a name.

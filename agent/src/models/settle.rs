@@ -15,7 +15,7 @@ use std::{
 use tracing::{info, warn};
 
 use super::{
-    cache::{Cache, write_synced},
+    cache::{Cache, unless_missing, write_synced},
     landing::{self, Syncing},
     room::Room,
 };
@@ -60,10 +60,8 @@ impl Cache {
             Err(error) if error.kind() == io::ErrorKind::NotFound && self.record(key).is_none() => return Ok(false),
             synced => synced?,
         }
-        match fs::remove_file(self.tree(key).join(MARK)) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-            _ => Ok(true),
-        }
+        unless_missing(fs::remove_file(self.tree(key).join(MARK)))?;
+        Ok(true)
     }
 
     /// Keys of models that bear a mark, whatever else is there of them.
