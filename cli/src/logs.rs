@@ -31,6 +31,7 @@ pub async fn run(connection: ConnectionArgs, args: Args) -> Result<(), Failure> 
         replica: args.replica,
         follow: args.follow,
         tail_lines: args.tail,
+        ..Default::default()
     };
     let mut pieces = connection.client()?.logs(request).await?.into_inner();
     let mut last = String::new();

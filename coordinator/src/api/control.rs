@@ -413,7 +413,7 @@ impl ControlService {
                 replica: replica.clone(),
                 tail_lines: request.tail_lines,
                 follow: request.follow,
-                cancel: false,
+                ..Default::default()
             };
             if !session.tell(ToAgent::LogRequest(ask)) {
                 return Err(Status::unavailable(format!("the node of {replica} is not connected")));

@@ -76,6 +76,7 @@ fn revision_route(world: &World, revision: &RevisionState, percent: u8, tag: Str
                 ready: replica.ready(),
             })
             .collect(),
+        ..Default::default()
     }
 }
 
