@@ -64,3 +64,24 @@ async fn a_replica_that_fits_nowhere_says_why() {
     let described = cell.operator.must(&["describe", "isvc", "iris"]);
     assert!(described.contains("0/1 nodes fit: 1 with fewer than 4 free GPUs"), "{described}");
 }
+
+/// README's walk: through each gateway in turn, with the replica asleep and awake again in between.
+#[tokio::test(flavor = "multi_thread")]
+async fn both_gateways_are_served_again_after_the_replica_has_slept() {
+    let cell = Cell::start(vec![]).await;
+    let (a, b) = (cell.agent("a", 1).await, cell.agent("b", 1).await);
+    let limited = Iris { gpus: 1, container_concurrency: 1, ..Iris::default() };
+    assert_eq!(cell.operator.apply(&limited.yaml(), &[]).code, 0);
+    eventually("the route has arrived", || async {
+        let answer = a.gateway.post(HOST, PREDICT, TWO_FLOWERS).await.ok()?;
+        (answer.status == 200).then_some(())
+    })
+    .await;
+    for _ in 0..3 {
+        for gateway in [&a.gateway, &b.gateway, &a.gateway, &b.gateway] {
+            let answer = gateway.post(HOST, PREDICT, TWO_FLOWERS).await.unwrap();
+            assert_eq!((answer.status.as_u16(), answer.json()), (200, json!({"predictions": [1, 1]})));
+        }
+        cell.operator.replicas_are("iris", 1, "Asleep").await;
+    }
+}

@@ -1,6 +1,6 @@
 //! Sends a request to a replica on this node, or to the node that has it.
 
-use std::{collections::BTreeMap, io, sync::Arc, time::Duration};
+use std::{io, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use http::{HeaderName, HeaderValue, Request, Response, Uri, Version, header};
@@ -14,7 +14,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::{
     answer::{Body, BoxError},
-    nodes::Nodes,
+    peer_connections::PeerConnectionPool,
 };
 use crate::sidecar::Target;
 
@@ -61,28 +61,19 @@ pub enum Failure {
 pub struct Forwarder {
     http1: legacy::Client<HttpConnector, Body>,
     h2c: legacy::Client<HttpConnector, Body>,
-    nodes: Nodes,
+    nodes: Arc<PeerConnectionPool>,
 }
 
 impl Forwarder {
-    /// No connections yet.
-    pub fn new(connect: Arc<dyn Connect>) -> Self {
+    /// Uses `nodes` for requests to other nodes; no connections to replicas yet.
+    pub fn new(nodes: Arc<PeerConnectionPool>) -> Self {
         let mut connector = HttpConnector::new();
         connector.set_nodelay(true);
         connector.set_connect_timeout(Some(CONNECT_WITHIN));
         let mut builder = legacy::Client::builder(TokioExecutor::new());
         // Whether a request may be sent again is decided in one place, not here.
         builder.pool_timer(TokioTimer::new()).timer(TokioTimer::new()).set_host(false).retry_canceled_requests(false);
-        Self {
-            http1: builder.build(connector.clone()),
-            h2c: builder.http2_only(true).build(connector),
-            nodes: Nodes::new(connect),
-        }
-    }
-
-    /// Where nodes are now; connections to others are dropped.
-    pub fn addresses(&self, nodes: &BTreeMap<String, String>) {
-        self.nodes.addresses(nodes);
+        Self { http1: builder.build(connector.clone()), h2c: builder.http2_only(true).build(connector), nodes }
     }
 
     /// Sends a request to its target and waits for the head of the answer.

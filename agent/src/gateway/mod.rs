@@ -3,7 +3,7 @@
 //! In the order a request meets them: [`ingress`] (listener, limits), [`routes`] (which service),
 //! [`split`] (which revision), [`hold`] (waits for a slot, tries again), [`forward`] (to a replica here
 //! or to the node that has it); [`tokens`] counts what answers have. [`peer`] is the other end: requests
-//! that come from other nodes' gateways; [`egress`] is where replicas of this node begin: a transformer's
+//! that come from other nodes' gateways, over connections that `peer_connections` opens and `slot_stream` gets slots by; [`egress`] is where replicas of this node begin: a transformer's
 //! requests to its predictor. `weights` is models between nodes.
 
 pub mod answer;
@@ -13,9 +13,10 @@ pub mod forward;
 pub mod hold;
 pub mod ingress;
 pub mod metrics;
-mod nodes;
 pub mod peer;
+mod peer_connections;
 pub mod routes;
+mod slot_stream;
 pub mod split;
 #[cfg(test)]
 mod tests;
@@ -36,7 +37,8 @@ pub use routes::RouteTable;
 
 use crate::sidecar::{Demands, Sidecar};
 use forward::Forwarder;
-use nodes::Nodes;
+use peer_connections::PeerConnectionPool;
+use slot_stream::SlotStreams;
 
 /// What the data path is made with.
 pub struct Setup {
@@ -63,9 +65,9 @@ pub struct DataPath {
     early: Semaphore,
     pub(crate) forwarder: Forwarder,
     pub(crate) metrics: GatewayMetrics,
-    weights: Nodes,
-    connect: Arc<dyn Connect>,
-    bindings: Mutex<std::collections::BTreeMap<String, peer::Binding>>,
+    peers: Arc<PeerConnectionPool>,
+    /// Apart from the others: requests must not wait behind weights.
+    weights: PeerConnectionPool,
     reported: Mutex<Instant>,
 }
 
@@ -73,17 +75,18 @@ impl DataPath {
     /// Puts it together; it serves once listeners are given to it.
     pub fn new(setup: Setup) -> Arc<Self> {
         let sidecar = Sidecar::new();
+        let peers = Arc::new(PeerConnectionPool::new(Arc::clone(&setup.connect)));
+        SlotStreams::attach(&sidecar, Arc::clone(&peers));
         Arc::new(Self {
             routes: RouteTable::new(Arc::clone(&sidecar)),
             early: Semaphore::new(ingress::EARLY),
-            forwarder: Forwarder::new(Arc::clone(&setup.connect)),
+            forwarder: Forwarder::new(Arc::clone(&peers)),
+            peers,
             node: setup.node,
             max_request_body: setup.max_request_body,
             demands: setup.demands,
             metrics: setup.metrics,
-            weights: Nodes::new(Arc::clone(&setup.connect)),
-            connect: setup.connect,
-            bindings: Mutex::default(),
+            weights: PeerConnectionPool::new(setup.connect),
             reported: Mutex::new(Instant::now()),
             sidecar,
         })
@@ -94,18 +97,12 @@ impl DataPath {
         &self.sidecar
     }
 
-    /// Takes in routes, and opens and closes streams to other nodes accordingly.
-    pub fn apply_routes(self: &Arc<Self>, routes: pilotlight_proto::fleet::v1::Routes) {
+    /// Takes in routes. Connections to nodes are opened when requests need them.
+    pub fn apply_routes(&self, routes: pilotlight_proto::fleet::v1::Routes) {
         let nodes = self.routes.apply(&self.node, routes);
-        self.forwarder.addresses(&nodes);
-        self.weights.addresses(&nodes);
-        let mut bindings = self.bindings.lock().unwrap_or_else(PoisonError::into_inner);
-        bindings.retain(|node, binding| nodes.get(node).is_some_and(|address| binding.address() == address));
-        for (node, address) in nodes.iter().filter(|(node, _)| **node != self.node) {
-            bindings.entry(node.clone()).or_insert_with(|| {
-                peer::Binding::open(node, address, Arc::clone(&self.sidecar), Arc::clone(&self.connect))
-            });
-        }
+        self.peers.set_addresses(&nodes);
+        self.weights.set_addresses(&nodes);
+        self.sidecar.links().retain(|node| nodes.contains_key(node));
     }
 
     /// A new session has begun: routes of any version are taken next.

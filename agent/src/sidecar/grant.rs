@@ -7,15 +7,15 @@ use std::{
 
 use tokio::sync::oneshot;
 
-use super::queue::RevisionQueue;
+use super::{line::Place, queue::RevisionQueue};
 
 /// One of a replica's slots.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Slot {
     /// The replica.
     pub replica: String,
-    /// Which of its lives: one that is started again keeps its name, and owes nothing from before.
-    pub life: u64,
+    /// Guards against releasing a slot of a previous instance: a replica that is restarted keeps its name.
+    pub incarnation: u64,
 }
 
 /// Where a granted request goes.
@@ -36,7 +36,7 @@ pub enum Target {
         node: String,
         /// The replica.
         replica: String,
-        /// The offer taken; `None` where concurrency is not limited.
+        /// The offer taken; `None` if concurrency is not limited.
         offer: Option<u64>,
     },
 }
@@ -50,29 +50,29 @@ pub struct Grant {
     pub permit: Permit,
 }
 
-/// Gives back what a request held when it is dropped.
+/// Gives back what a request holds when it is dropped.
 #[derive(Debug)]
 pub struct Permit {
     queue: Weak<RevisionQueue>,
-    held: Held,
+    held: SlotKind,
     answered: bool,
 }
 
 /// What a granted request holds.
-#[derive(Debug, Clone)]
-pub(super) enum Held {
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum SlotKind {
     /// A slot of this node.
     Local(Slot),
-    /// A request under way to another node.
+    /// A request in flight to this other node.
     Peer(String),
 }
 
 impl Permit {
-    pub(super) fn new(queue: Weak<RevisionQueue>, held: Held) -> Self {
+    pub(super) fn new(queue: Weak<RevisionQueue>, held: SlotKind) -> Self {
         Self { queue, held, answered: false }
     }
 
-    /// The revision's queue, while it is there.
+    /// The revision's queue, while it exists.
     pub fn queue(&self) -> Option<Arc<RevisionQueue>> {
         self.queue.upgrade()
     }
@@ -81,11 +81,6 @@ impl Permit {
     pub fn answered(mut self) -> Self {
         self.answered = true;
         self
-    }
-
-    /// Drops it without giving anything back.
-    pub(super) fn forget(mut self) {
-        self.queue = Weak::new();
     }
 }
 
@@ -100,23 +95,23 @@ impl Drop for Permit {
 /// Why a request may not wait.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Refusal {
-    /// As many wait as may.
+    /// The queue is full.
     Full {
-        /// That many.
+        /// Requests that may wait.
         limit: usize,
     },
 }
 
-/// A request in line. Dropped, it leaves.
+/// A request in line. Dropped, it leaves the line, and gives back a slot that it was granted meanwhile.
 #[derive(Debug)]
 pub struct Waiting {
     pub(super) queue: Arc<RevisionQueue>,
-    pub(super) id: u64,
+    pub(super) place: Place,
     pub(super) granted: Option<oneshot::Receiver<Grant>>,
 }
 
 impl Waiting {
-    /// The slot, as soon as there is one. `None` only where the queue itself is gone.
+    /// Waits for the slot. `None` only if the queue itself is gone.
     pub async fn granted(mut self) -> Option<Grant> {
         let granted = self.granted.as_mut()?;
         let grant = granted.await.ok();
@@ -124,7 +119,7 @@ impl Waiting {
         grant
     }
 
-    /// The slot, where there is one already.
+    /// The slot, if it was granted already.
     pub fn now(&mut self) -> Option<Grant> {
         let grant = self.granted.as_mut()?.try_recv().ok();
         if grant.is_some() {
@@ -136,11 +131,9 @@ impl Waiting {
 
 impl Drop for Waiting {
     fn drop(&mut self) {
-        if let Some(mut granted) = self.granted.take() {
-            granted.close();
-            // Dropping a grant that came meanwhile gives its slot to the next.
-            drop(granted.try_recv());
-            self.queue.left(self.id);
+        if self.granted.is_some() {
+            // If it was granted meanwhile, the channel drops the grant, and that gives back the slot.
+            self.queue.leave(self.place);
         }
     }
 }

@@ -1,21 +1,36 @@
 //! Per revision on this node: replicas and their slots, requests that wait, offers to other gateways.
 //!
-//! A request waits at the gateway it entered by and is bound to a replica only when one has a free
-//! slot. Slots of this node's replicas go, in order of arrival, to requests that wait here and to
-//! gateways elsewhere that have said how many wait there ([`queue`], with its books in `slots`). [`load`]
-//! counts requests, [`tokens`] counts tokens.
+//! A request waits at the gateway it entered by and is bound to a replica only when one has a free slot. Slots of this
+//! node's replicas go, in order of arrival, to requests that wait here and to gateways elsewhere that have announced
+//! how many wait there.
+//!
+//! - [`slots`] decides who gets which slot, without I/O; it is made of [`line`], the order of arrival, and [`credit`],
+//!   the flow control of offers between nodes (see `peer.proto`).
+//! - [`queue`] is one revision: its slots under a lock. [`registry`] is all of them, and the offers that are open.
+//! - [`links`] says which streams to other nodes have something to announce.
+//! - [`load`] counts requests, [`tokens`] counts tokens.
 
+mod credit;
 pub mod grant;
+mod line;
+pub mod links;
 pub mod load;
+#[cfg(test)]
+mod protocol_tests;
 pub mod queue;
 mod registry;
+#[cfg(all(test, feature = "shuttle"))]
+mod shuttle_tests;
 mod slots;
+mod sync;
 #[cfg(test)]
 mod tests;
 pub mod tokens;
 
+pub use credit::Credit;
 pub use grant::{Grant, Permit, Refusal, Slot, Target, Waiting};
+pub use links::{Announcer, Link, OpenStream};
 pub use queue::RevisionQueue;
-pub use registry::{Demands, OfferSink, Sidecar};
+pub use registry::{Demands, GatewayStream, OFFER_LAPSE, OfferSender, Sidecar};
 pub use slots::Limits;
 pub use tokens::{TokenCount, TokenLoad};

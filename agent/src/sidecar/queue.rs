@@ -1,59 +1,126 @@
-//! One revision on one node: who waits, which slots are free, and who gets the next one.
+//! One revision on one node: its [`Slots`] under a lock, and the effects of each change.
 //!
-//! All of it lies under one lock per revision that is held for a few steps and never across a wait.
+//! The lock is held for a few steps and never across a wait. Grants and offers are delivered after it is released.
 
 use std::{
     collections::BTreeMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    sync::{Arc, Weak},
     time::Duration,
 };
 
 use pilotlight_proto::fleet::v1::{ReplicaLoad, RevisionLoad};
 use tokio::{
-    sync::{Notify, oneshot, watch},
+    sync::{Notify, oneshot},
     time::Instant,
 };
 
 use super::{
-    grant::{Grant, Held, Permit, Refusal, Slot, Target, Waiting},
-    registry::OfferSink,
-    slots::{Gateway, Limits, State, Ticket, Waiter},
+    credit::{Credit, Sequence},
+    grant::{Grant, Permit, Refusal, Slot, SlotKind, Target, Waiting},
+    line::Place,
+    links::Links,
+    load::Load,
+    registry::Offers,
+    slots::{Effect, GatewayId, Limits, Slots},
+    sync::{Mutex, MutexGuard, lock},
     tokens::TokenLoad,
 };
 use crate::endpoint::LocalReplica;
 
-/// An offer to another node's gateway that is not used within this time is void.
-pub const OFFER_LAPSE: Duration = Duration::from_secs(5);
+/// Limits of a revision before its first route.
+const DEFAULT_LIMITS: Limits = Limits { queue: 1000, timeout: Duration::from_secs(300), concurrency: 0 };
+
+/// What all revisions of a node share.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Shared {
+    /// Epochs and offers.
+    pub(super) sequence: Sequence,
+    /// Offers to other gateways.
+    pub(super) offers: Arc<Offers>,
+    /// Streams to nodes that offer slots.
+    pub(super) links: Arc<Links>,
+}
 
 /// One revision as seen from one node.
 #[derive(Debug)]
 pub struct RevisionQueue {
-    key: String,
+    key: Arc<str>,
     state: Mutex<State>,
-    /// Under a lock of its own: streams change it with every event.
+    /// Has its own lock: streams change it with every event.
     tokens: Arc<TokenLoad>,
-    /// Wakes those who tell other nodes how many wait here.
-    wants: watch::Sender<u64>,
+    shared: Shared,
     own: Weak<Self>,
 }
 
+/// State of the queue; protected by [`RevisionQueue::state`].
+#[derive(Debug)]
+struct State {
+    slots: Slots<oneshot::Sender<Grant>>,
+    load: Load,
+}
+
 impl RevisionQueue {
-    /// An empty one; `wants` is woken when another number waits.
-    pub fn new(key: &str, wants: watch::Sender<u64>) -> Arc<Self> {
+    /// A queue without replicas or requests.
+    pub(super) fn new(key: &str, shared: Shared) -> Arc<Self> {
         let now = Instant::now();
-        let limits = Limits { queue: 1000, timeout: Duration::from_secs(300), concurrency: 0 };
         Arc::new_cyclic(|own| Self {
-            key: key.to_owned(),
-            wants,
+            key: key.into(),
             own: own.clone(),
-            state: Mutex::new(State::new(limits, now)),
+            state: Mutex::new(State {
+                slots: Slots::new(DEFAULT_LIMITS, shared.sequence.clone()),
+                load: Load::new(now),
+            }),
             tokens: TokenLoad::new(now),
+            shared,
         })
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        // A panic elsewhere leaves at worst a miscounted slot; going on serves everybody else.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
+    }
+
+    /// Makes a change, updates the load, and delivers what follows from it.
+    fn change<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
+        let mut state = self.lock();
+        let before = state.slots.waiting();
+        let result = change(&mut state);
+        let effects = state.slots.dispatch();
+        let now = Instant::now();
+        let waiting = state.slots.waiting();
+        if waiting != before {
+            state.load.waiting(waiting as u64, now);
+            self.announce(&state);
+        }
+        let (running, draining) = state.slots.running_and_draining();
+        state.load.running(running, draining, now);
+        drop(state);
+        for effect in effects {
+            self.deliver(effect);
+        }
+        result
+    }
+
+    /// Has the streams announce how many slots are wanted now.
+    fn announce(&self, state: &State) {
+        let waiting = state.slots.waiting() > 0;
+        for node in state.slots.lending_nodes() {
+            self.shared.links.mark(node, &self.key, waiting);
+        }
+    }
+
+    fn deliver(&self, effect: Effect<oneshot::Sender<Grant>>) {
+        match effect {
+            // If the request has gone this very moment, the grant is dropped here, and its slot goes to the next.
+            Effect::Grant { waiter, held, target } => drop(waiter.send(self.grant(held, target))),
+            Effect::Offer { gateway, epoch, slot } => {
+                let Some(queue) = self.own.upgrade() else { return };
+                self.shared.offers.send(gateway, epoch, &queue, slot);
+            }
+        }
+    }
+
+    fn grant(&self, held: SlotKind, target: Target) -> Grant {
+        Grant { target, permit: Permit::new(self.own.clone(), held) }
     }
 
     /// `<namespace>/<revision>`.
@@ -61,25 +128,19 @@ impl RevisionQueue {
         &self.key
     }
 
-    /// What routes say: limits, and which other nodes have ready replicas.
+    /// Replaces what routes say: limits, and the ready replicas of other nodes by node.
     pub fn route(&self, limits: Limits, peers: BTreeMap<String, Vec<String>>) {
-        let mut state = self.lock();
-        state.limits = limits;
-        state.peers.retain(|node, peer| {
-            peer.ready = peers.get(node).cloned().unwrap_or_default();
-            !peer.ready.is_empty() || peer.in_flight > 0
+        self.change(|state| {
+            // Nodes that have no ready replica any more must not offer in vain.
+            self.announce(state);
+            state.slots.route(limits, peers);
+            self.announce(state);
         });
-        for (node, ready) in peers {
-            state.peers.entry(node).or_default().ready = ready;
-        }
-        self.pump(&mut state);
-        drop(state);
-        self.wants.send_modify(|changes| *changes += 1);
     }
 
-    /// Limits that hold now.
+    /// Limits that apply now.
     pub fn limits(&self) -> Limits {
-        self.lock().limits
+        self.lock().slots.limits
     }
 
     /// Tokens of its requests.
@@ -95,261 +156,150 @@ impl RevisionQueue {
     /// Asks for a slot. `again` puts the request at the head of the line: it has waited before.
     ///
     /// # Errors
-    /// As many requests wait as may.
+    /// The queue is full.
     pub fn enter(self: &Arc<Self>, again: bool) -> Result<Waiting, Refusal> {
         let (grant, granted) = oneshot::channel();
-        let mut state = self.lock();
-        let limit = state.limits.queue;
-        if state.waiters.len() >= limit && !again {
-            // A slot may be free all the same.
-            if !state.any_slot() {
-                return Err(Refusal::Full { limit });
+        let place = self.change(|state| {
+            if !again && state.slots.is_full() {
+                return Err(Refusal::Full { limit: state.slots.limits.queue });
             }
-        }
-        let id = state.next_waiter;
-        state.next_waiter += 1;
-        let waiter = Waiter { id, grant };
-        if again {
-            state.waiters.push_front(waiter);
-            state.tickets.push_front(Ticket::Here);
-        } else {
-            state.waiters.push_back(waiter);
-            state.tickets.push_back(Ticket::Here);
-        }
-        state.count_waiting();
-        self.pump(&mut state);
-        drop(state);
-        self.wants.send_modify(|changes| *changes += 1);
-        Ok(Waiting { queue: Arc::clone(self), id, granted: Some(granted) })
+            Ok(state.slots.enter(grant, again))
+        })?;
+        Ok(Waiting { queue: Arc::clone(self), place, granted: Some(granted) })
     }
 
-    /// True where some replica, here or elsewhere, is ready.
+    /// Removes a request that no longer waits. One that has been granted a slot is not in line any more.
+    pub(super) fn leave(&self, place: Place) {
+        self.change(|state| state.slots.leave(place));
+    }
+
+    /// `true` if some replica, here or elsewhere, is ready.
     pub fn any_ready(&self) -> bool {
-        self.lock().any_ready()
+        self.lock().slots.any_ready()
     }
 
-    /// Requests that wait here, and offers seen from `node`, for telling that node.
-    pub fn want(&self, node: &str) -> Option<(u64, u64)> {
-        let state = self.lock();
-        let peer = state.peers.get(node)?;
-        let wanted =
-            if peer.ready.is_empty() || state.limits.concurrency == 0 { 0 } else { state.waiters.len() as u64 };
-        Some((wanted, peer.offers_seen))
+    /// Requests that wait here now.
+    pub fn waiting(&self) -> usize {
+        self.lock().slots.waiting()
     }
 
-    /// A new stream to `node`: its counts begin anew.
-    pub fn bound_anew(&self, node: &str) {
-        if let Some(peer) = self.lock().peers.get_mut(node) {
-            peer.offers_seen = 0;
-        }
+    // ── Offers of other nodes ────────────────────────────────────────────────────────────────────────────
+
+    /// The credit to announce to `node` on this stream; `None` if the node knows it already.
+    pub fn update_credit(&self, node: &str, stream: u64) -> Option<Credit> {
+        self.lock().slots.update_credit(node, stream)
     }
 
-    /// Another node offers a slot. False where nobody waits any more.
-    pub fn offered(&self, node: &str, replica: String, offer: u64) -> bool {
-        let mut state = self.lock();
-        state.peers.entry(node.to_owned()).or_default().offers_seen += 1;
+    /// `true` if requests wait here for an offer of this node.
+    pub fn wants_offers_of(&self, node: &str) -> bool {
+        self.lock().slots.wants_offers_of(node)
+    }
+
+    /// Takes an offer of another node. Returns `false` if no request waits: the offer is to be declined.
+    pub fn accept_offer(&self, node: &str, replica: String, offer: u64, epoch: u64) -> bool {
+        let accepted = self.change(|state| state.slots.accept_offer(node, epoch));
+        let Some((waiter, held)) = accepted else { return false };
         let target = Target::Peer { node: node.to_owned(), replica, offer: Some(offer) };
-        let taken = self.give(&mut state, Held::Peer(node.to_owned()), target);
-        if taken {
-            state.stale += 1;
-        }
-        drop(state);
-        self.wants.send_modify(|changes| *changes += 1);
-        taken
-    }
-
-    /// Another node's gateway says how many wait there.
-    pub fn wanted(&self, gateway: u64, sink: &OfferSink, waiting: u64, offers_seen: u64) {
-        let mut state = self.lock();
-        let entry =
-            state.gateways.entry(gateway).or_insert_with(|| Gateway { sink: sink.clone(), tickets: 0, offers_sent: 0 });
-        // Offers on their way will each serve one of those who wait.
-        let on_their_way = entry.offers_sent.saturating_sub(offers_seen);
-        let wanted = waiting.saturating_sub(on_their_way) as usize;
-        let have = entry.tickets;
-        entry.tickets = wanted;
-        if wanted >= have {
-            state.tickets.extend(std::iter::repeat_n(Ticket::Gateway(gateway), wanted - have));
-        } else {
-            let mut surplus = have - wanted;
-            // The newest places go; the older ones were waited for.
-            for index in (0..state.tickets.len()).rev() {
-                if surplus == 0 {
-                    break;
-                }
-                if state.tickets[index] == Ticket::Gateway(gateway) {
-                    state.tickets.remove(index);
-                    surplus -= 1;
-                }
-            }
-        }
-        self.pump(&mut state);
-    }
-
-    /// Another node's gateway is gone.
-    pub fn gateway_gone(&self, gateway: u64) {
-        let mut state = self.lock();
-        if state.gateways.remove(&gateway).is_some() {
-            state.tickets.retain(|ticket| *ticket != Ticket::Gateway(gateway));
+        match waiter.send(self.grant(held, target)) {
+            Ok(()) => true,
+            // It has gone this very moment; the offer is for the next.
+            Err(Grant { target: Target::Peer { replica, .. }, .. }) => self.accept_offer(node, replica, offer, 0),
+            Err(_) => false,
         }
     }
 
-    /// An offer is used: its slot is taken now. `None` where its replica has ended meanwhile.
-    pub fn use_offer(&self, slot: Slot) -> Option<Grant> {
-        let mut state = self.lock();
-        state.offer_over(&slot);
-        self.occupy(&mut state, slot)
+    // ── Gateways of other nodes ──────────────────────────────────────────────────────────────────────────
+
+    /// Takes in the credit of another node's gateway. Returns `false` if the gateway has no account any more.
+    pub fn receive_credit(&self, gateway: GatewayId, credit: Credit) -> bool {
+        self.change(|state| state.slots.receive_credit(gateway, credit))
     }
 
-    /// An offer was given back, or has lapsed.
-    pub fn withdraw_offer(&self, slot: &Slot) {
-        let mut state = self.lock();
-        state.offer_over(slot);
-        self.pump(&mut state);
+    /// Removes another node's gateway.
+    pub fn remove_gateway(&self, gateway: GatewayId) {
+        self.change(|state| state.slots.remove_gateway(gateway));
     }
 
-    /// A request of another node's gateway for a replica without a limit.
+    /// A request comes with an offer: its slot is in use from now on. `None` if its replica has ended since.
+    pub fn use_offer(&self, slot: &Slot) -> Option<Grant> {
+        let (held, target) = self.change(|state| state.slots.use_reservation(slot))?;
+        Some(self.grant(held, target))
+    }
+
+    /// An offer was declined, or has lapsed.
+    pub fn cancel_offer(&self, slot: &Slot) {
+        self.change(|state| state.slots.cancel_reservation(slot));
+    }
+
+    /// A request of another node's gateway for a replica without a concurrency limit.
     pub fn admit(&self, replica: &str) -> Option<Grant> {
-        let mut state = self.lock();
-        let limit = state.limits.concurrency;
-        let slot = state.replicas.get(replica).filter(|local| local.free(limit))?.slot();
-        self.occupy(&mut state, slot)
+        let (held, target) = self.change(|state| state.slots.admit(replica))?;
+        Some(self.grant(held, target))
     }
 
-    /// A replica on this node is ready.
+    /// `true` if gateways of other nodes want slots here.
+    pub fn has_gateways(&self) -> bool {
+        self.lock().slots.has_gateways()
+    }
+
+    // ── Replicas of this node ────────────────────────────────────────────────────────────────────────────
+
+    /// A replica on this node is ready, for the first time or again; one that was draining is taken back.
     pub fn ready(&self, replica: LocalReplica) {
-        let mut state = self.lock();
-        state.ready(replica);
-        self.pump(&mut state);
+        self.change(|state| {
+            state.load.changed();
+            state.slots.add_ready(replica);
+        });
     }
 
     /// Its probe fails: no new requests.
     pub fn not_ready(&self, replica: &str) {
-        if let Some(local) = self.lock().replicas.get_mut(replica) {
-            local.ready = false;
-        }
+        self.change(|state| state.slots.set_not_ready(replica));
     }
 
-    /// No new requests, until it is ready anew; those that run go on.
+    /// No new requests until it is ready again; running ones continue.
     pub fn drain(&self, replica: &str) {
-        let mut state = self.lock();
-        if let Some(local) = state.replicas.get_mut(replica) {
-            local.draining = true;
-        }
-        state.count_running();
+        self.change(|state| state.slots.drain(replica));
     }
 
-    /// `None` where it runs nothing and nothing is promised; else what to wait for.
-    pub fn idle(&self, replica: &str) -> Option<Arc<Notify>> {
-        let state = self.lock();
-        let local = state.replicas.get(replica)?;
-        (local.running + local.offered > 0).then(|| Arc::clone(&local.idle))
+    /// What to wait for until the replica runs no request and no slot of it is reserved; `None` if that is so.
+    pub fn busy(&self, replica: &str) -> Option<Arc<Notify>> {
+        self.lock().slots.busy(replica)
     }
 
     /// The replica is gone.
     pub fn remove(&self, replica: &str) {
-        let mut state = self.lock();
-        if let Some(local) = state.replicas.remove(replica) {
-            local.idle.notify_waiters();
-        }
-        state.count_running();
-        state.load.changed();
+        self.change(|state| {
+            state.load.changed();
+            state.slots.remove(replica);
+        });
     }
 
-    /// The load since the last report; `None` where there is nothing to say.
+    /// The load since the last report; `None` if there is nothing to report.
     pub fn report(&self, now: Instant) -> Option<RevisionLoad> {
         let mut state = self.lock();
         let tokens_in_flight = self.tokens.take(now);
-        let replicas = !state.replicas.is_empty();
-        let load = state.load.take(now, replicas)?;
-        let replicas = state.replicas.values();
-        Some(RevisionLoad {
-            revision: self.key.clone(),
-            tokens_in_flight,
-            replicas: replicas
-                .map(|local| ReplicaLoad { replica: local.replica.name.clone(), running: u64::from(local.running) })
-                .collect(),
-            ..load
-        })
+        let has_replicas = state.slots.has_replicas();
+        let load = state.load.take(now, has_replicas)?;
+        let replicas = state.slots.running();
+        let replicas =
+            replicas.map(|(replica, running)| ReplicaLoad { replica: replica.to_owned(), running: running.into() });
+        Some(RevisionLoad { revision: self.key.to_string(), tokens_in_flight, replicas: replicas.collect(), ..load })
     }
 
-    /// True where nothing is kept here that could not be made anew.
-    pub fn disposable(&self) -> bool {
+    /// `true` if nothing is kept here that could not be created again.
+    pub fn is_disposable(&self) -> bool {
         let state = self.lock();
-        state.waiters.is_empty() && state.replicas.is_empty() && state.gateways.is_empty() && state.load.told_quiet()
-    }
-
-    /// Gives free slots to those next in line.
-    fn pump(&self, state: &mut State) {
-        while state.any_local_slot() {
-            match state.tickets.pop_front() {
-                // Its waiter, the oldest then, has been served elsewhere.
-                Some(Ticket::Here) if state.stale > 0 => state.stale -= 1,
-                Some(Ticket::Here) => {
-                    let Some((held, target)) = state.local_slot() else { break };
-                    self.give(state, held, target);
-                }
-                Some(Ticket::Gateway(gateway)) => state.offer(gateway),
-                None => break,
-            }
-        }
-        // Without a limit no offers are needed: the request can be sent at once.
-        while state.limits.concurrency == 0 && !state.waiters.is_empty() {
-            let Some((held, target)) = state.peer_slot() else { break };
-            if self.give(state, held, target) {
-                state.stale += 1;
-            }
-        }
-    }
-
-    /// Grants the target to the first waiter who is still there.
-    fn give(&self, state: &mut State, held: Held, mut target: Target) -> bool {
-        while let Some(waiter) = state.waiters.pop_front() {
-            if waiter.grant.is_closed() {
-                state.stale += 1;
-                continue;
-            }
-            state.occupy(&held);
-            state.count_waiting();
-            let permit = Permit::new(self.own.clone(), held.clone());
-            // It may have gone this very moment; then its slot goes to the next.
-            let Err(back) = waiter.grant.send(Grant { target, permit }) else { return true };
-            state.stale += 1;
-            state.vacate(&held);
-            // The permit must not ask for the lock that is held here.
-            back.permit.forget();
-            target = back.target;
-        }
-        state.count_waiting();
-        false
-    }
-
-    /// Takes a slot for a request that has come from another node.
-    fn occupy(&self, state: &mut State, slot: Slot) -> Option<Grant> {
-        let (held, target) = state.occupy_local(slot)?;
-        Some(Grant { target, permit: Permit::new(self.own.clone(), held) })
+        state.slots.is_empty() && state.load.told_quiet()
     }
 
     /// A request has ended, or was never sent.
-    pub(super) fn release(&self, held: &Held, answered: bool) {
-        let mut state = self.lock();
-        if answered && matches!(held, Held::Local(_)) {
-            state.load.completed();
-        }
-        state.vacate(held);
-        self.pump(&mut state);
-    }
-
-    /// A waiter has gone.
-    pub(super) fn left(&self, id: u64) {
-        let mut state = self.lock();
-        let before = state.waiters.len();
-        state.waiters.retain(|waiter| waiter.id != id);
-        if state.waiters.len() < before {
-            state.stale += 1;
-        }
-        state.count_waiting();
-        drop(state);
-        self.wants.send_modify(|changes| *changes += 1);
+    pub(super) fn release(&self, held: &SlotKind, answered: bool) {
+        self.change(|state| {
+            if answered && matches!(held, SlotKind::Local(_)) {
+                state.load.completed();
+            }
+            state.slots.release(held);
+        });
     }
 }

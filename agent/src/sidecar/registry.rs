@@ -1,28 +1,33 @@
-//! All revisions of this node, and the offers that are open.
+//! All revisions of this node, and the offers to other gateways that are open.
 
 use std::{
-    collections::{BTreeMap, HashMap},
-    sync::{
-        Arc, Mutex, PoisonError, RwLock, Weak,
-        atomic::{AtomicU64, Ordering},
-    },
+    collections::{BTreeMap, HashMap, VecDeque},
+    sync::{Arc, PoisonError, RwLock},
+    time::Duration,
 };
 
 use futures::future::BoxFuture;
 use pilotlight_proto::{fleet::v1 as fleet, peer::v1 as peer};
-use tokio::{
-    sync::{mpsc, watch},
-    time::Instant,
-};
+use tokio::{sync::mpsc, time::Instant};
 
 use super::{
+    credit::{Credit, Sequence},
     grant::{Grant, Slot},
-    queue::{OFFER_LAPSE, RevisionQueue},
+    links::Links,
+    queue::{RevisionQueue, Shared},
+    slots::GatewayId,
+    sync::{Mutex, lock},
 };
 use crate::endpoint::{Endpoints, LocalReplica};
 
+/// An offer to another node's gateway that is not used within this time is void.
+pub const OFFER_LAPSE: Duration = Duration::from_secs(5);
+
 /// Where demands go. One that finds it full is dropped: the next report says the same.
 pub type Demands = mpsc::Sender<fleet::Demand>;
+
+/// Where the offers to one gateway go.
+pub type OfferSender = mpsc::UnboundedSender<peer::BindResponse>;
 
 /// This node's side of the data path.
 #[derive(Debug)]
@@ -30,85 +35,132 @@ pub struct Sidecar {
     revisions: RwLock<HashMap<String, Arc<RevisionQueue>>>,
     /// Replica → revision, for this node's replicas.
     replicas: Mutex<BTreeMap<String, String>>,
-    offers: Mutex<HashMap<u64, Offered>>,
-    next: AtomicU64,
-    wants: watch::Sender<u64>,
-    own: Weak<Self>,
+    shared: Shared,
+}
+
+/// Offers that are neither used, declined nor lapsed.
+#[derive(Debug, Default)]
+pub(super) struct Offers {
+    sequence: Sequence,
+    state: Mutex<OfferTable>,
+}
+
+#[derive(Debug, Default)]
+struct OfferTable {
+    open: HashMap<u64, Offered>,
+    /// In the order in which they lapse; may name offers that are not open any more.
+    by_age: VecDeque<(Instant, u64)>,
+    gateways: HashMap<GatewayId, OfferSender>,
 }
 
 #[derive(Debug)]
 struct Offered {
-    gateway: u64,
+    gateway: GatewayId,
     revision: Arc<RevisionQueue>,
     slot: Slot,
 }
 
-/// Sends offers to one gateway elsewhere.
-#[derive(Debug, Clone)]
-pub struct OfferSink {
-    gateway: u64,
-    revision: Weak<RevisionQueue>,
-    sidecar: Weak<Sidecar>,
-    sender: mpsc::UnboundedSender<peer::BindResponse>,
-}
-
-impl OfferSink {
-    /// Offers a slot. False where the gateway is gone.
-    pub(super) fn offer(&self, slot: &Slot) -> bool {
-        let (Some(sidecar), Some(revision)) = (self.sidecar.upgrade(), self.revision.upgrade()) else { return false };
-        let offer = sidecar.next.fetch_add(1, Ordering::Relaxed);
+impl Offers {
+    /// Sends an offer of a reserved slot. If the gateway is gone, the slot is free again.
+    pub(super) fn send(&self, gateway: GatewayId, epoch: u64, revision: &Arc<RevisionQueue>, slot: Slot) {
+        let offer = self.sequence.next();
         let message = peer::Offer {
             offer,
             revision: revision.key().to_owned(),
             replica: slot.replica.clone(),
             lapse_ms: OFFER_LAPSE.as_millis() as u32,
+            epoch,
         };
         let response = peer::BindResponse { message: Some(peer::bind_response::Message::Offer(message)) };
-        let offered = Offered { gateway: self.gateway, revision, slot: slot.clone() };
-        sidecar.offers().insert(offer, offered);
-        if self.sender.send(response).is_err() {
-            sidecar.offers().remove(&offer);
-            return false;
+        let mut table = lock(&self.state);
+        // The offer is in the table before the gateway can use it.
+        if table.gateways.get(&gateway).is_some_and(|sender| sender.send(response).is_ok()) {
+            table.open.insert(offer, Offered { gateway, revision: Arc::clone(revision), slot });
+            table.by_age.push_back((Instant::now() + OFFER_LAPSE, offer));
+            return;
         }
-        let sidecar = Weak::clone(&self.sidecar);
-        tokio::spawn(async move {
-            tokio::time::sleep(OFFER_LAPSE).await;
-            if let Some(sidecar) = sidecar.upgrade() {
-                sidecar.decline(offer);
-            }
-        });
-        true
+        drop(table);
+        revision.cancel_offer(&slot);
+    }
+
+    fn take(&self, offer: u64) -> Option<Offered> {
+        lock(&self.state).open.remove(&offer)
+    }
+
+    /// Removes offers that have lapsed by `now`.
+    fn take_lapsed(&self, now: Instant) -> Vec<Offered> {
+        let mut table = lock(&self.state);
+        let mut lapsed = Vec::new();
+        while table.by_age.front().is_some_and(|(lapses_at, _)| *lapses_at <= now) {
+            let offered = table.by_age.pop_front().and_then(|(_, offer)| table.open.remove(&offer));
+            lapsed.extend(offered);
+        }
+        lapsed
+    }
+
+    fn remove_gateway(&self, gateway: GatewayId) -> Vec<Offered> {
+        let mut table = lock(&self.state);
+        table.gateways.remove(&gateway);
+        let of_gateway = table.open.extract_if(|_, offered| offered.gateway == gateway);
+        of_gateway.map(|(_, offered)| offered).collect()
+    }
+}
+
+/// A stream from another node's gateway. When dropped, the gateway's claims and unused offers are gone.
+#[derive(Debug)]
+pub struct GatewayStream {
+    sidecar: Arc<Sidecar>,
+    gateway: GatewayId,
+    /// Revisions for which it has an account.
+    claimed: HashMap<String, Arc<RevisionQueue>>,
+}
+
+impl GatewayStream {
+    /// Takes in how many slots the gateway wants.
+    pub fn receive_credit(&mut self, revision: String, credit: Credit) {
+        let known = self.claimed.remove(&revision);
+        if credit.limit == 0 && known.is_none() {
+            return;
+        }
+        let queue = known.unwrap_or_else(|| self.sidecar.revision(&revision));
+        if queue.receive_credit(self.gateway, credit) {
+            self.claimed.insert(revision, queue);
+        }
+    }
+
+    /// Frees the slot of an offer that is declined. Nothing happens if it was used or has lapsed.
+    pub fn decline(&self, offer: u64) {
+        self.sidecar.cancel(self.sidecar.shared.offers.take(offer));
+    }
+}
+
+impl Drop for GatewayStream {
+    fn drop(&mut self) {
+        for queue in self.claimed.values() {
+            queue.remove_gateway(self.gateway);
+        }
+        self.sidecar.cancel(self.sidecar.shared.offers.remove_gateway(self.gateway));
     }
 }
 
 impl Sidecar {
-    /// An empty one.
+    /// No revisions yet.
     pub fn new() -> Arc<Self> {
-        Arc::new_cyclic(|own| Self {
-            revisions: RwLock::default(),
-            replicas: Mutex::default(),
-            offers: Mutex::default(),
-            next: AtomicU64::new(1),
-            wants: watch::Sender::new(0),
-            own: own.clone(),
-        })
+        Arc::new(Self { revisions: RwLock::default(), replicas: Mutex::default(), shared: Shared::default() })
     }
 
-    fn offers(&self) -> std::sync::MutexGuard<'_, HashMap<u64, Offered>> {
-        self.offers.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// The queue of a revision, made where there is none.
+    /// The queue of a revision, created if there is none.
     pub fn revision(&self, key: &str) -> Arc<RevisionQueue> {
         if let Some(queue) = self.existing(key) {
             return queue;
         }
         let mut revisions = self.revisions.write().unwrap_or_else(PoisonError::into_inner);
-        let queue = revisions.entry(key.to_owned()).or_insert_with(|| RevisionQueue::new(key, self.wants.clone()));
+        let queue = revisions.entry(key.to_owned()).or_insert_with(|| RevisionQueue::new(key, self.shared.clone()));
         Arc::clone(queue)
     }
 
-    fn existing(&self, key: &str) -> Option<Arc<RevisionQueue>> {
+    /// The queue of a revision, if there is one.
+    pub fn existing(&self, key: &str) -> Option<Arc<RevisionQueue>> {
         self.revisions.read().unwrap_or_else(PoisonError::into_inner).get(key).cloned()
     }
 
@@ -117,70 +169,60 @@ impl Sidecar {
         self.revisions.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
     }
 
-    /// Forgets a revision that has no route any more, unless something of it is left here.
+    /// Removes a revision that has no route any more, unless something of it is left here.
     pub fn forget(&self, key: &str) {
         let mut revisions = self.revisions.write().unwrap_or_else(PoisonError::into_inner);
-        if revisions.get(key).is_some_and(|queue| queue.disposable()) {
+        if revisions.get(key).is_some_and(|queue| queue.is_disposable()) {
             revisions.remove(key);
         }
     }
 
-    /// Changes when another number of requests waits for some revision.
-    pub fn wants(&self) -> watch::Receiver<u64> {
-        self.wants.subscribe()
+    /// Links to nodes that offer slots to this one.
+    pub fn links(&self) -> &Links {
+        &self.shared.links
     }
 
-    /// A number for a stream from another node's gateway.
-    pub fn new_gateway(&self) -> u64 {
-        self.next.fetch_add(1, Ordering::Relaxed)
+    /// A number that identifies a new stream to another node.
+    pub fn new_stream(&self) -> u64 {
+        self.shared.sequence.next()
     }
 
-    /// A gateway elsewhere says how many requests wait there.
-    pub fn wanted(&self, gateway: u64, want: &peer::Want, sender: &mpsc::UnboundedSender<peer::BindResponse>) {
-        let queue = self.revision(&want.revision);
-        let sink =
-            OfferSink { gateway, revision: Arc::downgrade(&queue), sidecar: self.own.clone(), sender: sender.clone() };
-        queue.wanted(gateway, &sink, want.waiting, want.offers_seen);
+    /// A new stream from another node's gateway, whose offers go to `sender`.
+    pub fn open_gateway(self: &Arc<Self>, sender: OfferSender) -> GatewayStream {
+        let gateway = self.shared.sequence.next();
+        lock(&self.shared.offers.state).gateways.insert(gateway, sender);
+        GatewayStream { sidecar: Arc::clone(self), gateway, claimed: HashMap::new() }
     }
 
-    /// A gateway elsewhere is gone, with its wants and unused offers.
-    pub fn gateway_gone(&self, gateway: u64) {
-        for queue in self.revisions() {
-            queue.gateway_gone(gateway);
-        }
-        let open: Vec<u64> =
-            self.offers().iter().filter(|(_, offered)| offered.gateway == gateway).map(|(offer, _)| *offer).collect();
-        for offer in open {
-            self.decline(offer);
-        }
+    /// Frees the slots of offers that have lapsed by `now`.
+    pub fn cancel_lapsed_offers(&self, now: Instant) {
+        self.cancel(self.shared.offers.take_lapsed(now));
     }
 
-    /// An offer was given back, or has lapsed. Nothing happens where it was used.
-    pub fn decline(&self, offer: u64) {
-        let offered = self.offers().remove(&offer);
-        if let Some(offered) = offered {
-            offered.revision.withdraw_offer(&offered.slot);
+    fn cancel(&self, offers: impl IntoIterator<Item = Offered>) {
+        for offered in offers {
+            offered.revision.cancel_offer(&offered.slot);
         }
     }
 
     /// A request that comes with an offer: its slot, once.
     pub fn use_offer(&self, offer: u64) -> Option<Grant> {
-        let offered = self.offers().remove(&offer)?;
-        offered.revision.use_offer(offered.slot)
+        let offered = self.shared.offers.take(offer)?;
+        offered.revision.use_offer(&offered.slot)
     }
 
-    /// A request from another node without an offer: a slot where concurrency is not limited.
+    /// A request from another node without an offer: a slot of a replica whose concurrency is not limited.
     pub fn admit(&self, replica: &str) -> Option<Grant> {
         self.of(replica)?.admit(replica)
     }
 
     fn of(&self, replica: &str) -> Option<Arc<RevisionQueue>> {
-        let key = self.replicas.lock().unwrap_or_else(PoisonError::into_inner).get(replica).cloned();
+        let key = lock(&self.replicas).get(replica).cloned();
         self.existing(&key?)
     }
 
     /// The load since the last report.
-    pub fn report(&self, interval: std::time::Duration) -> fleet::QueueReport {
+    pub fn report(&self, interval: Duration) -> fleet::QueueReport {
         let now = Instant::now();
         fleet::QueueReport {
             interval: prost_types::Duration::try_from(interval).ok(),
@@ -191,9 +233,7 @@ impl Sidecar {
 
 impl Endpoints for Sidecar {
     fn ready(&self, replica: LocalReplica) {
-        let mut replicas = self.replicas.lock().unwrap_or_else(PoisonError::into_inner);
-        replicas.insert(replica.name.clone(), replica.revision.clone());
-        drop(replicas);
+        lock(&self.replicas).insert(replica.name.clone(), replica.revision.clone());
         self.revision(&replica.revision).ready(replica);
     }
 
@@ -214,22 +254,21 @@ impl Endpoints for Sidecar {
         let replica = replica.to_owned();
         Box::pin(async move {
             let Some(queue) = queue else { return };
-            while let Some(busy) = queue.idle(&replica) {
+            while let Some(busy) = queue.busy(&replica) {
                 let changed = busy.notified();
                 tokio::pin!(changed);
                 changed.as_mut().enable();
-                if queue.idle(&replica).is_none() {
+                if queue.busy(&replica).is_none() {
                     break;
                 }
-                // Offers lapse without a notice.
-                let _ = tokio::time::timeout(OFFER_LAPSE, changed).await;
+                changed.await;
             }
         })
     }
 
     fn remove(&self, replica: &str) {
         let queue = self.of(replica);
-        self.replicas.lock().unwrap_or_else(PoisonError::into_inner).remove(replica);
+        lock(&self.replicas).remove(replica);
         if let Some(queue) = queue {
             queue.remove(replica);
         }

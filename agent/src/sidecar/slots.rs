@@ -1,24 +1,28 @@
-//! The books of one revision on one node: who waits, which slots are free, whose turn it is.
+//! The slots of one revision on one node, without I/O: which are free, who waits for one, and who gets the next.
+//!
+//! A slot of a replica on this node is free, reserved by an offer to another node's gateway, or in use. A request that
+//! waits here gets a free slot of this node or, by an offer, one of another node. Operations change the state and
+//! return nothing; [`Slots::dispatch`] then returns what follows from the change as [`Effect`]s.
 
 use std::{
-    collections::{BTreeMap, HashMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, HashMap},
     sync::Arc,
     time::Duration,
 };
 
-use tokio::{
-    sync::{Notify, oneshot},
-    time::Instant,
-};
+use tokio::sync::Notify;
 
 use super::{
-    grant::{Grant, Held, Slot, Target},
-    load::Load,
-    registry::OfferSink,
+    credit::{Credit, CreditAccount, CreditWindow, Sequence},
+    grant::{Slot, SlotKind, Target},
+    line::{Line, Next, Place},
 };
 use crate::endpoint::LocalReplica;
 
-/// What a revision allows, as routes say.
+/// Identifies a stream from another node's gateway.
+pub type GatewayId = u64;
+
+/// What a revision allows, according to routes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
     /// Requests that may wait here.
@@ -29,49 +33,62 @@ pub struct Limits {
     pub concurrency: u32,
 }
 
-/// All of it. Lies under its queue's lock.
+/// What follows from a change.
 #[derive(Debug)]
-pub(super) struct State {
-    pub(super) limits: Limits,
-    pub(super) waiters: VecDeque<Waiter>,
-    pub(super) next_waiter: u64,
-    pub(super) replicas: BTreeMap<String, Local>,
-    next_life: u64,
-    pub(super) tickets: VecDeque<Ticket>,
-    /// Tickets in the queue whose waiters have been served or have gone.
-    pub(super) stale: usize,
-    pub(super) gateways: HashMap<u64, Gateway>,
-    pub(super) peers: BTreeMap<String, Peer>,
-    pub(super) load: Load,
+pub(super) enum Effect<W> {
+    /// The request has a slot.
+    Grant { waiter: W, held: SlotKind, target: Target },
+    /// The slot is reserved for this gateway: send it an offer.
+    Offer { gateway: GatewayId, epoch: u64, slot: Slot },
 }
 
+/// The slots of one revision on one node. `W` is a request that waits.
 #[derive(Debug)]
-pub(super) struct Waiter {
-    pub(super) id: u64,
-    pub(super) grant: oneshot::Sender<Grant>,
+pub(super) struct Slots<W> {
+    pub(super) limits: Limits,
+    line: Line<W>,
+    replicas: BTreeMap<String, LocalSlots>,
+    gateways: HashMap<GatewayId, CreditAccount>,
+    peers: Peers,
+    incarnations: u64,
+    epochs: Sequence,
 }
 
 /// A replica on this node.
 #[derive(Debug)]
-pub(super) struct Local {
-    pub(super) replica: LocalReplica,
-    life: u64,
-    /// False while its probe fails.
-    pub(super) ready: bool,
-    pub(super) draining: bool,
-    pub(super) running: u32,
-    /// Slots promised to other gateways.
-    pub(super) offered: u32,
-    pub(super) idle: Arc<Notify>,
+struct LocalSlots {
+    replica: LocalReplica,
+    incarnation: u64,
+    /// `false` while its probe fails.
+    ready: bool,
+    draining: bool,
+    /// Requests that run on it.
+    running: u32,
+    /// Slots reserved by offers to other gateways.
+    reserved: u32,
+    /// Notified when nothing runs on it and no slot is reserved.
+    idle: Arc<Notify>,
 }
 
-impl Local {
-    pub(super) fn free(&self, limit: u32) -> bool {
-        self.ready && !self.draining && (limit == 0 || self.running + self.offered < limit)
+impl LocalSlots {
+    /// The limit comes from the replica's own assignment: routes may arrive later.
+    fn is_free(&self) -> bool {
+        let limit = self.replica.container_concurrency;
+        self.ready && !self.draining && (limit == 0 || self.running + self.reserved < limit)
     }
 
-    pub(super) fn slot(&self) -> Slot {
-        Slot { replica: self.replica.name.clone(), life: self.life }
+    fn is_idle(&self) -> bool {
+        self.running + self.reserved == 0
+    }
+
+    fn notify_if_idle(&self) {
+        if self.is_idle() {
+            self.idle.notify_waiters();
+        }
+    }
+
+    fn slot(&self) -> Slot {
+        Slot { replica: self.replica.name.clone(), incarnation: self.incarnation }
     }
 
     fn target(&self) -> Target {
@@ -80,171 +97,363 @@ impl Local {
     }
 }
 
-/// A place in the line for this node's slots.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Ticket {
-    Here,
-    Gateway(u64),
-}
-
-/// Another node's gateway.
-#[derive(Debug)]
-pub(super) struct Gateway {
-    pub(super) sink: OfferSink,
-    pub(super) tickets: usize,
-    pub(super) offers_sent: u64,
-}
-
-/// Another node's replicas.
+/// Other nodes that have ready replicas or requests of this gateway.
 #[derive(Debug, Default)]
-pub(super) struct Peer {
-    pub(super) ready: Vec<String>,
-    pub(super) in_flight: usize,
-    pub(super) offers_seen: u64,
+struct Peers {
+    nodes: BTreeMap<String, Peer>,
+    /// Nodes with ready replicas, by requests per replica: the least loaded is first.
+    by_load: BTreeSet<(u64, String)>,
 }
 
-impl State {
-    /// Nothing yet.
-    pub(super) fn new(limits: Limits, now: Instant) -> Self {
-        Self {
-            limits,
-            waiters: VecDeque::new(),
-            next_waiter: 0,
-            replicas: BTreeMap::new(),
-            next_life: 0,
-            tickets: VecDeque::new(),
-            stale: 0,
-            gateways: HashMap::new(),
-            peers: BTreeMap::new(),
-            load: Load::new(now),
+#[derive(Debug, Default)]
+struct Peer {
+    /// Names of ready replicas.
+    ready: Vec<String>,
+    /// Requests of this gateway on the node.
+    in_flight: u64,
+    credit: CreditWindow,
+}
+
+impl Peer {
+    /// Requests per ready replica, in thousandths; `None` if none is ready.
+    fn load(&self) -> Option<u64> {
+        (self.in_flight * 1000).checked_div(self.ready.len() as u64)
+    }
+}
+
+impl Peers {
+    /// Changes one node's entry and keeps the order by load.
+    fn update(&mut self, node: &str, change: impl FnOnce(&mut Peer)) {
+        let peer = self.nodes.entry(node.to_owned()).or_default();
+        let before = peer.load();
+        change(peer);
+        let after = peer.load();
+        if peer.ready.is_empty() && peer.in_flight == 0 {
+            self.nodes.remove(node);
         }
-    }
-
-    pub(super) fn any_ready(&self) -> bool {
-        let local = self.replicas.values().any(|local| local.ready && !local.draining);
-        local || self.peers.values().any(|peer| !peer.ready.is_empty())
-    }
-
-    pub(super) fn any_local_slot(&self) -> bool {
-        self.replicas.values().any(|local| local.free(self.limits.concurrency))
-    }
-
-    pub(super) fn any_slot(&self) -> bool {
-        self.any_local_slot() || (self.limits.concurrency == 0 && self.any_ready())
-    }
-
-    /// The free replica on this node with the fewest requests.
-    fn emptiest(&self) -> Option<&Local> {
-        let free = self.replicas.values().filter(|local| local.free(self.limits.concurrency));
-        free.min_by_key(|local| local.running + local.offered)
-    }
-
-    /// A slot of the free replica on this node with the fewest requests.
-    pub(super) fn local_slot(&self) -> Option<(Held, Target)> {
-        self.emptiest().map(|local| (Held::Local(local.slot()), local.target()))
-    }
-
-    /// The node with the fewest requests of ours, and its replicas in turn.
-    pub(super) fn peer_slot(&self) -> Option<(Held, Target)> {
-        let ready = self.peers.iter().filter(|(_, peer)| !peer.ready.is_empty());
-        let (node, peer) = ready.min_by_key(|(_, peer)| peer.in_flight * 1000 / peer.ready.len())?;
-        let replica = peer.ready[peer.in_flight % peer.ready.len()].clone();
-        Some((Held::Peer(node.clone()), Target::Peer { node: node.clone(), replica, offer: None }))
-    }
-
-    /// The replica in that life; `None` where it is over.
-    pub(super) fn living(&mut self, slot: &Slot) -> Option<&mut Local> {
-        self.replicas.get_mut(&slot.replica).filter(|local| local.life == slot.life)
-    }
-
-    /// Takes a slot for a request that has come from another node.
-    pub(super) fn occupy_local(&mut self, slot: Slot) -> Option<(Held, Target)> {
-        let target = self.living(&slot)?.target();
-        let held = Held::Local(slot);
-        self.occupy(&held);
-        Some((held, target))
-    }
-
-    /// Promises a slot to another node's gateway.
-    pub(super) fn offer(&mut self, gateway: u64) {
-        let Some(slot) = self.emptiest().map(Local::slot) else { return };
-        let Some(entry) = self.gateways.get_mut(&gateway) else { return };
-        entry.tickets = entry.tickets.saturating_sub(1);
-        if entry.sink.offer(&slot) {
-            entry.offers_sent += 1;
-            if let Some(local) = self.living(&slot) {
-                local.offered += 1;
+        if before != after {
+            if let Some(load) = before {
+                self.by_load.remove(&(load, node.to_owned()));
+            }
+            if let Some(load) = after {
+                self.by_load.insert((load, node.to_owned()));
             }
         }
     }
 
-    /// An offer is used or void.
-    pub(super) fn offer_over(&mut self, slot: &Slot) {
-        if let Some(local) = self.living(slot) {
-            local.offered = local.offered.saturating_sub(1);
+    fn has_ready(&self) -> bool {
+        !self.by_load.is_empty()
+    }
+
+    /// A replica of the node with the fewest requests per replica; a node's replicas take turns.
+    fn least_loaded(&self) -> Option<(&str, &str)> {
+        let (_, node) = self.by_load.first()?;
+        let peer = self.nodes.get(node)?;
+        let turn = usize::try_from(peer.in_flight).unwrap_or_default() % peer.ready.len();
+        Some((node, &peer.ready[turn]))
+    }
+}
+
+impl<W> Slots<W> {
+    /// No replicas, no requests. `epochs` must be common to all revisions of the node.
+    pub(super) fn new(limits: Limits, epochs: Sequence) -> Self {
+        Self {
+            limits,
+            line: Line::default(),
+            replicas: BTreeMap::new(),
+            gateways: HashMap::new(),
+            peers: Peers::default(),
+            incarnations: 0,
+            epochs,
         }
     }
 
-    /// A replica is ready, for the first time in this life or again; one that was to drain is taken back.
-    pub(super) fn ready(&mut self, replica: LocalReplica) {
-        self.load.changed();
+    // ── Requests that wait here ──────────────────────────────────────────────────────────────────────────
+
+    /// Requests that wait here.
+    pub(super) fn waiting(&self) -> usize {
+        self.line.waiting()
+    }
+
+    /// `true` if the queue has no place for one more request, and no slot is free for it either.
+    pub(super) fn is_full(&self) -> bool {
+        let direct = self.limits.concurrency == 0 && self.any_ready();
+        self.line.waiting() >= self.limits.queue && !direct && !self.replicas.values().any(LocalSlots::is_free)
+    }
+
+    /// Adds a request to the line; at its head if it has waited before.
+    pub(super) fn enter(&mut self, waiter: W, at_head: bool) -> Place {
+        self.line.enter(waiter, at_head)
+    }
+
+    /// Removes a request that no longer waits; `false` if it was served already.
+    pub(super) fn leave(&mut self, place: Place) -> bool {
+        self.line.leave(place).is_some()
+    }
+
+    /// `true` if some replica, here or elsewhere, is ready.
+    pub(super) fn any_ready(&self) -> bool {
+        self.replicas.values().any(|local| local.ready && !local.draining) || self.peers.has_ready()
+    }
+
+    // ── Other nodes' replicas ────────────────────────────────────────────────────────────────────────────
+
+    /// Replaces what routes say: limits, and other nodes' ready replicas.
+    pub(super) fn route(&mut self, limits: Limits, mut ready: BTreeMap<String, Vec<String>>) {
+        self.limits = limits;
+        let known: Vec<String> = self.peers.nodes.keys().cloned().collect();
+        for node in known {
+            ready.entry(node).or_default();
+        }
+        for (node, replicas) in ready {
+            self.peers.update(&node, |peer| peer.ready = replicas);
+        }
+    }
+
+    /// Nodes whose offers this gateway depends on.
+    pub(super) fn lending_nodes(&self) -> impl Iterator<Item = &str> {
+        let limited = self.limits.concurrency > 0;
+        self.peers.by_load.iter().filter(move |_| limited).map(|(_, node)| node.as_str())
+    }
+
+    /// `true` if requests wait for an offer of this node.
+    pub(super) fn wants_offers_of(&self, node: &str) -> bool {
+        self.wanted_of(node) > 0
+    }
+
+    fn wanted_of(&self, node: &str) -> u64 {
+        let ready = self.peers.nodes.get(node).is_some_and(|peer| !peer.ready.is_empty());
+        if ready && self.limits.concurrency > 0 { self.line.waiting() as u64 } else { 0 }
+    }
+
+    /// The credit to announce to a node on this stream; `None` if it knows it already. A node that is not a peer any
+    /// more is asked for nothing.
+    pub(super) fn update_credit(&mut self, node: &str, stream: u64) -> Option<Credit> {
+        let wanted = self.wanted_of(node);
+        match self.peers.nodes.get_mut(node) {
+            Some(peer) => peer.credit.update(stream, wanted, &self.epochs),
+            None => Some(Credit { epoch: self.epochs.next(), limit: 0 }),
+        }
+    }
+
+    /// Takes another node's offer: returns the request that is to be sent with it; `None` if none waits.
+    pub(super) fn accept_offer(&mut self, node: &str, epoch: u64) -> Option<(W, SlotKind)> {
+        if let Some(peer) = self.peers.nodes.get_mut(node) {
+            peer.credit.receive_offer(epoch);
+        }
+        let waiter = self.line.pop_waiter()?;
+        let held = SlotKind::Peer(node.to_owned());
+        self.acquire(&held);
+        Some((waiter, held))
+    }
+
+    // ── Other nodes' gateways ────────────────────────────────────────────────────────────────────────────
+
+    /// Takes in a gateway's credit. Returns `false` if the gateway has no account any more.
+    pub(super) fn receive_credit(&mut self, gateway: GatewayId, credit: Credit) -> bool {
+        let account = self.gateways.entry(gateway).or_default();
+        account.update(credit);
+        let (available, is_empty) = (account.available(), account.is_empty());
+        self.line.claim(gateway, available);
+        if is_empty {
+            self.remove_gateway(gateway);
+        }
+        !is_empty
+    }
+
+    /// Removes a gateway that wants nothing any more, or whose stream has ended.
+    pub(super) fn remove_gateway(&mut self, gateway: GatewayId) {
+        self.gateways.remove(&gateway);
+        self.line.remove_gateway(gateway);
+    }
+
+    /// `true` if gateways want slots here.
+    pub(super) fn has_gateways(&self) -> bool {
+        !self.gateways.is_empty()
+    }
+
+    /// Turns a reservation into a running request; `None` if the replica has ended since.
+    pub(super) fn use_reservation(&mut self, slot: &Slot) -> Option<(SlotKind, Target)> {
+        self.cancel_reservation(slot);
+        let target = self.living(slot)?.target();
+        let held = SlotKind::Local(slot.clone());
+        self.acquire(&held);
+        Some((held, target))
+    }
+
+    /// Frees a reserved slot.
+    pub(super) fn cancel_reservation(&mut self, slot: &Slot) {
+        if let Some(local) = self.living(slot) {
+            local.reserved = local.reserved.saturating_sub(1);
+            local.notify_if_idle();
+        }
+    }
+
+    /// Takes a slot of a replica without a concurrency limit for a request of another node's gateway.
+    pub(super) fn admit(&mut self, replica: &str) -> Option<(SlotKind, Target)> {
+        let local = self.replicas.get(replica)?;
+        if !local.is_free() {
+            return None;
+        }
+        let (held, target) = (SlotKind::Local(local.slot()), local.target());
+        self.acquire(&held);
+        Some((held, target))
+    }
+
+    // ── This node's replicas ─────────────────────────────────────────────────────────────────────────────
+
+    /// Adds a replica that is ready, or makes a known one ready again, even if it was draining.
+    pub(super) fn add_ready(&mut self, replica: LocalReplica) {
         if let Some(local) = self.replicas.get_mut(&replica.name) {
             local.replica = replica;
             local.ready = true;
             local.draining = false;
-            // What runs there counts as draining no more.
-            self.count_running();
             return;
         }
+        self.incarnations += 1;
         let name = replica.name.clone();
-        let idle = Arc::new(Notify::new());
-        let life = self.next_life;
-        self.next_life += 1;
-        let local = Local { replica, life, ready: true, draining: false, running: 0, offered: 0, idle };
+        let local = LocalSlots {
+            replica,
+            incarnation: self.incarnations,
+            ready: true,
+            draining: false,
+            running: 0,
+            reserved: 0,
+            idle: Arc::new(Notify::new()),
+        };
         self.replicas.insert(name, local);
     }
 
-    pub(super) fn occupy(&mut self, held: &Held) {
+    /// Its probe fails: it gives no slots until it is ready again.
+    pub(super) fn set_not_ready(&mut self, replica: &str) {
+        if let Some(local) = self.replicas.get_mut(replica) {
+            local.ready = false;
+        }
+    }
+
+    /// It gives no slots until it is ready again; running requests continue.
+    pub(super) fn drain(&mut self, replica: &str) {
+        if let Some(local) = self.replicas.get_mut(replica) {
+            local.draining = true;
+        }
+    }
+
+    /// What to wait for until nothing runs on the replica and no slot of it is reserved; `None` if that is so already.
+    pub(super) fn busy(&self, replica: &str) -> Option<Arc<Notify>> {
+        let local = self.replicas.get(replica)?;
+        (!local.is_idle()).then(|| Arc::clone(&local.idle))
+    }
+
+    /// Removes a replica that has ended. Its reservations and running requests end with it.
+    pub(super) fn remove(&mut self, replica: &str) {
+        if let Some(local) = self.replicas.remove(replica) {
+            local.idle.notify_waiters();
+        }
+    }
+
+    /// Names of this node's replicas, and requests that run on each.
+    pub(super) fn running(&self) -> impl Iterator<Item = (&str, u32)> {
+        self.replicas.iter().map(|(name, local)| (name.as_str(), local.running))
+    }
+
+    /// Requests that run on this node's replicas, and those of them on replicas that drain.
+    pub(super) fn running_and_draining(&self) -> (u64, u64) {
+        let count = |(running, draining), local: &LocalSlots| {
+            let requests = u64::from(local.running);
+            (running + requests, draining + if local.draining { requests } else { 0 })
+        };
+        self.replicas.values().fold((0, 0), count)
+    }
+
+    /// `true` if this node has replicas of the revision.
+    pub(super) fn has_replicas(&self) -> bool {
+        !self.replicas.is_empty()
+    }
+
+    /// `true` if it holds nothing that would be missed.
+    pub(super) fn is_empty(&self) -> bool {
+        self.line.waiting() == 0 && self.replicas.is_empty() && self.gateways.is_empty()
+    }
+
+    // ── Slots ────────────────────────────────────────────────────────────────────────────────────────────
+
+    /// Gives free slots to those who are next in line. Must be called after every change.
+    pub(super) fn dispatch(&mut self) -> Vec<Effect<W>> {
+        let mut effects = Vec::new();
+        while let Some(next) = self.line.next() {
+            let effect = match next {
+                Next::Waiter => self.grant(),
+                Next::Gateway(gateway) => self.offer(gateway),
+            };
+            let Some(effect) = effect else { break };
+            effects.push(effect);
+        }
+        effects
+    }
+
+    fn grant(&mut self) -> Option<Effect<W>> {
+        let (held, target) = self.local_slot().or_else(|| self.direct_slot())?;
+        let waiter = self.line.pop_waiter()?;
+        self.acquire(&held);
+        Some(Effect::Grant { waiter, held, target })
+    }
+
+    fn offer(&mut self, gateway: GatewayId) -> Option<Effect<W>> {
+        let slot = self.least_loaded()?.slot();
+        let epoch = self.gateways.get_mut(&gateway)?.send_offer();
+        self.line.pop_claim(gateway);
+        if let Some(local) = self.living(&slot) {
+            local.reserved += 1;
+        }
+        Some(Effect::Offer { gateway, epoch, slot })
+    }
+
+    /// The free replica on this node with the fewest requests.
+    fn least_loaded(&self) -> Option<&LocalSlots> {
+        let free = self.replicas.values().filter(|local| local.is_free());
+        free.min_by_key(|local| local.running + local.reserved)
+    }
+
+    fn local_slot(&self) -> Option<(SlotKind, Target)> {
+        self.least_loaded().map(|local| (SlotKind::Local(local.slot()), local.target()))
+    }
+
+    /// Another node's replica without a concurrency limit: a request is sent there at once.
+    fn direct_slot(&self) -> Option<(SlotKind, Target)> {
+        if self.limits.concurrency > 0 {
+            return None;
+        }
+        let (node, replica) = self.peers.least_loaded()?;
+        let target = Target::Peer { node: node.to_owned(), replica: replica.to_owned(), offer: None };
+        Some((SlotKind::Peer(node.to_owned()), target))
+    }
+
+    /// The replica, if it still is the same incarnation.
+    fn living(&mut self, slot: &Slot) -> Option<&mut LocalSlots> {
+        self.replicas.get_mut(&slot.replica).filter(|local| local.incarnation == slot.incarnation)
+    }
+
+    fn acquire(&mut self, held: &SlotKind) {
         match held {
-            Held::Local(slot) => {
+            SlotKind::Local(slot) => {
                 if let Some(local) = self.living(slot) {
                     local.running += 1;
                 }
             }
-            Held::Peer(node) => self.peers.entry(node.clone()).or_default().in_flight += 1,
+            SlotKind::Peer(node) => self.peers.update(node, |peer| peer.in_flight += 1),
         }
-        self.count_running();
     }
 
-    pub(super) fn vacate(&mut self, held: &Held) {
+    /// Frees a slot that was in use.
+    pub(super) fn release(&mut self, held: &SlotKind) {
         match held {
-            Held::Local(slot) => {
+            SlotKind::Local(slot) => {
                 if let Some(local) = self.living(slot) {
                     local.running = local.running.saturating_sub(1);
-                    if local.running == 0 {
-                        local.idle.notify_waiters();
-                    }
+                    local.notify_if_idle();
                 }
             }
-            Held::Peer(node) => {
-                if let Some(peer) = self.peers.get_mut(node) {
-                    peer.in_flight = peer.in_flight.saturating_sub(1);
-                }
-            }
+            SlotKind::Peer(node) => self.peers.update(node, |peer| peer.in_flight = peer.in_flight.saturating_sub(1)),
         }
-        self.count_running();
-    }
-
-    pub(super) fn count_waiting(&mut self) {
-        self.load.waiting(self.waiters.len() as u64, Instant::now());
-    }
-
-    pub(super) fn count_running(&mut self) {
-        let sum = |draining: bool| {
-            let counted = self.replicas.values().filter(|local| !draining || local.draining);
-            counted.map(|local| u64::from(local.running)).sum()
-        };
-        let (running, draining) = (sum(false), sum(true));
-        self.load.running(running, draining, Instant::now());
     }
 }

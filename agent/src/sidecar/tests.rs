@@ -140,16 +140,15 @@ async fn across_nodes_a_request_is_counted_on_one_at_a_time() {
     let (there_sidecar, there) = node(&[]);
     let waiting = here.enter(false).unwrap();
     let (sender, mut offers) = mpsc::unbounded_channel();
-    let gateway = there_sidecar.new_gateway();
-    let want = peer::Want { revision: KEY.to_owned(), waiting: 1, offers_seen: 0 };
-    there_sidecar.wanted(gateway, &want, &sender);
+    let mut gateway = there_sidecar.open_gateway(sender);
+    gateway.receive_credit(KEY.to_owned(), here.update_credit("there", 1).unwrap());
     advance(SECOND).await;
     assert_eq!(load(&here).average_waiting, 1.0);
     assert!(there.report(Instant::now()).is_none(), "a wish is no load");
 
     there_sidecar.ready(replica("b"));
-    let Some(peer::bind_response::Message::Offer(offer)) = offers.recv().await.unwrap().message else { panic!() };
-    assert!(here.offered("there", offer.replica, offer.offer));
+    let offer = next_offer(&mut offers).await;
+    assert!(here.accept_offer("there", offer.replica, offer.offer, offer.epoch));
     let under_way = waiting.granted().await.unwrap();
     let running = there_sidecar.use_offer(offer.offer).unwrap();
     let (_, _) = (load(&here), load(&there));
@@ -164,15 +163,112 @@ async fn across_nodes_a_request_is_counted_on_one_at_a_time() {
     assert!(here.report(Instant::now()).is_none(), "counted where it ran");
 }
 
+async fn next_offer(offers: &mut mpsc::UnboundedReceiver<peer::BindResponse>) -> peer::Offer {
+    let Some(peer::bind_response::Message::Offer(offer)) = offers.recv().await.unwrap().message else { panic!() };
+    offer
+}
+
+fn credit(limit: u64) -> Credit {
+    Credit { epoch: 1, limit }
+}
+
 #[tokio::test(start_paused = true)]
-async fn an_offer_of_a_former_life_is_void() {
+async fn an_offer_of_a_replica_that_was_restarted_is_void() {
     let (sidecar, _) = node(&[]);
     let (sender, mut offers) = mpsc::unbounded_channel();
-    let want = peer::Want { revision: KEY.to_owned(), waiting: 1, offers_seen: 0 };
     sidecar.ready(replica("a"));
-    sidecar.wanted(sidecar.new_gateway(), &want, &sender);
-    let Some(peer::bind_response::Message::Offer(offer)) = offers.recv().await.unwrap().message else { panic!() };
+    let mut gateway = sidecar.open_gateway(sender);
+    gateway.receive_credit(KEY.to_owned(), credit(1));
+    let offer = next_offer(&mut offers).await;
     sidecar.remove("a");
     sidecar.ready(replica("a"));
     assert!(sidecar.use_offer(offer.offer).is_none());
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_offer_that_is_declined_lapses_or_loses_its_gateway_frees_its_slot() {
+    let (sidecar, queue) = node(&[]);
+    sidecar.ready(replica("a"));
+    let offered = async |gateway: &mut GatewayStream, offers: &mut mpsc::UnboundedReceiver<_>, limit| {
+        gateway.receive_credit(KEY.to_owned(), credit(limit));
+        let offer = next_offer(offers).await;
+        assert!(queue.enter(false).unwrap().now().is_none(), "the slot is reserved");
+        offer.offer
+    };
+    let is_free = || queue.enter(false).unwrap().now().is_some();
+    let (sender, mut offers) = mpsc::unbounded_channel();
+    let mut gateway = sidecar.open_gateway(sender);
+
+    let declined = offered(&mut gateway, &mut offers, 1).await;
+    gateway.decline(declined);
+    gateway.decline(declined);
+    assert!(is_free() && sidecar.use_offer(declined).is_none());
+
+    let lapsed = offered(&mut gateway, &mut offers, 2).await;
+    sidecar.cancel_lapsed_offers(Instant::now());
+    assert!(!is_free());
+    sidecar.cancel_lapsed_offers(Instant::now() + OFFER_LAPSE);
+    assert!(is_free() && sidecar.use_offer(lapsed).is_none());
+
+    let orphaned = offered(&mut gateway, &mut offers, 3).await;
+    drop(gateway);
+    assert!(is_free() && sidecar.use_offer(orphaned).is_none());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_draining_replica_waits_for_offers_that_are_open() {
+    let (sidecar, _) = node(&[]);
+    sidecar.ready(replica("a"));
+    let (sender, mut offers) = mpsc::unbounded_channel();
+    let mut gateway = sidecar.open_gateway(sender);
+    gateway.receive_credit(KEY.to_owned(), credit(1));
+    let offer = next_offer(&mut offers).await;
+    sidecar.drain("a");
+    let mut drained = sidecar.drained("a");
+    assert!(tokio::time::timeout(3600 * SECOND, &mut drained).await.is_err());
+    gateway.decline(offer.offer);
+    drained.await;
+}
+
+#[tokio::test]
+async fn a_gateway_that_wants_nothing_more_keeps_no_queue_alive() {
+    let sidecar = Sidecar::new();
+    let (sender, _offers) = mpsc::unbounded_channel();
+    let mut gateway = sidecar.open_gateway(sender);
+    gateway.receive_credit(KEY.to_owned(), credit(1));
+    assert!(!sidecar.existing(KEY).unwrap().is_disposable());
+    gateway.receive_credit(KEY.to_owned(), Credit { epoch: 2, limit: 0 });
+    sidecar.forget(KEY);
+    assert!(sidecar.existing(KEY).is_none());
+}
+
+#[derive(Debug, Default)]
+struct Opened(std::sync::Mutex<Vec<Arc<Link>>>);
+
+impl OpenStream for Opened {
+    fn open(&self, link: Arc<Link>) {
+        self.0.lock().unwrap().push(link);
+    }
+}
+
+#[tokio::test]
+async fn only_nodes_that_hold_replicas_of_the_revision_are_woken_for_a_request() {
+    let (sidecar, queue) = node(&[("near", "a"), ("far", "b")]);
+    let opened = Arc::new(Opened::default());
+    sidecar.links().set_opener(Arc::clone(&opened) as _);
+    let others: BTreeMap<_, _> = [("other".to_owned(), vec!["c".to_owned()])].into();
+    sidecar.revision("default/other").route(Limits { queue: 10, timeout: SECOND, concurrency: 1 }, others);
+    assert_eq!(opened.0.lock().unwrap().len(), 0, "no request waits");
+
+    let _waiting = queue.enter(false).unwrap();
+    let _second = queue.enter(false).unwrap();
+    let links = opened.0.lock().unwrap().clone();
+    let mut nodes: Vec<_> = links.iter().map(|link| link.node()).collect();
+    nodes.sort_unstable();
+    assert_eq!(nodes, ["far", "near"], "each once");
+    let link = &links[0];
+    assert_eq!(link.take_marked().len(), 1);
+    assert!(link.try_close());
+    let _third = queue.enter(false).unwrap();
+    assert_eq!(opened.0.lock().unwrap().len(), 3, "opened again");
 }
