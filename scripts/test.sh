@@ -4,6 +4,7 @@
 #   - Rust 1.95 or later, by rustup, where there is no cargo
 #   - etcd (Debian's etcd-server), for the store's contract and the stories with separate processes;
 #     its service is not started, each test starts an etcd of its own on loopback and ends it
+#   - `ip` (Debian's iproute2), for README's walks, which run in network namespaces of their own
 #   - Python 3.11 or later with venv (Debian's python3, python3-venv), where `python3 -m venv` does not work:
 #     one story installs other people's clients from PyPI, into target/clients-venv
 #   - a Docker Engine (Debian's docker.io), for the conformance suite of the container runtime; a running one
@@ -31,6 +32,7 @@ command -v cc >/dev/null || packages+=(build-essential)
 command -v etcd >/dev/null || packages+=(etcd-server)
 command -v dockerd >/dev/null || command -v docker >/dev/null || packages+=(docker.io)
 command -v docker-registry >/dev/null || packages+=(docker-registry)
+command -v ip >/dev/null || packages+=(iproute2)
 # Debian's python3 has venv without what it needs, ensurepip, unless python3-venv is there.
 python3 -c 'import sys, venv, ensurepip; assert sys.version_info >= (3, 11)' 2>/dev/null || packages+=(python3 python3-venv)
 command -v cargo >/dev/null || [ -x "$HOME/.cargo/bin/cargo" ] || packages+=(curl ca-certificates)
@@ -66,3 +68,5 @@ cargo build --workspace --all-targets
 say "Testing"
 # The stories run the binary that was just built, rather than each building it once more.
 PILOTLIGHT_TEST_BINARY="$(realpath "${CARGO_TARGET_DIR:-target}")/debug/pilotlight" cargo test --workspace --no-fail-fast
+say "Testing the locks of the slots under many interleavings"
+cargo test -p pilotlight-agent --features shuttle --lib shuttle

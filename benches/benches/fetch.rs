@@ -24,9 +24,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use nix::sys::resource::{Usage, UsageWho, getrusage};
+use nix::sys::resource::UsageWho;
 use pilotlight_agent::models::{Models, STALL};
-use pilotlight_benches::{SHARDS, from_environment, ready_memory, upload_model};
+use pilotlight_benches::{SHARDS, cpu_time, from_environment, ready_memory, upload_model};
 use pilotlight_tests::s3::{KEY, S3, SECRET};
 use tokio_util::sync::CancellationToken;
 
@@ -99,9 +99,7 @@ impl Begun {
 
 /// Processor time of this process without its server, or of processes that it has waited for.
 fn own_time(who: UsageWho, server: Duration) -> Duration {
-    let usage: Usage = getrusage(who).expect("the kernel counts");
-    let micros = |time: nix::sys::time::TimeVal| time.tv_sec() as u64 * 1_000_000 + time.tv_usec() as u64;
-    let all = Duration::from_micros(micros(usage.user_time()) + micros(usage.system_time()));
+    let all = cpu_time(who);
     if matches!(who, UsageWho::RUSAGE_SELF) { all.saturating_sub(server) } else { all }
 }
 

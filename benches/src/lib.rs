@@ -1,5 +1,11 @@
 //! Benchmarks: one file per claim. What several of them need is here.
 
+use std::time::Duration;
+
+use nix::sys::{
+    resource::{UsageWho, getrusage},
+    time::TimeVal,
+};
 use object_store::{ObjectStoreExt as _, WriteMultipart, aws::AmazonS3Builder};
 use pilotlight_tests::s3::{KEY, S3, SECRET};
 
@@ -43,6 +49,16 @@ pub fn median(values: impl IntoIterator<Item = f64>) -> f64 {
     let mut values: Vec<f64> = values.into_iter().collect();
     values.sort_by(f64::total_cmp);
     values[values.len() / 2]
+}
+
+/// User and system time of this process, or of the processes that it has waited for.
+///
+/// # Panics
+/// The kernel does not count it.
+pub fn cpu_time(who: UsageWho) -> Duration {
+    let usage = getrusage(who).expect("the kernel counts");
+    let micros = |time: TimeVal| time.tv_sec() as u64 * 1_000_000 + time.tv_usec() as u64;
+    Duration::from_micros(micros(usage.user_time()) + micros(usage.system_time()))
 }
 
 /// A number that a variable of the environment gives, or else the other one.

@@ -357,6 +357,11 @@ impl Agent {
             process.kill_9();
         }
     }
+
+    /// Bytes that it has in main memory; 0 if it does not run.
+    pub fn resident_bytes(&self) -> u64 {
+        self.process.as_ref().map_or(0, Process::resident_bytes)
+    }
 }
 
 /// Replicas outlive their agent by design; a story ends those that it started, by the records in the

@@ -68,7 +68,8 @@ impl Links {
         }
     }
 
-    pub(super) fn link(&self, node: &str) -> Arc<Link> {
+    /// The link to a node, created if there is none.
+    pub fn link(&self, node: &str) -> Arc<Link> {
         let mut links = lock(&self.links);
         if let Some(link) = links.get(node) {
             return Arc::clone(link);
