@@ -7,6 +7,8 @@ mod layers;
 mod logs;
 mod pulled;
 mod settings;
+#[cfg(test)]
+mod stop_tests;
 mod volumes;
 
 use std::{
@@ -391,9 +393,10 @@ impl Runtime for DockerRuntime {
             // It may have ended by itself.
             let _ = self.docker.kill_container(id, Some(options)).await;
         };
-        kill(&signal).await;
-        // One that is paused hears it only now; one that is not has nothing to resume.
+        // Before the signal: some engines refuse to send one to a paused container, and the grace period would then
+        // end without effect. A container that is not paused makes this an error that means nothing.
         let _ = self.docker.unpause_container(id).await;
+        kill(&signal).await;
         if tokio::time::timeout(grace, self.exited(running)).await.is_err() {
             warn!(replica = %running.replica, ?grace, "did not end in time; killed");
             kill("SIGKILL").await;
