@@ -40,7 +40,7 @@ use tokio::task::JoinHandle;
 use tracing::{info, warn};
 
 use super::{
-    Exit, Mount, Running, Runtime, RuntimeError, Say, SleepMark, resolved,
+    Exit, Mount, Running, Runtime, RuntimeError, Say, SleepMark, resolved, sockets,
     state::{Directories, LOG, ReplicaState},
     unix_now,
 };
@@ -312,11 +312,13 @@ impl Runtime for DockerRuntime {
             pid: 0,
             start_ticks: 0,
             port: 0,
+            address: None,
             started_at,
             assignment: ReplicaState::encode(assignment),
             contained: true,
         };
         self.directories.write(&assignment.replica, &state)?;
+        self.directories.rotate_log(&assignment.replica)?;
         let mut id = self.create(assignment, &container, models).await?;
         match self.launch(&id).await {
             // An engine without CAP_SYS_RESOURCE, rootless or in a container itself, has its own limits.
@@ -453,6 +455,18 @@ impl Runtime for DockerRuntime {
 
     fn log_file(&self, replica: &str) -> PathBuf {
         self.directories.of(replica).join(LOG)
+    }
+
+    async fn listeners(&self, running: &Running) -> Option<Vec<SocketAddr>> {
+        let pid = running.pid;
+        let listeners = tokio::task::spawn_blocking(move || sockets::of_network(pid)).await.ok()?;
+        // The engine's own name server is none of the container's.
+        let own = listeners.into_iter().filter(|listener| !listener.ip().to_string().starts_with("127.0.0.11"));
+        Some(own.collect())
+    }
+
+    async fn flush_output(&self, replica: &str) {
+        self.last_output(replica).await;
     }
 
     fn remove_others(&self, keep: &dyn Fn(&str) -> bool) {
