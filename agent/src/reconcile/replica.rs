@@ -22,7 +22,7 @@ use super::{
 use crate::{
     endpoint::Endpoints,
     models::{Held, Models},
-    runtime::{Exit, Running, Runtime, SleepMark, unix_now},
+    runtime::{Exit, Running, Runtime, SleepMark, logs, unix_now},
 };
 
 /// Grace where the assignment names none; Kubernetes' default.
@@ -97,10 +97,10 @@ impl Life {
             let before = started.as_ref().map_or(Duration::ZERO, |(running, _)| ran_before(running));
             let begun = Instant::now();
             let failure = match started {
-                Ok((running, begin)) => match self.tend(&running, begin, span).await {
+                Ok((mut running, begin)) => match self.tend(&mut running, begin, span).await {
                     End::Leave => return self.leave(&running).await,
                     End::Anew => continue,
-                    End::Failed(failure) => failure,
+                    End::Failed(failure) => failure.with_output(self.last_log_lines().await, &running),
                 },
                 Err(failure) => failure,
             };
@@ -114,7 +114,7 @@ impl Life {
     }
 
     /// Sees a replica whose process lives from one stage to the next, until it ends or is to leave.
-    async fn tend(&mut self, running: &Running, begin: Begin, span: Span) -> End {
+    async fn tend(&mut self, running: &mut Running, begin: Begin, span: Span) -> End {
         self.update(|status| {
             status.pid = running.pid;
             status.started_at = Some(Timestamp { seconds: running.started_at, nanos: 0 });
@@ -254,6 +254,14 @@ impl Life {
         container.and_then(|container| duration(container.termination_grace_period)).unwrap_or(GRACE)
     }
 
+    /// The last lines that a run which has ended has printed.
+    async fn last_log_lines(&self) -> Vec<String> {
+        let replica = self.name();
+        self.runtime.flush_output(&replica).await;
+        let path = self.runtime.log_file(&replica);
+        tokio::task::spawn_blocking(move || logs::last_lines(&path)).await.unwrap_or_default()
+    }
+
     async fn failed(&mut self, failure: Failure, pause: Duration) {
         warn!(replica = %self.name(), reason = failure.reason, message = %failure.message, ?pause, "replica failed");
         let looping = !pause.is_zero();
@@ -263,6 +271,7 @@ impl Life {
             status.holds_gpu_memory = false;
             status.exit_code = failure.exit_code;
             status.lacking_bytes = failure.lacking_bytes;
+            status.last_log_lines = failure.last_log_lines;
             status.restarts += 1;
             status.reason = if looping { in_backoff(failure.reason) } else { failure.reason }.to_owned();
             status.message =
@@ -284,6 +293,7 @@ impl Life {
             status.pid = 0;
             status.reason = failure.reason.to_owned();
             status.message = failure.message;
+            status.last_log_lines = failure.last_log_lines;
         });
         told(&mut self.desired, |desired| desired.leave || !desired.assignment.asleep).await;
     }
