@@ -9,6 +9,7 @@ pub(crate) mod backoff;
 mod failure;
 mod health;
 mod models;
+mod orphan;
 mod question;
 mod replica;
 mod rung;
@@ -32,6 +33,7 @@ use crate::{
     models::{Models, Shelf},
     runtime::{Runtime, RuntimeError},
 };
+use orphan::Orphan;
 use replica::{Desired, Life};
 use way_back::WayBack;
 
@@ -209,6 +211,14 @@ impl Reconciler {
         let models = desired.assignment.models.iter().map(|model| model.uri.clone());
         let held = self.models.hold(&name, models.chain(image));
         let (sender, receiver) = watch::channel(desired);
+        let orphan = Orphan {
+            name: name.clone(),
+            runtime: Arc::clone(&self.runtime),
+            endpoints: Arc::clone(&self.endpoints),
+            statuses: self.statuses.clone(),
+            desired: receiver.clone(),
+            running: Arc::default(),
+        };
         let life = Life {
             runtime: Arc::clone(&self.runtime),
             endpoints: Arc::clone(&self.endpoints),
@@ -218,8 +228,9 @@ impl Reconciler {
             statuses: self.statuses.clone(),
             desired: receiver,
             room: self.models.room_made(),
+            running: Arc::clone(&orphan.running),
         };
-        let handle = tokio::spawn(life.run(adopted));
+        let handle = tokio::spawn(orphan.supervise(life.run(adopted)));
         inner.tasks.insert(name, Task { desired: sender, handle });
     }
 

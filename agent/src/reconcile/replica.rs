@@ -1,6 +1,9 @@
 //! One replica's life: pending, starting, ready, draining, stopped; failed and again.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use pilotlight_proto::fleet::v1::{ReplicaAssignment, ReplicaPhase, ReplicaStatus, SleepPaths};
 use pilotlight_telemetry::TraceContext;
@@ -50,6 +53,8 @@ pub(super) struct Life {
     pub(super) desired: watch::Receiver<Desired>,
     /// Changes whenever the node's cache may have room that it had not before.
     pub(super) room: watch::Receiver<u64>,
+    /// What it has started last, for [`super::orphan`].
+    pub(super) running: Arc<Mutex<Option<Running>>>,
 }
 
 /// Where a replica is whose process lives.
@@ -119,6 +124,7 @@ impl Life {
             status.pid = running.pid;
             status.started_at = Some(Timestamp { seconds: running.started_at, nanos: 0 });
         });
+        *self.running.lock().unwrap_or_else(PoisonError::into_inner) = Some(running.clone());
         let mark = self.runtime.sleep_mark(&running.replica).filter(|_| matches!(begin, Begin::Adopted));
         let mut stage = match mark {
             None => Ok(Stage::Awake(begin, span)),
