@@ -17,6 +17,7 @@ mod rung;
 mod sleep_tests;
 #[cfg(test)]
 mod tests;
+mod waiting;
 mod way_back;
 
 use std::{

@@ -86,6 +86,8 @@ impl Life {
             status.revision.clone_from(&first.revision);
             status.set_phase(ReplicaPhase::Pending);
             status.adopted = taken_over;
+            status.message =
+                if taken_over { "taken over from the previous agent process" } else { "accepted" }.to_owned();
         });
         let mut backoff = CrashBackoff::default();
         let mut present = self.take_over(adopted).await;
@@ -307,17 +309,28 @@ impl Life {
     /// Drains, stops and forgets.
     async fn leave(self, running: &Running) {
         self.endpoints.drain(&running.replica);
-        self.update(|status| status.set_phase(ReplicaPhase::Draining));
+        self.drains("finishes its requests before it stops".to_owned());
         let timeout = duration(self.assignment().timeout).unwrap_or(TIMEOUT);
         tokio::select! {
             () = self.endpoints.drained(&running.replica) => {}
             () = tokio::time::sleep(timeout) => warn!(replica = %running.replica, "not drained in time"),
             _ = self.runtime.exited(running) => {}
         }
-        self.runtime.stop(running, self.grace()).await;
+        let grace = self.grace();
+        self.drains(format!("asked to stop; is killed after {grace:?}"));
+        self.runtime.stop(running, grace).await;
         self.endpoints.remove(&running.replica);
         info!(replica = %running.replica, "stopped");
         self.stopped().await;
+    }
+
+    /// Reports that it takes no more requests, and what it waits for now.
+    pub(super) fn drains(&self, message: String) {
+        self.update(|status| {
+            status.set_phase(ReplicaPhase::Draining);
+            status.message = message;
+            status.reason.clear();
+        });
     }
 
     async fn stopped(&self) {
