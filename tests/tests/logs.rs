@@ -1,6 +1,9 @@
 //! Output of replicas that were restarted or have ended.
 
-use pilotlight_tests::{cell::Dev, eventually};
+use pilotlight_tests::{
+    cell::{Cell, Dev},
+    eventually,
+};
 
 /// Prints where it is, and ends with an error.
 fn crashing(word: &str, deadline: &str) -> String {
@@ -74,4 +77,23 @@ async fn output_of_the_run_before_the_last_restart_is_shown_by_logs_previous() {
     }
     let service = dev.operator.must(&["describe", "isvc", "crashing"]);
     assert!(service.contains("no such tensor: weights"), "{service}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn previous_output_is_found_on_each_node_that_keeps_some() {
+    let cell = Cell::start(vec![]).await;
+    let _agents = [cell.agent("gpu-1", 1).await, cell.agent("gpu-2", 1).await];
+    let two = crashing("weights", "5s").replace("minReplicas: 1", "minReplicas: 2");
+    let applied = cell.operator.apply(&format!("{two}        resources: {{limits: {{nvidia.com/gpu: 1}}}}\n"), &[]);
+    assert_eq!(applied.code, 0, "{}", applied.err);
+    let mut nodes = std::collections::BTreeSet::new();
+    eventually("both replicas have been there and are gone", || {
+        let replicas = cell.operator.replicas("crashing");
+        nodes.extend(replicas.iter().map(|replica| replica["node"].to_string()));
+        std::future::ready((nodes.len() == 2 && replicas.is_empty()).then_some(()))
+    })
+    .await;
+    let previous = cell.operator.must(&["logs", "crashing", "--previous"]);
+    assert_eq!(previous.matches("==> crashing-").count(), 2, "{previous}");
+    assert_eq!(previous.matches("no such tensor: weights").count(), 2, "{previous}");
 }

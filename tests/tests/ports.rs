@@ -68,6 +68,22 @@ async fn a_process_that_listens_elsewhere_is_shown_with_its_open_ports() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_process_that_listens_nowhere_says_so_and_that_its_container_port_is_in_use() {
+    let dev = Dev::start(&[], vec![]).await;
+    let other = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let declared = other.local_addr().unwrap().port();
+    let silent = fixed(0, declared, 1).replace("pilotlight, example-server, iris, --port=0", "sleep, '1000'");
+    let applied = dev.operator.apply(&silent, &["--strict"]);
+    assert_eq!(applied.code, 0, "{}", applied.err);
+    let expected = format!("the process listens on no port; its containerPort {declared} is in use by another process");
+    eventually("its message says so", || async {
+        let replica = dev.operator.replicas("fixed").into_iter().next()?;
+        replica["message"].as_str().unwrap_or_default().contains(&expected).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn of_two_processes_with_one_fixed_port_the_second_says_that_the_port_is_in_use() {
     let dev = Dev::start(&[], vec![]).await;
     let port = free_port();

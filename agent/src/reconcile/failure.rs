@@ -44,7 +44,7 @@ impl Failure {
         Self { reason, message, exit_code: exit.code, ..Self::default() }
     }
 
-    /// With the last lines that the failed run printed. They may tell what no exit code tells.
+    /// Adds the last lines that the failed run printed. They may name a cause that the exit code does not show.
     pub(super) fn with_output(mut self, last_log_lines: Vec<String>, running: &Running) -> Self {
         let in_use = |line: &String| {
             let line = line.to_ascii_lowercase();

@@ -483,15 +483,15 @@ async fn each_state_that_lasts_has_a_message() {
         let well = matches!(phase, ReplicaPhase::Ready | ReplicaPhase::Stopped);
         assert!(well || !message.is_empty(), "{phase:?} in {messages:?}");
     }
-    let told = |expected, text: &str| {
+    let reported = |expected, text: &str| {
         let found = messages.iter().any(|(phase, message)| *phase == expected && message.contains(text));
         assert!(found, "{expected:?} {text:?} in {messages:?}");
     };
-    told(ReplicaPhase::Draining, "finishes its requests before it stops");
-    told(ReplicaPhase::Draining, "asked to stop; is killed after 7s");
-    told(ReplicaPhase::Starting, "waiting for the readiness probe TCP connection at 127.0.0.1:");
-    told(ReplicaPhase::Starting, ": connection refused");
-    told(ReplicaPhase::Failed, "the process ended");
+    reported(ReplicaPhase::Draining, "finishes its requests before it stops");
+    reported(ReplicaPhase::Draining, "asked to stop; is killed after 7s");
+    reported(ReplicaPhase::Starting, "waiting for the readiness probe TCP connection at 127.0.0.1:");
+    reported(ReplicaPhase::Starting, ": connection refused");
+    reported(ReplicaPhase::Failed, "the process ended");
 }
 
 #[tokio::test(start_paused = true)]

@@ -30,7 +30,7 @@ pub(super) struct Waiting {
 
 #[derive(Default)]
 struct State {
-    /// What the last probe that failed has said.
+    /// Which probe failed last, and why.
     probe: String,
     /// Where the process listens, as far as that explains why nobody reaches it.
     listeners: String,
@@ -104,8 +104,19 @@ pub(super) async fn find_address(runtime: &dyn Runtime, running: &Running, waiti
         return None;
     }
     let listeners = runtime.listeners(running).await?;
-    waiting.listens(describe(running, &listeners));
+    let taken = taken_port(running, &listeners).await;
+    waiting.listens(describe(running, &listeners, taken));
     declared_address(running, &listeners)
+}
+
+/// The declared containerPort of a process, if another process of this node listens there.
+async fn taken_port(running: &Running, listeners: &[SocketAddr]) -> Option<u16> {
+    let declared = declared_port(running).filter(|_| running.container.is_none())?;
+    if listeners.iter().any(|listener| listener.port() == declared) {
+        return None;
+    }
+    let connecting = TcpStream::connect((std::net::Ipv4Addr::LOCALHOST, declared));
+    matches!(tokio::time::timeout(CONNECT_TIMEOUT, connecting).await, Ok(Ok(_))).then_some(declared)
 }
 
 /// The declared containerPort; `None` if the manifest declares none.
@@ -133,8 +144,9 @@ fn declared_address(running: &Running, listeners: &[SocketAddr]) -> Option<Socke
     Some(address)
 }
 
-/// On which ports a replica listens, if that explains why it is not reached.
-fn describe(running: &Running, listeners: &[SocketAddr]) -> String {
+/// On which ports a replica listens, if that explains why it is not reached. `taken` is its containerPort if another
+/// process listens there.
+fn describe(running: &Running, listeners: &[SocketAddr], taken: Option<u16>) -> String {
     let expected = match &running.container {
         None => Some(running.address.port()),
         Some(_) => running.ports.iter().find(|(_, outside)| **outside == running.address.port()).map(|(port, _)| *port),
@@ -143,12 +155,12 @@ fn describe(running: &Running, listeners: &[SocketAddr]) -> String {
         return String::new();
     }
     let what = if running.container.is_some() { "container" } else { "process" };
-    if listeners.is_empty() {
-        return format!("; the {what} listens on no port");
-    }
     let addresses: Vec<_> = listeners.iter().map(ToString::to_string).collect();
     let must = if running.container.is_some() { "its containerPort" } else { "$PORT" };
-    format!("; the {what} listens on {}, not on {must}", addresses.join(", "))
+    let open =
+        if addresses.is_empty() { "no port".to_owned() } else { format!("{}, not on {must}", addresses.join(", ")) };
+    let taken = taken.map(|port| format!("; its containerPort {port} is in use by another process of this node"));
+    format!("; the {what} listens on {open}{}", taken.unwrap_or_default())
 }
 
 #[cfg(test)]
@@ -184,7 +196,7 @@ mod tests {
             (8000, &["0.0.0.0:8000"], Some("127.0.0.1:8000")),
             (8000, &["127.0.0.1:8000", "[::1]:8000"], Some("127.0.0.1:8000")),
             (8000, &["[::]:8000", "127.0.0.1:9000"], Some("[::1]:8000")),
-            // It is reached where it was told to listen.
+            // It is reached at its port.
             (8000, &["127.0.0.1:8000", "127.0.0.1:41234"], None),
             // Another port may be anything, such as metrics.
             (8000, &["127.0.0.1:8001"], None),
@@ -203,16 +215,20 @@ mod tests {
 
     #[test]
     fn the_message_names_the_ports_that_are_open_if_none_of_them_is_the_right_one() {
-        let said = |container, listeners: &[&str]| describe(&running(0, container), &addresses(listeners));
-        assert_eq!(said(None, &["127.0.0.1:41234", "0.0.0.0:9000"]), "");
+        let message = |container, listeners: &[&str]| describe(&running(0, container), &addresses(listeners), None);
+        assert_eq!(message(None, &["127.0.0.1:41234", "0.0.0.0:9000"]), "");
         assert_eq!(
-            said(None, &["0.0.0.0:8000", "[::]:9000"]),
+            message(None, &["0.0.0.0:8000", "[::]:9000"]),
             "; the process listens on 0.0.0.0:8000, [::]:9000, not on $PORT"
         );
-        assert_eq!(said(None, &[]), "; the process listens on no port");
-        assert_eq!(said(Some("c"), &["0.0.0.0:8080"]), "");
+        assert_eq!(message(None, &[]), "; the process listens on no port");
         assert_eq!(
-            said(Some("c"), &["0.0.0.0:9000"]),
+            describe(&running(8000, None), &[], Some(8000)),
+            "; the process listens on no port; its containerPort 8000 is in use by another process of this node"
+        );
+        assert_eq!(message(Some("c"), &["0.0.0.0:8080"]), "");
+        assert_eq!(
+            message(Some("c"), &["0.0.0.0:9000"]),
             "; the container listens on 0.0.0.0:9000, not on its containerPort"
         );
     }

@@ -1,4 +1,4 @@
-//! TCP sockets on which a replica's processes listen, as the kernel tells them.
+//! TCP sockets on which a replica's processes listen, as the kernel lists them.
 
 use std::{collections::HashSet, net::SocketAddr};
 

@@ -152,7 +152,7 @@ fn responses(
     }
 }
 
-/// A log request that an agent is answering. Dropped, it tells the agent to stop.
+/// A log request that an agent is answering. When dropped, it asks the agent to stop.
 struct OpenLog {
     logs: Arc<LogHub>,
     session: SessionHandle,

@@ -242,7 +242,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_failure_is_told_with_the_last_lines_of_output_that_fit() {
+    fn a_failure_message_quotes_the_last_lines_of_output_that_fit() {
         let message = |lines: Vec<String>| {
             failure_message(&fleet::ReplicaStatus {
                 message: "the process ended with exit code 1".into(),

@@ -460,7 +460,7 @@ impl Runtime for DockerRuntime {
     async fn listeners(&self, running: &Running) -> Option<Vec<SocketAddr>> {
         let pid = running.pid;
         let listeners = tokio::task::spawn_blocking(move || sockets::of_network(pid)).await.ok()?;
-        // The engine's own name server is none of the container's.
+        // Leave out the engine's name server.
         let own = listeners.into_iter().filter(|listener| !listener.ip().to_string().starts_with("127.0.0.11"));
         Some(own.collect())
     }
