@@ -3,6 +3,7 @@
 use pilotlight_tests::{
     cell::{Cell, Dev},
     eventually,
+    manifest::Iris,
 };
 
 /// Prints where it is, and ends with an error.
@@ -96,4 +97,24 @@ async fn previous_output_is_found_on_each_node_that_keeps_some() {
     let previous = cell.operator.must(&["logs", "crashing", "--previous"]);
     assert_eq!(previous.matches("==> crashing-").count(), 2, "{previous}");
     assert_eq!(previous.matches("no such tensor: weights").count(), 2, "{previous}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn following_ends_with_an_error_when_the_node_disconnects() {
+    let cell = Cell::start(vec![]).await;
+    let mut agent = cell.agent("gpu-1", 1).await;
+    let iris = Iris { min_replicas: 1, ..Iris::default() };
+    assert_eq!(cell.operator.apply(&iris.yaml(), &[]).code, 0);
+    cell.operator.replicas_are("iris", 1, "Ready").await;
+    let operator = cell.operator.clone();
+    let following = tokio::task::spawn_blocking(move || operator.run(&["logs", "iris", "-f"]));
+    // It has been answered, or is about to be: both end with the session.
+    eventually("the output is there", || async {
+        cell.operator.run(&["logs", "iris"]).out.contains("listening").then_some(())
+    })
+    .await;
+    agent.kill_9();
+    let printed = following.await.unwrap();
+    assert_eq!(printed.code, 1, "{printed:?}");
+    assert!(printed.err.contains("connected"), "{}", printed.err);
 }
