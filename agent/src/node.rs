@@ -31,7 +31,7 @@ use crate::{
     inventory::{self, InventoryError},
     models::{Models, Shelf},
     reconcile::Reconciler,
-    runtime::{AnyRuntime, DockerRuntime, ProcessRuntime, Runtime, RuntimeError, logs},
+    runtime::{AnyRuntime, DockerRuntime, EndedLogs, ProcessRuntime, Runtime, RuntimeError, logs},
     session::{Outbound, Session, Told},
 };
 
@@ -150,7 +150,8 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), Agen
 
     let (_inventory, inventory) = watch::channel(inventory);
     let (path, replicas) = (Arc::clone(&data_path), Arc::clone(&reconciler));
-    let told = Node { data_path: path, reconciler: replicas, shelf, logs: Mutex::default() };
+    let ended_logs = EndedLogs::new(&config.data_dir);
+    let told = Node { data_path: path, reconciler: replicas, shelf, ended_logs, logs: Mutex::default() };
     let session = Session {
         channel,
         hello: hello(&config, ingress_address, peer_address),
@@ -379,6 +380,8 @@ struct Node {
     data_path: Arc<DataPath>,
     reconciler: Arc<Reconciler>,
     shelf: Shelf,
+    /// Output of replicas that have ended.
+    ended_logs: EndedLogs,
     /// Log requests that are being answered.
     logs: Mutex<HashMap<u64, CancellationToken>>,
 }
@@ -421,13 +424,26 @@ impl Node {
         }
         let reading = CancellationToken::new();
         open.insert(request.request_id, reading.clone());
-        let path = self.reconciler.log_file(&request.replica);
+        let files = if request.previous {
+            self.previous_logs(&request)
+        } else {
+            vec![(String::new(), self.reconciler.log_file(&request.replica))]
+        };
         tokio::spawn(async move {
             tokio::select! {
                 () = reading.cancelled() => {}
-                () = send_log(path, &request, &say) => reading.cancel(),
+                () = send_logs(files, &request, &say) => reading.cancel(),
             }
         });
+    }
+
+    /// Previous output by replica: first of those that have ended, then of those that were restarted.
+    fn previous_logs(&self, request: &fleet::LogRequest) -> Vec<(String, PathBuf)> {
+        let (namespace, service) = (&request.namespace, &request.service);
+        let ended = self.ended_logs.of_service(namespace, service).into_iter().map(|log| (log.replica, log.path));
+        let restarted = self.reconciler.previous_log_files(namespace, service);
+        let wanted = |replica: &str| request.replica.is_empty() || request.replica == replica;
+        ended.chain(restarted).filter(|(replica, _)| wanted(replica)).collect()
     }
 }
 
@@ -439,18 +455,23 @@ async fn evict(shelf: Shelf, request: fleet::EvictModel, say: Outbound) {
     say.send(FromAgent::ModelEvicted(fleet::ModelEvicted { request_id: request.request_id, freed_bytes, error })).await;
 }
 
-async fn send_log(path: PathBuf, request: &fleet::LogRequest, say: &Outbound) {
-    let mut chunks = std::pin::pin!(logs::read(path, request.tail_lines, request.follow));
-    let chunk =
-        |data, end, error| FromAgent::LogChunk(fleet::LogChunk { request_id: request.request_id, data, end, error });
-    while let Some(read) = chunks.next().await {
-        let (message, last) = match read {
-            Ok(data) => (chunk(data.to_vec(), false, String::new()), false),
-            Err(error) => (chunk(Vec::new(), true, error.to_string()), true),
-        };
-        if !say.send(message).await || last {
-            return;
+/// Sends these files one after another, each as the output of its replica, and then the end.
+async fn send_logs(files: Vec<(String, PathBuf)>, request: &fleet::LogRequest, say: &Outbound) {
+    let chunk = fleet::LogChunk { request_id: request.request_id, ..Default::default() };
+    for (replica, path) in files {
+        let mut chunks = std::pin::pin!(logs::read(path, request.tail_lines, request.follow));
+        while let Some(read) = chunks.next().await {
+            let (message, failed) = match read {
+                Ok(data) => (fleet::LogChunk { data: data.to_vec(), ..chunk.clone() }, false),
+                // Removed meanwhile, since newer output needed its room.
+                Err(error) if request.previous && error.kind() == io::ErrorKind::NotFound => break,
+                Err(error) => (fleet::LogChunk { end: true, error: error.to_string(), ..chunk.clone() }, true),
+            };
+            let message = fleet::LogChunk { replica: replica.clone(), ..message };
+            if !say.send(FromAgent::LogChunk(message)).await || failed {
+                return;
+            }
         }
     }
-    say.send(chunk(Vec::new(), true, String::new())).await;
+    say.send(FromAgent::LogChunk(fleet::LogChunk { end: true, ..chunk })).await;
 }

@@ -6,7 +6,8 @@
 use std::{path::Path, process::Command, sync::Arc, time::Duration};
 
 use pilotlight_agent::runtime::{
-    DockerRuntime, DockerSettings, Mount, ProcessRuntime, Running, Runtime, RuntimeError, SleepMark, probe::Prober,
+    DockerRuntime, DockerSettings, EndedLogs, Mount, ProcessRuntime, Running, Runtime, RuntimeError, SleepMark,
+    logs::last_lines, probe::Prober,
 };
 use pilotlight_agent::warmth::{fall_asleep, wake};
 use pilotlight_proto::fleet::v1::{
@@ -171,16 +172,57 @@ async fn ends_are_reported_as_they_were() {
             let exit = tokio::time::timeout(DEADLINE, bench.runtime.exited(&running)).await.expect("it ends");
             assert_eq!((exit.code, exit.signal, exit.oom_killed), (Some(code), None, false));
             bench.log(&running.replica, &format!("args {}", args.join(" "))).await;
-            // The same replica, again: its output goes on.
             let again = bench.start(&running.assignment).await.unwrap();
             tokio::time::timeout(DEADLINE, bench.runtime.exited(&again)).await.expect("it ends again");
-            let path = bench.runtime.log_file(&running.replica);
-            eventually("two lines", || async {
-                (std::fs::read_to_string(&path).unwrap_or_default().matches("args ").count() == 2).then_some(())
-            })
-            .await;
             bench.end(&again).await;
         }
+    }
+}
+
+#[tokio::test]
+async fn open_ports_are_known_and_a_later_agent_finds_the_address_that_was_recorded() {
+    for mut bench in Bench::all().await {
+        let (mut running, _) = bench.serve(&bench.assignment("ports", &[])).await;
+        let inside = if bench.docker { 8080 } else { running.address.port() };
+        let listeners = bench.runtime.listeners(&running).await.unwrap();
+        assert_eq!(listeners.iter().map(|listener| listener.port()).collect::<Vec<_>>(), [inside]);
+        if !bench.docker {
+            running.address = "[::1]:8000".parse().unwrap();
+        }
+        bench.runtime.record_address(&running).unwrap();
+        assert_eq!(bench.anew().await, std::slice::from_ref(&running), "docker: {}", bench.docker);
+        bench.end(&running).await;
+    }
+}
+
+#[tokio::test]
+async fn output_of_the_previous_run_and_of_ended_replicas_is_kept() {
+    for mut bench in Bench::all().await {
+        let mut assignment = bench.assignment("output", &["exit", "1"]);
+        let run = async |bench: &Bench, assignment: &ReplicaAssignment| {
+            let running = bench.start(assignment).await.unwrap();
+            tokio::time::timeout(DEADLINE, bench.runtime.exited(&running)).await.expect("it ends");
+            bench.runtime.flush_output(&running.replica).await;
+        };
+        let read = |path: std::path::PathBuf| std::fs::read_to_string(path).ok();
+        let replica = assignment.replica.clone();
+        run(&bench, &assignment).await;
+        assert_eq!(read(bench.runtime.log_file(&replica)).unwrap(), "args exit 1\n");
+        assert_eq!(read(bench.runtime.previous_log_file(&replica)), None);
+        for code in ["2", "3"] {
+            assignment.container.as_mut().unwrap().args[1] = code.into();
+            run(&bench, &assignment).await;
+        }
+        assert_eq!(last_lines(&bench.runtime.log_file(&replica)), ["args exit 3"]);
+        assert_eq!(read(bench.runtime.previous_log_file(&replica)).unwrap(), "args exit 2\n");
+
+        // It is removed while its agent is away.
+        assert_eq!(bench.anew().await, []);
+        bench.runtime.remove_others(&|_| false);
+        let ended = EndedLogs::new(bench.data.path()).of_service("default", "iris");
+        let ended: Vec<_> = ended.into_iter().map(|log| (log.replica, read(log.path).unwrap())).collect();
+        assert_eq!(ended, [(replica, "args exit 3\n".to_owned())], "docker: {}", bench.docker);
+        assert_eq!(EndedLogs::new(bench.data.path()).of_service("default", "other"), []);
     }
 }
 

@@ -333,10 +333,15 @@ pub fn replica_table(replicas: &[control::Replica]) -> String {
             paint(&replica.phase, mood),
             replica.restarts.to_string(),
             age(replica.created_at),
-            if replica.message.is_empty() { rung(replica) } else { replica.message.clone() },
+            if says_more(replica) { replica.message.clone() } else { rung(replica) },
         ]);
     }
     table.text()
+}
+
+/// Returns `true` if the message is worth more than how the replica came to be where it is: a sleeping replica's is not.
+fn says_more(replica: &control::Replica) -> bool {
+    !replica.message.is_empty() && (replica.phase != "Asleep" || replica.rung.is_empty())
 }
 
 /// How a replica came to be where it is, and what it holds while it sleeps.

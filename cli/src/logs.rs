@@ -1,5 +1,7 @@
 //! `pilotlight logs`.
 
+use std::io::Write as _;
+
 use pilotlight_proto::control::v1::LogsRequest;
 
 use crate::{connect::ConnectionArgs, failure::Failure, output};
@@ -21,6 +23,9 @@ pub struct Args {
     /// Only this replica's.
     #[arg(long, default_value = "", hide_default_value = true)]
     replica: String,
+    /// Output of previous runs: of replicas that have ended, their last run; of others, the run before the last restart.
+    #[arg(short, long, conflicts_with = "follow")]
+    previous: bool,
 }
 
 /// Prints logs as they come; with several replicas, each piece is headed by its replica's name.
@@ -31,22 +36,26 @@ pub async fn run(connection: ConnectionArgs, args: Args) -> Result<(), Failure> 
         replica: args.replica,
         follow: args.follow,
         tail_lines: args.tail,
-        ..Default::default()
+        previous: args.previous,
     };
+    // Previous output is that of several replicas more often than not.
+    let all_headed = request.previous && request.replica.is_empty();
     let mut pieces = connection.client()?.logs(request).await?.into_inner();
-    let mut last = String::new();
+    let (mut last, mut failed) = (String::new(), false);
     while let Some(piece) = pieces.message().await? {
         if !piece.error.is_empty() {
-            return Err(anyhow::anyhow!("{}: {}", piece.replica, piece.error).into());
+            // The other replicas' output is still worth reading.
+            failed = true;
+            writeln!(std::io::stderr(), "error: {}: {}", piece.replica, piece.error)?;
         }
         if piece.data.is_empty() {
             continue;
         }
-        if !last.is_empty() && last != piece.replica {
+        if last != piece.replica && (all_headed || !last.is_empty()) {
             output::print(&format!("==> {} <==\n", piece.replica))?;
         }
         last = piece.replica;
         output::print_bytes(&piece.data)?;
     }
-    Ok(())
+    if failed { Err(Failure::Refused) } else { Ok(()) }
 }

@@ -23,6 +23,41 @@ use pilotlight_tests::{
     store::{noted, settled},
 };
 
+/// A service whose model no network leads to.
+const UNREACHABLE: &str = r#"
+apiVersion: serving.kserve.io/v1alpha1
+kind: ClusterServingRuntime
+metadata: {name: unreachable}
+spec:
+  supportedModelFormats: [{name: sklearn, version: "1", autoSelect: true}]
+  containers: [{name: kserve-container, command: [pilotlight, example-server, iris]}]
+---
+apiVersion: serving.kserve.io/v1beta1
+kind: InferenceService
+metadata: {name: unreachable}
+spec:
+  predictor:
+    minReplicas: 1
+    model: {modelFormat: {name: sklearn}, storageUri: "gs://pilotlight-no-such-bucket/model"}
+"#;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_model_in_an_unreachable_store_says_so_and_its_service_can_be_deleted() {
+    // Nobody listens there: as without a network.
+    let proxy = || "http://127.0.0.1:1".to_owned();
+    let dev = Dev::start(&[], vec![("HTTP_PROXY", proxy()), ("HTTPS_PROXY", proxy())]).await;
+    let applied = dev.operator.apply(UNREACHABLE, &[]);
+    assert_eq!(applied.code, 0, "{}", applied.err);
+    let message = eventually("the failure is reported", || async {
+        let replica = dev.operator.replicas("unreachable").into_iter().next()?;
+        (replica["phase"] == "Failed").then(|| replica["message"].as_str().unwrap_or_default().to_owned())
+    })
+    .await;
+    assert!(message.contains("gs://pilotlight-no-such-bucket/model") && !message.contains("internal"), "{message}");
+    dev.operator.must(&["delete", "isvc", "unreachable"]);
+    eventually("its replica is gone", || async { dev.operator.replicas("unreachable").is_empty().then_some(()) }).await;
+}
+
 const RANGE: u64 = 16 << 20;
 
 /// A web server with one file, which holds back what comes after `limit` bytes have been sent.

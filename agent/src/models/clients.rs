@@ -27,8 +27,7 @@ impl Clients {
         if let Some(client) = &*client {
             return Ok(client.clone());
         }
-        // Another part of the program may have set the process's provider.
-        let _ = rustls::crypto::ring::default_provider().install_default();
+        install_crypto_provider();
         let builder = reqwest::Client::builder().connect_timeout(CONNECT_WITHIN).http1_only();
         Ok(client.insert(builder.user_agent(concat!("pilotlight/", env!("CARGO_PKG_VERSION"))).build()?).clone())
     }
@@ -47,6 +46,12 @@ impl Clients {
             .with_client_options(options.with_default_headers(HeaderMap::from_iter([asks])))
             .with_http_connector(Connector { clients: self.clone(), headers: true })
     }
+}
+
+/// Must come before any client is built: `reqwest` panics without a provider.
+fn install_crypto_provider() {
+    // Another part of the program may have set the process's provider.
+    let _ = rustls::crypto::ring::default_provider().install_default();
 }
 
 /// All headers of the answer, in the extensions of a result.
@@ -70,6 +75,7 @@ impl HttpConnector for Connector {
             let failed = |error| object_store::Error::Generic { store: "HTTP", source: Box::new(error) };
             HttpClient::new(self.clients.get().map_err(failed)?)
         } else {
+            install_crypto_provider();
             ReqwestConnector::default().connect(options)?
         };
         Ok(if self.headers { HttpClient::new(Seeing(client)) } else { client })

@@ -69,7 +69,7 @@ impl Life {
         if !tired.offered {
             self.update(|status| {
                 status.set_phase(ReplicaPhase::Starting);
-                status.message = "falls asleep".to_owned();
+                status.message = "falling asleep".to_owned();
                 status.reason.clear();
             });
         }
@@ -110,7 +110,7 @@ impl Life {
     /// where it is not to sleep any more.
     async fn drained(&mut self, running: &Running) -> Result<bool, End> {
         self.endpoints.drain(&running.replica);
-        self.update(|status| status.set_phase(ReplicaPhase::Draining));
+        self.drains("finishes its requests before it sleeps".to_owned());
         let runtime = Arc::clone(&self.runtime);
         let timeout = duration(self.assignment().timeout).unwrap_or(TIMEOUT);
         tokio::select! {
@@ -138,7 +138,7 @@ impl Life {
         self.update(|status| {
             status.set_phase(ReplicaPhase::Asleep);
             status.ready_at = None;
-            status.message.clear();
+            status.message = "asleep until a request needs it".to_owned();
             status.reason.clear();
             // Paused, it keeps what it has.
             status.holds_gpu_memory = paths.is_none();
@@ -165,7 +165,7 @@ impl Life {
         let span = self.wake_span();
         self.update(|status| {
             status.set_phase(ReplicaPhase::Starting);
-            status.message = "wakes".to_owned();
+            status.message = "waking up".to_owned();
             status.holds_gpu_memory = false;
         });
         let waking = async {

@@ -1,8 +1,8 @@
 //! A replica that is awake: probed until it is ready, and then for as long as it takes requests.
 
-use std::{sync::Arc, time::Duration};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
-use pilotlight_proto::fleet::v1::{ReplicaPhase, Rung, Transition};
+use pilotlight_proto::fleet::v1::{ContainerSpec, ReplicaPhase, Rung, Transition};
 use prost_types::Timestamp;
 use tokio::{sync::watch, time::Instant};
 use tracing::{Span, info, info_span, warn};
@@ -14,6 +14,7 @@ use super::{
     question::{Question, Refusal},
     replica::{End, Life, Stage, TIMEOUT, duration, told},
     rung::{Cold, transition},
+    waiting::{Waiting, find_address, listens_elsewhere},
 };
 use crate::{
     endpoint::LocalReplica,
@@ -124,34 +125,32 @@ impl Readiness {
 }
 
 impl Life {
-    /// Probes a running replica, and tells the data path, until it is to sleep. `span` ends when it is ready.
-    pub(super) async fn awake(&mut self, running: &Running, mut begin: Begin, span: Span) -> Result<Stage, End> {
+    /// Probes a running replica, and tells the data path, until it is to sleep. `span` ends when it is ready. A
+    /// process that listens on its containerPort instead of the port that it was given is reached there from then on.
+    pub(super) async fn awake(&mut self, running: &mut Running, mut begin: Begin, span: Span) -> Result<Stage, End> {
         // One that is kept is still told to drain, and ready in a moment.
         let mut offered = matches!(begin, Begin::Kept);
+        let container = running.assignment.container.clone().unwrap_or_default();
+        let probe = container.readiness_probe.clone().unwrap_or_default();
+        let prober = Prober::new(probe, running, Arc::clone(&self.runtime));
         if !offered {
-            let message = if begin.has_loaded() { "wakes" } else { "" };
-            self.update(|status| {
-                status.set_phase(ReplicaPhase::Starting);
-                status.ready_at = None;
-                status.message = message.to_owned();
-                status.reason.clear();
-            });
+            self.starts(&begin, &prober);
         }
         let mut spans = Some((info_span!(parent: &span, "replica.load", otel.kind = "internal"), span));
-        let container = running.assignment.container.clone().unwrap_or_default();
-        let (started, has_started) = watch::channel(false);
+        let waiting = Arc::new(Waiting::new(self.statuses.clone(), running.replica.clone()));
         let (confirm, confirmed) = watch::channel(false);
-        let mut gates = Gates { has_started, confirmed };
         let refused = begin.question().refused(confirm);
         tokio::pin!(refused);
-        let health = Health::new(&container, running, &self.runtime);
-        let unhealthy = if begin.has_loaded() { health.of_started() } else { health }.fails(started);
+        let (unhealthy, has_started) = self.watch_health(&container, running, begin.has_loaded(), &waiting);
         tokio::pin!(unhealthy);
-        let prober = Prober::new(container.readiness_probe.unwrap_or_default(), running, Arc::clone(&self.runtime));
+        let mut gates = Gates { has_started, confirmed };
         let mut readiness = Readiness::new(prober, &begin);
         let mut begin = Some(begin);
-        let runtime = Arc::clone(&self.runtime);
-        let exited = runtime.exited(running);
+        let elsewhere = listens_elsewhere(Arc::clone(&self.runtime), running.clone(), Arc::clone(&waiting));
+        tokio::pin!(elsewhere);
+        let mut moved = false;
+        let (runtime, started) = (Arc::clone(&self.runtime), running.clone());
+        let exited = runtime.exited(&started);
         tokio::pin!(exited);
         let mut pause = readiness.first_pause();
         loop {
@@ -165,12 +164,27 @@ impl Life {
                 }
                 why = &mut unhealthy => return Err(End::Failed(self.restart(running, why).await)),
                 refusal = &mut refused => return Err(self.refused(running, refusal).await),
+                address = &mut elsewhere, if begin.is_some() && !moved => {
+                    moved = true;
+                    self.move_to(running, address, &mut readiness, &waiting);
+                    let has_started = *gates.has_started.borrow();
+                    let (again, started) = self.watch_health(&container, running, has_started, &waiting);
+                    unhealthy.set(again);
+                    gates.has_started = started;
+                    continue;
+                }
                 answer = gates.ask(&readiness.prober, pause) => answer,
             };
             let took = answer.took;
             match answer.said {
                 Ok(()) => {
                     if readiness.succeeded() {
+                        if begin.is_some() && !moved && !readiness.prober.connects_to_address() {
+                            // What the probe has found is not what requests are sent to.
+                            if let Some(address) = find_address(&*runtime, running, &waiting).await {
+                                self.move_to(running, address, &mut readiness, &waiting);
+                            }
+                        }
                         // What follows is no part of the start.
                         spans.take();
                         let begin = begin.take();
@@ -188,7 +202,7 @@ impl Life {
                         warn!(replica = %running.replica, %reason, "not ready any more");
                     }
                     if !readiness.ready {
-                        self.not_yet(&reason);
+                        waiting.probe_failed(&format!("readiness probe {}: {reason}", readiness.prober.describe()));
                     }
                 }
             }
@@ -239,19 +253,40 @@ impl Life {
         });
     }
 
-    /// Says what the probe said, where that is new.
-    fn not_yet(&self, reason: &str) {
-        let message = format!("not ready yet: {reason}");
-        let name = self.name();
-        let told = self.statuses.0.borrow().replicas.iter().any(|status| {
-            status.replica == name && status.message == message && status.phase() == ReplicaPhase::Starting
+    /// Reports that the replica has been started or woken, and for what it waits now.
+    fn starts(&self, begin: &Begin, prober: &Prober) {
+        let what = if begin.has_loaded() { "woken" } else { "started" };
+        let message = format!("{what}; waiting for the readiness probe {}", prober.describe());
+        self.update(|status| {
+            status.set_phase(ReplicaPhase::Starting);
+            status.ready_at = None;
+            status.message = message;
+            status.reason.clear();
         });
-        if !told {
-            self.update(|status| {
-                status.set_phase(ReplicaPhase::Starting);
-                status.message = message;
-                status.reason = "ProbeFailed".to_owned();
-            });
+    }
+
+    /// Resolves when the container must be restarted; the receiver becomes true once its startup probe has passed.
+    fn watch_health(
+        &self,
+        container: &ContainerSpec,
+        running: &Running,
+        has_started: bool,
+        waiting: &Arc<Waiting>,
+    ) -> (impl Future<Output = Unhealthy> + Send + use<>, watch::Receiver<bool>) {
+        let (started, starts) = watch::channel(false);
+        let health = Health::new(container, running, &self.runtime);
+        let health = if has_started { health.of_started() } else { health };
+        (health.fails(started, Arc::clone(waiting)), starts)
+    }
+
+    /// From now on the replica is reached at this address, by later agent processes, too.
+    fn move_to(&self, running: &mut Running, address: SocketAddr, readiness: &mut Readiness, waiting: &Waiting) {
+        info!(replica = %running.replica, port = %running.address, %address, "listens on its containerPort, not on PORT");
+        running.address = address;
+        readiness.prober.set_address(address);
+        waiting.found();
+        if let Err(error) = self.runtime.record_address(running) {
+            warn!(replica = %running.replica, %error, "a later agent process will look for it at its PORT");
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::{
     models::ModelError,
-    runtime::{Exit, RuntimeError},
+    runtime::{Exit, Running, RuntimeError},
 };
 
 /// Reason of a replica that a probe has had restarted; the name of Kubernetes' event.
@@ -23,6 +23,8 @@ pub(super) struct Failure {
     pub(super) exit_code: Option<i32>,
     /// Bytes in the node's cache that would have to leave for its model.
     pub(super) lacking_bytes: u64,
+    /// The last lines that the failed run printed, if one was started.
+    pub(super) last_log_lines: Vec<String>,
 }
 
 impl Failure {
@@ -40,6 +42,22 @@ impl Failure {
             (None, None) => ("Error", "the process ended".to_owned()),
         };
         Self { reason, message, exit_code: exit.code, ..Self::default() }
+    }
+
+    /// Adds the last lines that the failed run printed. They may name a cause that the exit code does not show.
+    pub(super) fn with_output(mut self, last_log_lines: Vec<String>, running: &Running) -> Self {
+        let in_use = |line: &String| {
+            let line = line.to_ascii_lowercase();
+            line.contains("address already in use") || line.contains("eaddrinuse")
+        };
+        if running.container.is_none() && last_log_lines.iter().any(in_use) {
+            let port = running.address.port();
+            self.message += &format!(
+                "; another process of this node uses the port that it wants: replicas that are processes must listen on \
+                 $PORT ({port} for this one), since they share the node's ports"
+            );
+        }
+        Self { last_log_lines, ..self }
     }
 
     pub(super) fn of_model(error: &ModelError) -> Self {

@@ -5,6 +5,7 @@ use std::{sync::Arc, time::Duration};
 use pilotlight_proto::fleet::v1::ContainerSpec;
 use tokio::sync::watch;
 
+use super::waiting::Waiting;
 use crate::runtime::{Running, Runtime, probe::Prober};
 
 /// Why a container is to be restarted.
@@ -33,14 +34,15 @@ impl Health {
         Self { startup: None, ..self }
     }
 
-    /// Resolves when the container is to be restarted; never, where nothing asks for that. `started` becomes
-    /// true once the startup probe has passed: nothing else is to be asked before.
-    pub(super) async fn fails(self, started: watch::Sender<bool>) -> Unhealthy {
+    /// Resolves when the container must be restarted; never if no probe asks for that. `started` becomes
+    /// true once the startup probe has passed: no other probe runs before. Until then `waiting` reports its failures.
+    pub(super) async fn fails(self, started: watch::Sender<bool>, waiting: Arc<Waiting>) -> Unhealthy {
         let mut begun = Duration::ZERO;
         if let Some(startup) = self.startup {
             let clock = tokio::time::Instant::now();
             tokio::time::sleep(startup.initial_delay()).await;
-            if let Err(unhealthy) = passes(&startup, "startup", Until::Passed).await {
+            let report = |why: &str| waiting.probe_failed(&format!("startup probe {}: {why}", startup.describe()));
+            if let Err(unhealthy) = passes(&startup, "startup", Until::Passed, &report).await {
                 return unhealthy;
             }
             begun = clock.elapsed();
@@ -49,7 +51,7 @@ impl Health {
         let Some(liveness) = self.liveness else { return std::future::pending().await };
         // The delay counts from the container's start.
         tokio::time::sleep(liveness.initial_delay().saturating_sub(begun)).await;
-        match passes(&liveness, "liveness", Until::Failed).await {
+        match passes(&liveness, "liveness", Until::Failed, &|_| {}).await {
             Err(unhealthy) => unhealthy,
             Ok(()) => std::future::pending().await,
         }
@@ -65,7 +67,7 @@ enum Until {
     Failed,
 }
 
-async fn passes(prober: &Prober, what: &str, until: Until) -> Result<(), Unhealthy> {
+async fn passes(prober: &Prober, what: &str, until: Until, report: &(dyn Fn(&str) + Sync)) -> Result<(), Unhealthy> {
     let mut failures = 0;
     loop {
         match prober.ask().await {
@@ -73,6 +75,7 @@ async fn passes(prober: &Prober, what: &str, until: Until) -> Result<(), Unhealt
             Ok(()) => failures = 0,
             Err(why) => {
                 failures += 1;
+                report(&why);
                 if failures >= prober.failure_threshold() {
                     let message = format!("{what} probe failed {failures} times in a row: {why}");
                     return Err(Unhealthy { message, grace: prober.termination_grace_period() });

@@ -9,6 +9,7 @@ pub(crate) mod backoff;
 mod failure;
 mod health;
 mod models;
+mod orphan;
 mod question;
 mod replica;
 mod rung;
@@ -16,10 +17,12 @@ mod rung;
 mod sleep_tests;
 #[cfg(test)]
 mod tests;
+mod waiting;
 mod way_back;
 
 use std::{
     collections::{BTreeMap, HashMap},
+    path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
@@ -31,6 +34,7 @@ use crate::{
     models::{Models, Shelf},
     runtime::{Runtime, RuntimeError},
 };
+use orphan::Orphan;
 use replica::{Desired, Life};
 use way_back::WayBack;
 
@@ -131,14 +135,30 @@ impl Reconciler {
         self.lock().version = None;
     }
 
-    /// Where a replica's output is.
-    pub fn log_file(&self, replica: &str) -> std::path::PathBuf {
+    /// The file with the output of a replica's current run.
+    pub fn log_file(&self, replica: &str) -> PathBuf {
         self.runtime.log_file(replica)
     }
 
-    /// Output files of replicas that are known.
-    pub fn log_files(&self) -> Vec<std::path::PathBuf> {
-        self.lock().tasks.keys().map(|replica| self.runtime.log_file(replica)).collect()
+    /// The files with the output of the runs before the last restart, of a service's replicas that have not ended.
+    pub fn previous_log_files(&self, namespace: &str, service: &str) -> Vec<(String, PathBuf)> {
+        let inner = self.lock();
+        let of_service = |(name, task): (&String, &Task)| {
+            let desired = task.desired.borrow();
+            let assignment = &desired.assignment;
+            let matches = assignment.namespace == namespace && assignment.service == service;
+            matches.then(|| (name.clone(), self.runtime.previous_log_file(name)))
+        };
+        let mut files: Vec<_> = inner.tasks.iter().filter_map(of_service).filter(|(_, path)| path.exists()).collect();
+        files.sort_unstable();
+        files
+    }
+
+    /// Output files of all replicas that have not ended.
+    pub fn log_files(&self) -> Vec<PathBuf> {
+        let inner = self.lock();
+        let files = |replica: &String| [self.runtime.log_file(replica), self.runtime.previous_log_file(replica)];
+        inner.tasks.keys().flat_map(files).collect()
     }
 
     /// Takes in the whole desired state; one that is older than the last is ignored.
@@ -192,6 +212,14 @@ impl Reconciler {
         let models = desired.assignment.models.iter().map(|model| model.uri.clone());
         let held = self.models.hold(&name, models.chain(image));
         let (sender, receiver) = watch::channel(desired);
+        let orphan = Orphan {
+            name: name.clone(),
+            runtime: Arc::clone(&self.runtime),
+            endpoints: Arc::clone(&self.endpoints),
+            statuses: self.statuses.clone(),
+            desired: receiver.clone(),
+            running: Arc::default(),
+        };
         let life = Life {
             runtime: Arc::clone(&self.runtime),
             endpoints: Arc::clone(&self.endpoints),
@@ -201,8 +229,9 @@ impl Reconciler {
             statuses: self.statuses.clone(),
             desired: receiver,
             room: self.models.room_made(),
+            running: Arc::clone(&orphan.running),
         };
-        let handle = tokio::spawn(life.run(adopted));
+        let handle = tokio::spawn(orphan.supervise(life.run(adopted)));
         inner.tasks.insert(name, Task { desired: sender, handle });
     }
 

@@ -70,6 +70,11 @@ pub(super) async fn fetch(
                 status.reason.clear();
             });
         };
+        statuses.update(&assignment.replica, |status| {
+            status.set_phase(ReplicaPhase::Pending);
+            status.message = format!("asking for the files of {}", model.uri);
+            status.reason.clear();
+        });
         let here = whole(models);
         let folder = models.ensure_from(&model.uri, &credentials(model), &model.peers, tell).await?;
         got.fetched |= !here.contains(&folder);

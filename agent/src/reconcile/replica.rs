@@ -1,6 +1,9 @@
 //! One replica's life: pending, starting, ready, draining, stopped; failed and again.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use pilotlight_proto::fleet::v1::{ReplicaAssignment, ReplicaPhase, ReplicaStatus, SleepPaths};
 use pilotlight_telemetry::TraceContext;
@@ -22,7 +25,7 @@ use super::{
 use crate::{
     endpoint::Endpoints,
     models::{Held, Models},
-    runtime::{Exit, Running, Runtime, SleepMark, unix_now},
+    runtime::{Exit, Running, Runtime, SleepMark, logs, unix_now},
 };
 
 /// Grace where the assignment names none; Kubernetes' default.
@@ -50,6 +53,8 @@ pub(super) struct Life {
     pub(super) desired: watch::Receiver<Desired>,
     /// Changes whenever the node's cache may have room that it had not before.
     pub(super) room: watch::Receiver<u64>,
+    /// What it has started last, for [`super::orphan`].
+    pub(super) running: Arc<Mutex<Option<Running>>>,
 }
 
 /// Where a replica is whose process lives.
@@ -81,6 +86,8 @@ impl Life {
             status.revision.clone_from(&first.revision);
             status.set_phase(ReplicaPhase::Pending);
             status.adopted = taken_over;
+            status.message =
+                if taken_over { "taken over from the previous agent process" } else { "accepted" }.to_owned();
         });
         let mut backoff = CrashBackoff::default();
         let mut present = self.take_over(adopted).await;
@@ -97,10 +104,10 @@ impl Life {
             let before = started.as_ref().map_or(Duration::ZERO, |(running, _)| ran_before(running));
             let begun = Instant::now();
             let failure = match started {
-                Ok((running, begin)) => match self.tend(&running, begin, span).await {
+                Ok((mut running, begin)) => match self.tend(&mut running, begin, span).await {
                     End::Leave => return self.leave(&running).await,
                     End::Anew => continue,
-                    End::Failed(failure) => failure,
+                    End::Failed(failure) => failure.with_output(self.last_log_lines().await, &running),
                 },
                 Err(failure) => failure,
             };
@@ -114,11 +121,12 @@ impl Life {
     }
 
     /// Sees a replica whose process lives from one stage to the next, until it ends or is to leave.
-    async fn tend(&mut self, running: &Running, begin: Begin, span: Span) -> End {
+    async fn tend(&mut self, running: &mut Running, begin: Begin, span: Span) -> End {
         self.update(|status| {
             status.pid = running.pid;
             status.started_at = Some(Timestamp { seconds: running.started_at, nanos: 0 });
         });
+        *self.running.lock().unwrap_or_else(PoisonError::into_inner) = Some(running.clone());
         let mark = self.runtime.sleep_mark(&running.replica).filter(|_| matches!(begin, Begin::Adopted));
         let mut stage = match mark {
             None => Ok(Stage::Awake(begin, span)),
@@ -254,6 +262,14 @@ impl Life {
         container.and_then(|container| duration(container.termination_grace_period)).unwrap_or(GRACE)
     }
 
+    /// The last lines that a run which has ended has printed.
+    async fn last_log_lines(&self) -> Vec<String> {
+        let replica = self.name();
+        self.runtime.flush_output(&replica).await;
+        let path = self.runtime.log_file(&replica);
+        tokio::task::spawn_blocking(move || logs::last_lines(&path)).await.unwrap_or_default()
+    }
+
     async fn failed(&mut self, failure: Failure, pause: Duration) {
         warn!(replica = %self.name(), reason = failure.reason, message = %failure.message, ?pause, "replica failed");
         let looping = !pause.is_zero();
@@ -263,6 +279,7 @@ impl Life {
             status.holds_gpu_memory = false;
             status.exit_code = failure.exit_code;
             status.lacking_bytes = failure.lacking_bytes;
+            status.last_log_lines = failure.last_log_lines;
             status.restarts += 1;
             status.reason = if looping { in_backoff(failure.reason) } else { failure.reason }.to_owned();
             status.message =
@@ -284,6 +301,7 @@ impl Life {
             status.pid = 0;
             status.reason = failure.reason.to_owned();
             status.message = failure.message;
+            status.last_log_lines = failure.last_log_lines;
         });
         told(&mut self.desired, |desired| desired.leave || !desired.assignment.asleep).await;
     }
@@ -291,17 +309,28 @@ impl Life {
     /// Drains, stops and forgets.
     async fn leave(self, running: &Running) {
         self.endpoints.drain(&running.replica);
-        self.update(|status| status.set_phase(ReplicaPhase::Draining));
+        self.drains("finishes its requests before it stops".to_owned());
         let timeout = duration(self.assignment().timeout).unwrap_or(TIMEOUT);
         tokio::select! {
             () = self.endpoints.drained(&running.replica) => {}
             () = tokio::time::sleep(timeout) => warn!(replica = %running.replica, "not drained in time"),
             _ = self.runtime.exited(running) => {}
         }
-        self.runtime.stop(running, self.grace()).await;
+        let grace = self.grace();
+        self.drains(format!("asked to stop; is killed after {grace:?}"));
+        self.runtime.stop(running, grace).await;
         self.endpoints.remove(&running.replica);
         info!(replica = %running.replica, "stopped");
         self.stopped().await;
+    }
+
+    /// Reports that it takes no more requests, and what it waits for now.
+    pub(super) fn drains(&self, message: String) {
+        self.update(|status| {
+            status.set_phase(ReplicaPhase::Draining);
+            status.message = message;
+            status.reason.clear();
+        });
     }
 
     async fn stopped(&self) {

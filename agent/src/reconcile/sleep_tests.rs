@@ -116,7 +116,8 @@ async fn an_idle_replica_is_put_to_sleep_and_woken() {
 
     let request = node.waits().await;
     tokio::time::sleep(Duration::from_secs(3600)).await;
-    assert_eq!(node.status().phase(), ReplicaPhase::Asleep);
+    let status = node.status();
+    assert_eq!((status.phase(), status.message.as_str()), (ReplicaPhase::Asleep, "asleep until a request needs it"));
     node.tell([replica(false)]);
     node.phases(&[ReplicaPhase::Ready]).await;
     request.await;

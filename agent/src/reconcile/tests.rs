@@ -91,6 +91,7 @@ impl Runtime for Fake {
     /// An image that is no image is the reason to fail.
     async fn prepare(&self, assignment: &ReplicaAssignment, _: Say<'_>) -> Result<bool, RuntimeError> {
         let image = assignment.container.as_ref().map(|container| container.image.as_str());
+        assert_ne!(image, Some("panic"), "as told");
         match ["CacheFull", "DiskFull"].into_iter().find(|reason| image == Some(reason)) {
             Some(reason) => Err(RuntimeError::Container { reason, message: "as told".to_owned() }),
             None => Ok(false),
@@ -427,6 +428,70 @@ async fn a_leaving_replica_ends_its_request_first() {
     drop(running);
     node.phases(&[ReplicaPhase::Stopped, ReplicaPhase::Ready]).await;
     assert_eq!(node.stops(began), [("a".to_owned(), Duration::from_secs(40), GRACE)], "as soon as it has ended");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_replica_whose_task_panics_has_failed_and_can_be_deleted() {
+    let node = Node::start().await;
+    let container = ContainerSpec { image: "panic".into(), ..Default::default() };
+    node.assign_container(2, &[("a", false), ("b", false), ("c", false)], container.clone());
+    node.phases(&[ReplicaPhase::Ready, ReplicaPhase::Ready, ReplicaPhase::Failed]).await;
+    let status = node.reconciler.statuses().borrow().replicas[2].clone();
+    assert_eq!(status.reason, "InternalError");
+    assert!(status.message.contains("as told"), "{}", status.message);
+    node.assign_container(3, &[("a", false), ("b", false), ("c", true)], container);
+    node.phases(&[ReplicaPhase::Ready, ReplicaPhase::Ready, ReplicaPhase::Stopped]).await;
+    node.assign(4, &[("a", false), ("b", false)]);
+    node.phases(&[ReplicaPhase::Ready, ReplicaPhase::Ready]).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn each_state_that_lasts_has_a_message() {
+    let node = Node::start().await;
+    let mut statuses = node.reconciler.statuses();
+    let seen = tokio::spawn(async move {
+        let mut seen = std::collections::BTreeSet::new();
+        while statuses.changed().await.is_ok() {
+            let all = statuses.borrow_and_update().clone();
+            seen.extend(all.replicas.into_iter().map(|status| (status.phase, status.message)));
+            // Of the last replica: the first one is stopped.
+            if seen.iter().any(|(phase, _)| *phase == i32::from(ReplicaPhase::Failed)) {
+                break;
+            }
+        }
+        seen
+    });
+    let (_, running) = node.request().await;
+    node.assign(2, &[("a", true), ("b", false)]);
+    node.phases(&[ReplicaPhase::Draining, ReplicaPhase::Ready]).await;
+    drop(running);
+    node.phases(&[ReplicaPhase::Stopped, ReplicaPhase::Ready]).await;
+    // Never ready, and then it ends.
+    let never = ContainerSpec { readiness_probe: listens(closed_port().await), ..Default::default() };
+    node.assign_container(3, &[("c", false)], never);
+    node.phases(&[ReplicaPhase::Stopped, ReplicaPhase::Starting]).await;
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    // The second failure lasts, until the back-off is over.
+    for _ in 0..2 {
+        node.fake.end("c").cancel();
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+    let seen = seen.await.unwrap();
+    let messages: Vec<_> =
+        seen.iter().map(|(phase, message)| (ReplicaPhase::try_from(*phase).unwrap(), message)).collect();
+    for (phase, message) in &messages {
+        let well = matches!(phase, ReplicaPhase::Ready | ReplicaPhase::Stopped);
+        assert!(well || !message.is_empty(), "{phase:?} in {messages:?}");
+    }
+    let reported = |expected, text: &str| {
+        let found = messages.iter().any(|(phase, message)| *phase == expected && message.contains(text));
+        assert!(found, "{expected:?} {text:?} in {messages:?}");
+    };
+    reported(ReplicaPhase::Draining, "finishes its requests before it stops");
+    reported(ReplicaPhase::Draining, "asked to stop; is killed after 7s");
+    reported(ReplicaPhase::Starting, "waiting for the readiness probe TCP connection at 127.0.0.1:");
+    reported(ReplicaPhase::Starting, ": connection refused");
+    reported(ReplicaPhase::Failed, "the process ended");
 }
 
 #[tokio::test(start_paused = true)]

@@ -1,6 +1,11 @@
 //! Which runtime a replica gets.
 
-use std::{net::IpAddr, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
 
 use async_trait::async_trait;
 use pilotlight_proto::fleet::v1::ReplicaAssignment;
@@ -92,6 +97,18 @@ impl Runtime for AnyRuntime {
 
     fn log_file(&self, replica: &str) -> PathBuf {
         self.process.log_file(replica)
+    }
+
+    async fn listeners(&self, running: &Running) -> Option<Vec<SocketAddr>> {
+        self.tending(running).listeners(running).await
+    }
+
+    fn record_address(&self, running: &Running) -> Result<(), RuntimeError> {
+        self.tending(running).record_address(running)
+    }
+
+    async fn flush_output(&self, replica: &str) {
+        self.docker.flush_output(replica).await;
     }
 
     fn remove_others(&self, keep: &dyn Fn(&str) -> bool) {

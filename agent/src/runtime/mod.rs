@@ -2,11 +2,13 @@
 
 pub mod auto;
 pub mod docker;
+mod ended_logs;
 mod expand;
 pub mod logs;
 mod mounts;
 pub mod probe;
 pub mod process;
+mod sockets;
 mod state;
 mod variables;
 
@@ -25,6 +27,7 @@ use tokio::process::Command;
 use crate::models::Images;
 pub use auto::AnyRuntime;
 pub use docker::{DockerRuntime, DockerSettings, GpuMode};
+pub use ended_logs::{EndedLog, EndedLogs};
 pub use process::ProcessRuntime;
 pub use state::SleepMark;
 
@@ -195,8 +198,25 @@ pub trait Runtime: Send + Sync + 'static {
     fn sleep_mark(&self, replica: &str) -> Option<SleepMark>;
     /// Forgets a replica that has ended, with its files.
     async fn remove(&self, replica: &str);
-    /// Where its output is.
+    /// The file with the output of its current run, or of its last run if none runs.
     fn log_file(&self, replica: &str) -> PathBuf;
+    /// The file with the output of the run before that; there is none before the first restart.
+    fn previous_log_file(&self, replica: &str) -> PathBuf {
+        self.log_file(replica).with_file_name(state::PREVIOUS_LOG)
+    }
+    /// Addresses on which its processes listen, as they see them, sorted; `None` if that cannot be known.
+    async fn listeners(&self, _running: &Running) -> Option<Vec<SocketAddr>> {
+        None
+    }
+    /// Records that it is reached at `running.address`, for a later agent process.
+    ///
+    /// # Errors
+    /// The record cannot be written.
+    fn record_address(&self, _running: &Running) -> Result<(), RuntimeError> {
+        Ok(())
+    }
+    /// Waits until all that an ended run has printed is in its log file.
+    async fn flush_output(&self, _replica: &str) {}
     /// Removes what replicas have left behind that are not running and not to be kept.
     fn remove_others(&self, _keep: &dyn Fn(&str) -> bool) {}
     /// Runs a command where the replica runs, and waits for its end.

@@ -26,7 +26,7 @@ use super::{
     Exit, Mount, Running, Runtime, RuntimeError, SleepMark,
     expand::expand,
     mounts::rewrite,
-    resolved,
+    resolved, sockets,
     state::{Directories, LOG, ReplicaState},
     unix_now,
     variables::{variables, visible_devices},
@@ -100,8 +100,7 @@ impl ProcessRuntime {
         port: u16,
     ) -> Result<Box<dyn ChildWrapper>, RuntimeError> {
         let mut command = self.command(assignment, mounts, port)?;
-        let directory = self.directories.make(&assignment.replica)?;
-        let path = directory.join(LOG);
+        let path = self.directories.rotate_log(&assignment.replica)?;
         // Straight to a file: a pipe would end, and the replica with it, when the agent does.
         let log = File::options().create(true).append(true).open(&path);
         let log = log.map_err(|error| RuntimeError::File { path: path.clone(), error })?;
@@ -202,8 +201,15 @@ impl Runtime for ProcessRuntime {
         let started_at = unix_now();
         let encoded = ReplicaState::encode(assignment);
         // First the intent: should this process die now, the next one finds the replica by its mark.
-        let mut state =
-            ReplicaState { pid: 0, start_ticks: 0, port, started_at, assignment: encoded, contained: false };
+        let mut state = ReplicaState {
+            pid: 0,
+            start_ticks: 0,
+            port,
+            address: None,
+            started_at,
+            assignment: encoded,
+            contained: false,
+        };
         self.directories.write(&assignment.replica, &state)?;
         let child = self.spawn(assignment, mounts, port)?;
         let pid = child.id().unwrap_or(0);
@@ -246,7 +252,7 @@ impl Runtime for ProcessRuntime {
                 // It ended while no agent looked. Its output stays until the coordinator decides.
                 continue;
             }
-            let address = SocketAddr::from((Ipv4Addr::LOCALHOST, state.port));
+            let address = state.process_address();
             info!(%replica, pid = state.pid, "replica adopted");
             adopted.push(Running {
                 replica,
@@ -315,6 +321,15 @@ impl Runtime for ProcessRuntime {
 
     fn sleep_mark(&self, replica: &str) -> Option<SleepMark> {
         self.directories.sleep_mark(replica)
+    }
+
+    async fn listeners(&self, running: &Running) -> Option<Vec<SocketAddr>> {
+        let group = running.pid;
+        tokio::task::spawn_blocking(move || sockets::of_group(group)).await.ok()
+    }
+
+    fn record_address(&self, running: &Running) -> Result<(), RuntimeError> {
+        self.directories.record_address(&running.replica, running.address)
     }
 
     async fn remove(&self, replica: &str) {

@@ -2,6 +2,7 @@
 
 use std::{
     fs, io,
+    net::{Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
 };
 
@@ -9,11 +10,14 @@ use pilotlight_proto::fleet::v1::{ReplicaAssignment, SleepPaths};
 use prost::Message as _;
 use serde::{Deserialize, Serialize};
 
-use super::RuntimeError;
+use super::{RuntimeError, ended_logs::EndedLogs};
 
 const STATE: &str = "state.json";
 const SLEEP: &str = "sleep.json";
+/// Output of the current run, or of the last one if none runs.
 pub(super) const LOG: &str = "output.log";
+/// Output of the run before that.
+pub(super) const PREVIOUS_LOG: &str = "previous.log";
 
 /// A replica's record.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -24,6 +28,9 @@ pub(super) struct ReplicaState {
     pub start_ticks: u64,
     /// Port it was told to listen on.
     pub port: u16,
+    /// Where it listens if that is not this port of the loopback.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub address: Option<SocketAddr>,
     /// Seconds since the Unix epoch.
     pub started_at: i64,
     /// The assignment, protobuf, hexadecimal.
@@ -34,6 +41,11 @@ pub(super) struct ReplicaState {
 }
 
 impl ReplicaState {
+    /// Where a process is reached.
+    pub(super) fn process_address(&self) -> SocketAddr {
+        self.address.unwrap_or_else(|| SocketAddr::from((Ipv4Addr::LOCALHOST, self.port)))
+    }
+
     pub(super) fn assignment(&self) -> Option<ReplicaAssignment> {
         let bytes: Option<Vec<u8>> = (0..self.assignment.len())
             .step_by(2)
@@ -80,11 +92,12 @@ pub(super) fn write_json(path: &Path, value: &impl Serialize, now: bool) -> io::
 #[derive(Debug, Clone)]
 pub(super) struct Directories {
     root: PathBuf,
+    ended_logs: EndedLogs,
 }
 
 impl Directories {
     pub(super) fn new(data_dir: &Path) -> Self {
-        Self { root: data_dir.join("replicas") }
+        Self { root: data_dir.join("replicas"), ended_logs: EndedLogs::new(data_dir) }
     }
 
     pub(super) fn of(&self, replica: &str) -> PathBuf {
@@ -137,6 +150,16 @@ impl Directories {
         }
     }
 
+    /// Changes where a process is reached in its record.
+    pub(super) fn record_address(&self, replica: &str, address: SocketAddr) -> Result<(), RuntimeError> {
+        let path = self.of(replica).join(STATE);
+        let write = || -> io::Result<()> {
+            let state: ReplicaState = serde_json::from_slice(&fs::read(&path)?)?;
+            write_json(&path, &ReplicaState { address: Some(address), ..state }, false)
+        };
+        write().map_err(|error| RuntimeError::File { path: path.clone(), error })
+    }
+
     /// All records that can be read, by replica.
     pub(super) fn read_all(&self) -> Vec<(String, ReplicaState)> {
         let Ok(entries) = fs::read_dir(&self.root) else { return Vec::new() };
@@ -154,6 +177,32 @@ impl Directories {
         entries.flatten().filter_map(read).collect()
     }
 
+    /// Prepares the output file of a new run: what the last run printed becomes the previous output.
+    pub(super) fn rotate_log(&self, replica: &str) -> Result<PathBuf, RuntimeError> {
+        let directory = self.make(replica)?;
+        let path = directory.join(LOG);
+        let rotate = || -> io::Result<()> {
+            // A run that printed nothing, such as one whose program is missing, leaves nothing to keep.
+            if fs::metadata(&path).is_ok_and(|log| log.len() > 0) {
+                fs::rename(&path, directory.join(PREVIOUS_LOG))?;
+            }
+            // Now, so that whoever follows the output finds the next file.
+            fs::File::options().create(true).append(true).open(&path).map(drop)
+        };
+        rotate().map_err(|error| RuntimeError::File { path: path.clone(), error })?;
+        Ok(path)
+    }
+
+    /// Keeps the last output of a replica that is about to be removed.
+    fn keep_log(&self, replica: &str) -> io::Result<()> {
+        let directory = self.of(replica);
+        let printed = |name: &&str| fs::metadata(directory.join(name)).is_ok_and(|log| log.len() > 0);
+        let Some(log) = [LOG, PREVIOUS_LOG].into_iter().find(printed) else { return Ok(()) };
+        let state: ReplicaState = serde_json::from_slice(&fs::read(directory.join(STATE))?)?;
+        let Some(assignment) = state.assignment() else { return Ok(()) };
+        self.ended_logs.keep(&assignment.namespace, &assignment.service, replica, &directory.join(log))
+    }
+
     /// Removes what is left of replicas that are not to be kept.
     pub(super) fn remove_others(&self, keep: &dyn Fn(&str) -> bool) {
         let Ok(entries) = fs::read_dir(&self.root) else { return };
@@ -163,8 +212,12 @@ impl Directories {
         }
     }
 
+    /// Removes a replica's files; its last output is kept with that of other ended replicas.
     pub(super) fn remove(&self, replica: &str) {
         let directory = self.of(replica);
+        if let Err(error) = self.keep_log(replica) {
+            tracing::warn!(directory = %directory.display(), %error, "cannot keep the output of an ended replica");
+        }
         if let Err(error) = fs::remove_dir_all(&directory)
             && error.kind() != io::ErrorKind::NotFound
         {

@@ -6,14 +6,11 @@ use async_stream::try_stream;
 use futures::Stream;
 use jiff::Timestamp;
 use pilotlight_identity::{Authority, JoinToken, Role};
-use pilotlight_proto::{
-    control::v1::{self as control, control_server::Control},
-    fleet::v1::{self as fleet, coordinator_message::Message as ToAgent},
-};
+use pilotlight_proto::control::v1::{self as control, control_server::Control};
 use tokio::sync::broadcast::error::RecvError;
 use tonic::{Request, Response, Status};
 
-use super::{access::Access, cache, objects::Objects};
+use super::{access::Access, cache, logs, objects::Objects};
 use crate::{
     autoscaler::Defaults,
     finding::Finding,
@@ -32,7 +29,7 @@ const TOKEN_LIFE_MOST: Duration = Duration::from_secs(24 * 3600);
 const MANIFEST_MOST: usize = 1 << 20;
 
 type Answer<T> = Result<Response<T>, Status>;
-type Streamed<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+pub(super) type Streamed<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 /// The gRPC service.
 pub struct ControlService {
@@ -108,7 +105,7 @@ impl ControlService {
     }
 
     /// Looks at one service.
-    async fn look<T: Send + 'static>(
+    pub(super) async fn look<T: Send + 'static>(
         &self,
         namespace: &str,
         name: &str,
@@ -341,9 +338,7 @@ impl Control for ControlService {
 
     async fn logs(&self, request: Request<control::LogsRequest>) -> Answer<Self::LogsStream> {
         self.access.operator(&request, Role::Viewer)?;
-        let request = request.into_inner();
-        let open = self.open_logs(&request).await?;
-        Ok(Response::new(Box::pin(futures::stream::select_all(open))))
+        Ok(Response::new(logs::open(self, request.into_inner()).await?))
     }
 
     async fn create_token(
@@ -379,74 +374,6 @@ impl Control for ControlService {
             cell: self.cell.clone(),
             store: self.store.kind().to_owned(),
         }))
-    }
-}
-
-impl ControlService {
-    /// Asks the agents concerned for logs; one stream per replica.
-    async fn open_logs(&self, request: &control::LogsRequest) -> Result<Vec<Streamed<control::LogsResponse>>, Status> {
-        let wanted = request.replica.clone();
-        let sources = self
-            .look(&request.namespace, &request.name, move |world, state| {
-                let names = world
-                    .revisions_of(state)
-                    .flat_map(|revision| &revision.replicas)
-                    .filter(|name| asked(&wanted, name));
-                let session = |name: &String| {
-                    let replica = world.replicas.get(name)?;
-                    world.nodes.get(&replica.record.node)?.session.clone()
-                };
-                names.map(|name| (name.clone(), session(name))).collect::<Vec<_>>()
-            })
-            .await?;
-        if sources.is_empty() {
-            let which = if request.replica.is_empty() { &request.name } else { &request.replica };
-            return Err(Status::not_found(format!("{which} has no replica now; logs are kept with the replica")));
-        }
-        let mut streams: Vec<Streamed<control::LogsResponse>> = Vec::new();
-        for (replica, session) in sources {
-            let session =
-                session.ok_or_else(|| Status::unavailable(format!("the node of {replica} is not connected")))?;
-            let (id, mut chunks) = self.logs.open();
-            let ask = fleet::LogRequest {
-                request_id: id,
-                replica: replica.clone(),
-                tail_lines: request.tail_lines,
-                follow: request.follow,
-                ..Default::default()
-            };
-            if !session.tell(ToAgent::LogRequest(ask)) {
-                return Err(Status::unavailable(format!("the node of {replica} is not connected")));
-            }
-            let closing = CloseLog { logs: Arc::clone(&self.logs), session, id };
-            streams.push(Box::pin(try_stream! {
-                let _closing = closing;
-                while let Some(chunk) = chunks.recv().await {
-                    let end = chunk.end;
-                    yield control::LogsResponse { replica: replica.clone(), data: chunk.data, error: chunk.error };
-                    if end {
-                        break;
-                    }
-                }
-            }));
-        }
-        Ok(streams)
-    }
-}
-
-/// Tells the agent to stop when the reader hangs up.
-struct CloseLog {
-    logs: Arc<LogHub>,
-    session: crate::fleet::SessionHandle,
-    id: u64,
-}
-
-impl Drop for CloseLog {
-    fn drop(&mut self) {
-        self.logs.close(self.id);
-        let cancel = fleet::LogRequest { request_id: self.id, cancel: true, ..Default::default() };
-        // A session that is gone has stopped sending anyway.
-        let _ = self.session.tell(ToAgent::LogRequest(cancel));
     }
 }
 
@@ -514,7 +441,7 @@ fn all_or_nothing(documents: &mut [spec::Document]) {
 }
 
 /// Empty asks for all.
-fn asked(wanted: &str, is: &str) -> bool {
+pub(super) fn asked(wanted: &str, is: &str) -> bool {
     wanted.is_empty() || wanted == is
 }
 

@@ -3,6 +3,7 @@
 pub mod access;
 mod cache;
 pub mod control;
+mod logs;
 pub mod objects;
 
 pub use control::ControlService;

@@ -11,8 +11,8 @@ use std::{
 use pilotlight_proto::fleet::v1::LogChunk;
 use tokio::sync::mpsc;
 
-/// Chunks a slow reader may fall behind before its request is ended.
-const CHUNKS_WAITING: usize = 256;
+/// Chunks a slow reader may fall behind before its request is ended: 16 MiB, more than an agent keeps of one run.
+const CHUNKS_WAITING: usize = 512;
 
 /// Open log requests by id.
 #[derive(Debug, Default)]

@@ -65,6 +65,11 @@ impl SessionHandle {
     pub fn close(&self) {
         self.closed.cancel();
     }
+
+    /// Resolves once the session has ended.
+    pub async fn closed(&self) {
+        self.closed.cancelled().await;
+    }
 }
 
 /// The gRPC service.

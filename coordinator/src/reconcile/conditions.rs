@@ -19,6 +19,9 @@ use crate::{
 /// `reason` of a revision that showed no progress for too long, as Knative and Kubernetes write it.
 pub const DEADLINE_EXCEEDED: &str = "ProgressDeadlineExceeded";
 
+/// Bytes of a failed replica's output that are part of a condition's message, at most.
+const MAX_OUTPUT_BYTES: usize = 600;
+
 /// Whether something holds, and if not, why.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct State {
@@ -168,7 +171,7 @@ fn configuration(world: &World, service: &ServiceState) -> State {
     let counts = world.counts(revision);
     if counts.ready == 0 {
         if let Some((_, status)) = failure(world, revision) {
-            return State::fails(&status.reason, &*status.message);
+            return State::fails(&status.reason, failure_message(status));
         }
         if let Some(why) = unschedulable(revision) {
             return State::fails("Unschedulable", why);
@@ -217,4 +220,41 @@ pub fn failure<'a>(
     let failed = replicas.filter(|replica| replica.failure.is_some() && !replica.record.draining);
     let newest = failed.max_by_key(|replica| replica.record.created_at)?;
     newest.failure.as_ref().map(|status| (newest, status))
+}
+
+/// Why a replica has failed, with the last lines that it printed, in one line.
+pub fn failure_message(status: &fleet::ReplicaStatus) -> String {
+    let mut bytes = 0;
+    let fits = |line: &&String| {
+        bytes += line.len() + " | ".len();
+        bytes <= MAX_OUTPUT_BYTES
+    };
+    let mut lines: Vec<_> = status.last_log_lines.iter().rev().take_while(fits).map(String::as_str).collect();
+    if lines.is_empty() {
+        return status.message.clone();
+    }
+    lines.reverse();
+    format!("{}; last output: {}", status.message, lines.join(" | "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failure_message_quotes_the_last_lines_of_output_that_fit() {
+        let message = |lines: Vec<String>| {
+            failure_message(&fleet::ReplicaStatus {
+                message: "the process ended with exit code 1".into(),
+                last_log_lines: lines,
+                ..Default::default()
+            })
+        };
+        assert_eq!(message(vec![]), "the process ended with exit code 1");
+        let few = message(vec!["loading".into(), "out of memory".into()]);
+        assert_eq!(few, "the process ended with exit code 1; last output: loading | out of memory");
+        let many = message((0..10).map(|line| format!("{line}{}", "x".repeat(280))).collect());
+        assert!(many.contains("output: 8xxx") && many.contains(" | 9xxx"), "{many}");
+        assert!(many.len() < 700);
+    }
 }

@@ -219,7 +219,7 @@ fn overdue(world: &World, now: Timestamp) -> Vec<(String, RevisionFailure)> {
             None => (String::new(), None),
         };
         let why = match (&said, &revision.unplaced) {
-            (Some(status), _) => status.message.clone(),
+            (Some(status), _) => conditions::failure_message(status),
             (None, Some(unplaced)) => unplaced.clone(),
             (None, None) => "its replicas do not become ready".to_owned(),
         };

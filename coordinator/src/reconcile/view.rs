@@ -167,7 +167,7 @@ fn last_failure(world: &World, revision: &RevisionState) -> Option<FailureInfo> 
     Some(FailureInfo {
         // Loading ends with the first readiness; what fails later is KServe's other reason.
         reason: if status.ready_at.is_some() { "RuntimeUnhealthy" } else { "ModelLoadFailed" }.to_owned(),
-        message: status.message.clone(),
+        message: conditions::failure_message(status),
         location: replica.record.name.clone(),
         revision: name,
         time: replica.record.created_at,

@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    net::SocketAddr,
     time::Duration,
 };
 
@@ -28,7 +29,7 @@ impl Signs {
             return false;
         }
         let fetched = status.phase() == ReplicaPhase::Fetching && self.fetched_more(status);
-        self.said.insert((status.phase, status.message.clone())) || fetched
+        self.said.insert((status.phase, without_addresses(&status.message))) || fetched
     }
 
     /// True where more of a model is on the node than ever before: one percent of a large one may take
@@ -42,6 +43,13 @@ impl Signs {
         *most = status.fetched_bytes.max(*most);
         more
     }
+}
+
+/// A message without the ports in it: a process that is started again gets another one, which is no progress.
+fn without_addresses(message: &str) -> String {
+    let is_address = |word: &&str| word.trim_end_matches(':').parse::<SocketAddr>().is_ok();
+    let words = message.split(|character: char| character.is_whitespace() || "(),;".contains(character));
+    words.filter(|word| !is_address(word)).collect::<Vec<_>>().join(" ")
 }
 
 /// Replicas that make a new revision ready: its initial scale, at least its minimum, and at least one.

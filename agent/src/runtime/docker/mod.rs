@@ -7,6 +7,8 @@ mod layers;
 mod logs;
 mod pulled;
 mod settings;
+#[cfg(test)]
+mod stop_tests;
 mod volumes;
 
 use std::{
@@ -38,7 +40,7 @@ use tokio::task::JoinHandle;
 use tracing::{info, warn};
 
 use super::{
-    Exit, Mount, Running, Runtime, RuntimeError, Say, SleepMark, resolved,
+    Exit, Mount, Running, Runtime, RuntimeError, Say, SleepMark, resolved, sockets,
     state::{Directories, LOG, ReplicaState},
     unix_now,
 };
@@ -310,11 +312,13 @@ impl Runtime for DockerRuntime {
             pid: 0,
             start_ticks: 0,
             port: 0,
+            address: None,
             started_at,
             assignment: ReplicaState::encode(assignment),
             contained: true,
         };
         self.directories.write(&assignment.replica, &state)?;
+        self.directories.rotate_log(&assignment.replica)?;
         let mut id = self.create(assignment, &container, models).await?;
         match self.launch(&id).await {
             // An engine without CAP_SYS_RESOURCE, rootless or in a container itself, has its own limits.
@@ -391,9 +395,10 @@ impl Runtime for DockerRuntime {
             // It may have ended by itself.
             let _ = self.docker.kill_container(id, Some(options)).await;
         };
-        kill(&signal).await;
-        // One that is paused hears it only now; one that is not has nothing to resume.
+        // Before the signal: some engines refuse to send one to a paused container, and the grace period would then
+        // end without effect. A container that is not paused makes this an error that means nothing.
         let _ = self.docker.unpause_container(id).await;
+        kill(&signal).await;
         if tokio::time::timeout(grace, self.exited(running)).await.is_err() {
             warn!(replica = %running.replica, ?grace, "did not end in time; killed");
             kill("SIGKILL").await;
@@ -450,6 +455,18 @@ impl Runtime for DockerRuntime {
 
     fn log_file(&self, replica: &str) -> PathBuf {
         self.directories.of(replica).join(LOG)
+    }
+
+    async fn listeners(&self, running: &Running) -> Option<Vec<SocketAddr>> {
+        let pid = running.pid;
+        let listeners = tokio::task::spawn_blocking(move || sockets::of_network(pid)).await.ok()?;
+        // Leave out the engine's name server.
+        let own = listeners.into_iter().filter(|listener| !listener.ip().to_string().starts_with("127.0.0.11"));
+        Some(own.collect())
+    }
+
+    async fn flush_output(&self, replica: &str) {
+        self.last_output(replica).await;
     }
 
     fn remove_others(&self, keep: &dyn Fn(&str) -> bool) {

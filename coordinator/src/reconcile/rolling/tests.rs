@@ -125,7 +125,9 @@ fn a_process_that_crashes_again_and_again_makes_no_progress() {
     let name = place(&mut world, 2, 0);
     for restarts in 0..10 {
         let now = i64::from(restarts) * 10;
-        says(&mut world, at(now), &[(&name, ReplicaPhase::Starting, "", restarts)]);
+        // Each process gets another port.
+        let waits = format!("readiness probe at 127.0.0.1:{}: connection refused", 40_000 + restarts);
+        says(&mut world, at(now), &[(&name, ReplicaPhase::Starting, &waits, restarts)]);
         let message = format!("exit code 3; started again in {restarts}s");
         says(&mut world, at(now + 5), &[(&name, ReplicaPhase::Failed, &message, restarts + 1)]);
     }
