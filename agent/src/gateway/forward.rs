@@ -111,7 +111,7 @@ impl Forwarder {
         offer: Option<u64>,
         mut request: Request<Body>,
     ) -> Result<Response<Body>, Failure> {
-        let mut sender = self.nodes.sender(node).await.map_err(|error| Failure::Unseen(error.to_string()))?;
+        let sender = self.nodes.sender(node).await.map_err(|error| Failure::Unseen(error.to_string()))?;
         strip(request.headers_mut(), true);
         readdress(&mut request, "https", &format!("{node}.node.pilotlight.internal"));
         *request.version_mut() = Version::HTTP_2;
@@ -121,7 +121,7 @@ impl Forwarder {
         if let Some(offer) = offer {
             headers.insert(OFFER, HeaderValue::from(offer));
         }
-        let response = match sender.try_send_request(request).await {
+        let response = match sender.requests().try_send_request(request).await {
             Ok(response) => response,
             Err(mut error) => {
                 let unseen = error.take_message().is_some();

@@ -67,7 +67,12 @@ impl DataPath {
                     return Ok(answered(response, &body, count, grant.permit));
                 }
                 Err(_) if body.too_large() => return Err(Answer::BodyTooLarge { limit: self.max_request_body }),
-                Err(Failure::Unseen(why)) => reason = why,
+                Err(Failure::Unseen(why)) => {
+                    if let Target::Peer { node, .. } = &grant.target {
+                        queue.penalize(node);
+                    }
+                    reason = why;
+                }
                 Err(Failure::Broken(reason)) => return Err(Answer::BadGateway { reason }),
             }
         }

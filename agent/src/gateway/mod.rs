@@ -3,8 +3,9 @@
 //! In the order a request meets them: [`ingress`] (listener, limits), [`routes`] (which service),
 //! [`split`] (which revision), [`hold`] (waits for a slot, tries again), [`forward`] (to a replica here
 //! or to the node that has it); [`tokens`] counts what answers have. [`peer`] is the other end: requests
-//! that come from other nodes' gateways, over connections that `peer_connections` opens and `slot_stream` gets slots by; [`egress`] is where replicas of this node begin: a transformer's
-//! requests to its predictor. `weights` is models between nodes.
+//! that come from other nodes' gateways; [`egress`] is where replicas of this node begin: a transformer's
+//! requests to its predictor. `peer_connections` are the connections to other nodes, `slot_stream` announces demand and
+//! takes offers on them, `weights` is models between nodes.
 
 pub mod answer;
 pub mod body;
@@ -99,9 +100,11 @@ impl DataPath {
 
     /// Takes in routes. Connections to nodes are opened when requests need them.
     pub fn apply_routes(&self, routes: pilotlight_proto::fleet::v1::Routes) {
-        let nodes = self.routes.apply(&self.node, routes);
+        let nodes = routes.nodes.iter().map(|node| (node.name.clone(), node.peer_address.clone())).collect();
+        // First, because requests that wait may need these nodes at once.
         self.peers.set_addresses(&nodes);
         self.weights.set_addresses(&nodes);
+        self.routes.apply(&self.node, routes);
         self.sidecar.links().retain(|node| nodes.contains_key(node));
     }
 

@@ -22,6 +22,7 @@ use super::{
     body::Replay,
     forward::{Failure, OFFER, PeerStream, REPLICA, UNSEEN},
     hold,
+    peer_connections::{CONNECTION_WINDOW, KEEP_ALIVE_INTERVAL, STREAM_WINDOW},
     slot_stream::SlotsService,
     tokens, weights,
 };
@@ -41,7 +42,14 @@ impl DataPath {
         let slots = SlotsServer::new(SlotsService { sidecar: Arc::clone(&self.sidecar) });
         let slots = Routes::new(slots).prepare();
         let mut server = auto::Builder::new(TokioExecutor::new()).http2_only();
-        server.http2().timer(TokioTimer::new()).max_concurrent_streams(10_000).adaptive_window(true);
+        server
+            .http2()
+            .timer(TokioTimer::new())
+            .max_concurrent_streams(10_000)
+            .initial_stream_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(CONNECTION_WINDOW)
+            .keep_alive_interval(KEEP_ALIVE_INTERVAL)
+            .keep_alive_timeout(KEEP_ALIVE_INTERVAL);
         let mut connections = std::pin::pin!(connections);
         loop {
             let connection = tokio::select! {

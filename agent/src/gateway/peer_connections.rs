@@ -3,7 +3,10 @@
 use std::{
     collections::{BTreeMap, HashMap},
     io,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     task::{Context, Poll},
     time::Duration,
 };
@@ -20,7 +23,15 @@ use super::{
     forward::Connect,
 };
 
-const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(10);
+/// How often either end of a connection between nodes pings the other, and how long it waits for the answer.
+pub(super) const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(10);
+/// Shorter than the time in which an offer lapses.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
+/// Bytes that one stream between nodes may have unread. It bounds the memory of a slow reader.
+pub(super) const STREAM_WINDOW: u32 = 1 << 20;
+/// Bytes that all streams of a connection may have unread: HTTP/2's maximum, so that one stream whose reader is slow
+/// cannot block the others, among them the one for slots.
+pub(super) const CONNECTION_WINDOW: u32 = (1 << 31) - 1;
 /// A connection on which no request was started for this long is closed once the running ones have ended.
 pub(super) const CONNECTION_IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 
@@ -32,15 +43,48 @@ pub struct PeerConnectionPool {
 
 /// A node whose address is known.
 struct PeerNode {
+    name: String,
     address: String,
-    connection: tokio::sync::Mutex<Option<Connection>>,
+    slot: tokio::sync::Mutex<ConnectionSlot>,
+    /// Attempts to connect that failed.
+    failures: AtomicU64,
     /// Cancelled when the node is gone or has another address.
     gone: CancellationToken,
 }
 
+#[derive(Default)]
+struct ConnectionSlot {
+    connection: Option<Connection>,
+    /// Why the last attempt to connect failed.
+    failure: String,
+}
+
 struct Connection {
-    sender: http2::SendRequest<Body>,
+    sender: PeerSender,
     last_used: Instant,
+}
+
+impl Connection {
+    /// When it may be closed, unless it is used again.
+    fn idle_at(&self) -> Instant {
+        // A stream for slots holds its sender as long as it is open.
+        let is_held = Arc::strong_count(&self.sender.in_use) > 1;
+        if is_held { Instant::now() + CONNECTION_IDLE_TIMEOUT } else { self.last_used + CONNECTION_IDLE_TIMEOUT }
+    }
+}
+
+/// Sends requests on a connection. The connection is not idle while this exists.
+#[derive(Clone)]
+pub struct PeerSender {
+    requests: http2::SendRequest<Body>,
+    in_use: Arc<()>,
+}
+
+impl PeerSender {
+    /// The sender of requests.
+    pub fn requests(&self) -> http2::SendRequest<Body> {
+        self.requests.clone()
+    }
 }
 
 impl PeerConnectionPool {
@@ -64,68 +108,96 @@ impl PeerConnectionPool {
             is_known
         });
         for (name, address) in addresses {
-            nodes.entry(name.clone()).or_insert_with(|| {
-                let gone = CancellationToken::new();
-                Arc::new(PeerNode { address: address.clone(), connection: Default::default(), gone })
-            });
+            let node = || PeerNode {
+                name: name.clone(),
+                address: address.clone(),
+                slot: Default::default(),
+                failures: AtomicU64::new(0),
+                gone: CancellationToken::new(),
+            };
+            nodes.entry(name.clone()).or_insert_with(|| Arc::new(node()));
         }
     }
 
     /// Cancelled when the node is gone or has another address; `None` if the node is not known.
-    pub fn gone(&self, node: &str) -> Option<CancellationToken> {
+    pub fn cancellation(&self, node: &str) -> Option<CancellationToken> {
         self.nodes().get(node).map(|node| node.gone.clone())
     }
 
     /// The connection to a node, opened if there is none.
     ///
     /// # Errors
-    /// The node is not known, or does not answer.
-    pub async fn sender(&self, node: &str) -> io::Result<http2::SendRequest<Body>> {
+    /// The node is not known, or does not answer within [`CONNECT_TIMEOUT`].
+    pub async fn sender(&self, node: &str) -> io::Result<PeerSender> {
         let known = self.nodes().get(node).cloned();
         let known = known.ok_or_else(|| io::Error::other(format!("node {node} is not known")))?;
-        let mut slot = known.connection.lock().await;
-        if let Some(connection) = slot.as_mut().filter(|connection| !connection.sender.is_closed()) {
+        let failures = known.failures.load(Ordering::Relaxed);
+        let mut slot = known.slot.lock().await;
+        if let Some(connection) = slot.connection.as_mut().filter(|open| !open.sender.requests.is_closed()) {
             connection.last_used = Instant::now();
             return Ok(connection.sender.clone());
         }
-        let stream = self.connect.connect(node, &known.address).await?;
-        let (sender, serving) = http2::Builder::new(TokioExecutor::new())
+        // An attempt that failed while this call waited for its turn speaks for this one, too.
+        if known.failures.load(Ordering::Relaxed) > failures {
+            return Err(io::Error::other(slot.failure.clone()));
+        }
+        let connecting = tokio::time::timeout(CONNECT_TIMEOUT, self.connect(&known));
+        let connected = tokio::select! {
+            connected = connecting => connected.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())),
+            () = known.gone.cancelled() => Err(io::Error::other("the node is gone or has another address")),
+        };
+        match connected {
+            Ok(sender) => {
+                slot.connection = Some(Connection { sender: sender.clone(), last_used: Instant::now() });
+                Ok(sender)
+            }
+            Err(error) => {
+                let error = format!("cannot connect to node {node} at {}: {error}", known.address);
+                slot.failure.clone_from(&error);
+                known.failures.fetch_add(1, Ordering::Relaxed);
+                Err(io::Error::other(error))
+            }
+        }
+    }
+
+    async fn connect(&self, node: &Arc<PeerNode>) -> io::Result<PeerSender> {
+        let stream = self.connect.connect(&node.name, &node.address).await?;
+        let (requests, serving) = http2::Builder::new(TokioExecutor::new())
             .timer(TokioTimer::new())
             .keep_alive_interval(KEEP_ALIVE_INTERVAL)
             .keep_alive_timeout(KEEP_ALIVE_INTERVAL)
-            .adaptive_window(true)
+            .initial_stream_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(CONNECTION_WINDOW)
             .handshake(TokioIo::new(stream))
             .await
             .map_err(io::Error::other)?;
-        let (name, idle) = (node.to_owned(), Arc::clone(&known));
+        let node = Arc::clone(node);
         tokio::spawn(async move {
-            let closing = close_when_idle(&idle);
             let mut serving = std::pin::pin!(serving);
             let ended = tokio::select! {
                 ended = &mut serving => ended,
                 // The running requests keep the connection open until they end.
-                () = closing => serving.await,
+                () = close_when_idle(&node) => serving.await,
             };
             if let Err(error) = ended {
-                tracing::debug!(node = %name, %error, "connection to node ended");
+                tracing::debug!(node = %node.name, %error, "connection to node ended");
             }
         });
-        *slot = Some(Connection { sender: sender.clone(), last_used: Instant::now() });
-        Ok(sender)
+        Ok(PeerSender { requests, in_use: Arc::default() })
     }
 }
 
-/// Drops the pool's handle to the connection once no request was started for [`CONNECTION_IDLE_TIMEOUT`].
+/// Drops the pool's handle to the connection once it is idle.
 async fn close_when_idle(node: &PeerNode) {
     loop {
-        let idle_at = match node.connection.lock().await.as_ref() {
-            Some(connection) => connection.last_used + CONNECTION_IDLE_TIMEOUT,
-            None => Instant::now() + CONNECTION_IDLE_TIMEOUT,
+        let idle_at = match &node.slot.lock().await.connection {
+            Some(connection) => connection.idle_at(),
+            None => return,
         };
         tokio::time::sleep_until(idle_at).await;
-        let mut connection = node.connection.lock().await;
-        if connection.as_ref().is_none_or(|connection| connection.last_used.elapsed() >= CONNECTION_IDLE_TIMEOUT) {
-            *connection = None;
+        let mut slot = node.slot.lock().await;
+        if slot.connection.as_ref().is_some_and(|connection| connection.idle_at() <= Instant::now()) {
+            slot.connection = None;
             return;
         }
     }
@@ -154,5 +226,56 @@ impl tower::Service<Request<tonic::body::Body>> for PeerChannel {
     fn call(&mut self, request: Request<tonic::body::Body>) -> Self::Future {
         let request = request.map(|body| body.map_err(|status| Box::new(status) as BoxError).boxed_unsync());
         Box::pin(self.0.send_request(request))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicUsize;
+
+    use async_trait::async_trait;
+    use futures::future::join_all;
+
+    use super::*;
+    use crate::gateway::PeerStream;
+
+    /// A node that takes no connection and refuses none.
+    #[derive(Default)]
+    struct Silent(AtomicUsize);
+
+    #[async_trait]
+    impl Connect for Silent {
+        async fn connect(&self, _: &str, _: &str) -> io::Result<Box<dyn PeerStream>> {
+            self.0.fetch_add(1, Ordering::Relaxed);
+            std::future::pending().await
+        }
+    }
+
+    fn addresses(port: u16) -> BTreeMap<String, String> {
+        [("far".to_owned(), format!("far:{port}"))].into()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn requests_to_a_silent_node_share_one_attempt_to_connect() {
+        let silent = Arc::new(Silent::default());
+        let pool = PeerConnectionPool::new(Arc::clone(&silent) as _);
+        pool.set_addresses(&addresses(1));
+        let began = Instant::now();
+        let outcomes = join_all((0..50).map(|_| pool.sender("far"))).await;
+        assert!(outcomes.iter().all(Result::is_err));
+        assert_eq!(began.elapsed(), CONNECT_TIMEOUT);
+        assert_eq!(silent.0.load(Ordering::Relaxed), 1);
+        assert!(pool.sender("far").await.is_err());
+        assert_eq!(silent.0.load(Ordering::Relaxed), 2, "a later request tries again");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_node_that_moves_ends_the_attempt_to_connect_to_its_previous_address() {
+        let pool = PeerConnectionPool::new(Arc::new(Silent::default()));
+        pool.set_addresses(&addresses(1));
+        let began = Instant::now();
+        let (outcome, ()) = tokio::join!(pool.sender("far"), async { pool.set_addresses(&addresses(2)) });
+        assert!(outcome.is_err());
+        assert_eq!(began.elapsed(), Duration::ZERO);
     }
 }

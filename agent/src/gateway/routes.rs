@@ -126,13 +126,12 @@ impl RouteTable {
         self.table.load().by_name.values().take(most).filter_map(|service| service.hosts.first().cloned()).collect()
     }
 
-    /// Takes in an update; one that is older than what is known is ignored. Returns all nodes' addresses.
-    pub fn apply(&self, own_node: &str, update: fleet::Routes) -> BTreeMap<String, String> {
-        let nodes = update.nodes.iter().map(|node| (node.name.clone(), node.peer_address.clone())).collect();
+    /// Takes in an update; one that is older than what is known is ignored.
+    pub fn apply(&self, own_node: &str, update: fleet::Routes) {
         let mut version = self.version.lock().unwrap_or_else(PoisonError::into_inner);
         let newer = version.is_none_or(|version| update.version > version);
         if !newer || (version.is_none() && !update.full) {
-            return nodes;
+            return;
         }
         *version = Some(update.version);
         let former = self.table.load();
@@ -161,7 +160,6 @@ impl RouteTable {
             self.sidecar.revision(&key).route(LIMITS_WITHOUT_ROUTE, BTreeMap::new());
             self.sidecar.forget(&key);
         }
-        nodes
     }
 
     fn service(&self, own_node: &str, former: &Table, route: fleet::ServiceRoute) -> Arc<Service> {

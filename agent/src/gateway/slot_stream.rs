@@ -18,6 +18,7 @@ use crate::sidecar::{Announcer, Credit, GatewayStream, Link, OpenStream, Sidecar
 
 /// A stream on which nothing was announced for this long is closed.
 const STREAM_IDLE_TIMEOUT: Duration = Duration::from_secs(60);
+const GONE: &str = "the node is gone or has another address";
 const INITIAL_BACKOFF: Duration = Duration::from_millis(50);
 const MAX_BACKOFF: Duration = Duration::from_secs(5);
 /// How often the node looks for offers that have lapsed.
@@ -78,32 +79,39 @@ impl LinkClient {
     /// One stream, until it is idle or broken.
     async fn stream(&mut self) -> Result<(), Status> {
         let node = self.link.node().to_owned();
-        let gone = self.connections.gone(&node).ok_or_else(|| Status::unavailable("the node is not known"))?;
+        let gone = self.connections.cancellation(&node).ok_or_else(|| Status::unavailable("the node is not known"))?;
         let connection =
             self.connections.sender(&node).await.map_err(|error| Status::unavailable(error.to_string()))?;
         let (sender, receiver) = mpsc::unbounded_channel();
         let outbound = Outbound(sender);
-        let stream = self.sidecar.new_stream();
+        let stream = self.sidecar.next_number();
         outbound.announce(self.announcer.announce_all(stream))?;
         let origin = http::Uri::try_from(format!("https://{node}.node.pilotlight.internal"));
         let origin = origin.map_err(|error| Status::internal(error.to_string()))?;
-        let mut client = SlotsClient::with_origin(PeerChannel::new(connection), origin);
-        let mut offers = client.bind(UnboundedReceiverStream::new(receiver)).await?.into_inner();
+        let mut client = SlotsClient::with_origin(PeerChannel::new(connection.requests()), origin);
+        let binding = client.bind(UnboundedReceiverStream::new(receiver));
+        let mut offers = tokio::select! {
+            bound = binding => bound?.into_inner(),
+            () = gone.cancelled() => return Err(Status::unavailable(GONE)),
+        };
         let mut idle_at = Instant::now() + STREAM_IDLE_TIMEOUT;
         loop {
             tokio::select! {
-                () = self.link.marked() => {
-                    idle_at = Instant::now() + STREAM_IDLE_TIMEOUT;
-                    outbound.announce(self.announcer.announce_marked(stream))?;
+                () = self.link.wait_for_mark() => {
+                    let credits = self.announcer.announce_marked(stream);
+                    if !credits.is_empty() {
+                        idle_at = Instant::now() + STREAM_IDLE_TIMEOUT;
+                    }
+                    outbound.announce(credits)?;
                 }
                 offer = offers.message() => {
                     let Some(message) = offer? else { return Err(Status::unavailable("the node closed it")) };
                     let Some(bind_response::Message::Offer(offer)) = message.message else { continue };
                     self.accept(offer, &outbound)?;
                 }
-                () = gone.cancelled() => return Err(Status::unavailable("the node is gone or has another address")),
+                () = gone.cancelled() => return Err(Status::unavailable(GONE)),
                 () = tokio::time::sleep_until(idle_at) => {
-                    if !self.announcer.is_wanted() {
+                    if !self.announcer.has_demand() {
                         return Ok(());
                     }
                     idle_at = Instant::now() + STREAM_IDLE_TIMEOUT;
@@ -154,7 +162,7 @@ impl Slots for SlotsService {
         request: tonic::Request<Streaming<BindRequest>>,
     ) -> Result<tonic::Response<Self::BindStream>, Status> {
         let inbound = request.into_inner();
-        // It holds at most as many offers as this node has slots.
+        // It holds at most as many offers as this node can make until they lapse.
         let (sender, receiver) = mpsc::unbounded_channel();
         let gateway = self.sidecar.open_gateway(sender);
         tokio::spawn(serve_gateway(inbound, gateway, Arc::clone(&self.sidecar)));
@@ -332,5 +340,19 @@ mod tests {
         nodes.ready();
         drop(waiting.granted().await.unwrap());
         assert_eq!(nodes.connected.load(Ordering::Relaxed), 2);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_connection_stays_open_while_requests_wait_for_a_slot() {
+        let nodes = TwoNodes::start();
+        let queue = nodes.route(true);
+        let waiting = queue.enter(false).unwrap();
+        tokio::time::sleep(10 * (STREAM_IDLE_TIMEOUT + CONNECTION_IDLE_TIMEOUT)).await;
+        nodes.ready();
+        let grant = waiting.granted().await.unwrap();
+        let Target::Peer { offer: Some(offer), .. } = grant.target else { panic!("{:?}", grant.target) };
+        assert!(nodes.far.sidecar().use_offer(offer).is_some());
+        nodes.edge.peers.sender("far").await.unwrap();
+        assert_eq!(nodes.connected.load(Ordering::Relaxed), 1, "offers and requests share it");
     }
 }

@@ -19,7 +19,7 @@ use crate::models::{Models, peers::Ask, source::Content};
 #[async_trait]
 impl Ask for DataPath {
     async fn get(&self, node: &str, path: &str, range: Option<Range<u64>>) -> Result<(StatusCode, Content), String> {
-        let mut sender = self.weights.sender(node).await.map_err(|error| error.to_string())?;
+        let sender = self.weights.sender(node).await.map_err(|error| error.to_string())?;
         let address = format!("https://{node}.node.pilotlight.internal{path}");
         let mut request = Request::get(address).version(Version::HTTP_2);
         if let Some(range) = range {
@@ -27,7 +27,7 @@ impl Ask for DataPath {
         }
         let body = Empty::new().map_err(|never| match never {}).boxed_unsync();
         let request = request.body(body).map_err(|error| error.to_string())?;
-        let response = sender.send_request(request).await.map_err(|error| chain(&error))?;
+        let response = sender.requests().send_request(request).await.map_err(|error| chain(&error))?;
         let (head, body) = response.into_parts();
         Ok((head.status, body.into_data_stream().map_err(|error| chain(&error)).boxed()))
     }

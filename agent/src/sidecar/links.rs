@@ -79,9 +79,9 @@ impl Links {
         link
     }
 
-    /// Forgets nodes that are gone, unless a stream to them is still open.
+    /// Removes the links to nodes that are gone, unless they are in use.
     pub fn retain(&self, exists: impl Fn(&str) -> bool) {
-        lock(&self.links).retain(|node, link| exists(node) || lock(&link.state).is_served);
+        lock(&self.links).retain(|node, link| exists(node) || Arc::strong_count(link) > 1);
     }
 }
 
@@ -97,7 +97,7 @@ impl Link {
     }
 
     /// Resolves when a revision has been marked since the last call of this.
-    pub async fn marked(&self) {
+    pub async fn wait_for_mark(&self) {
         self.marked.notified().await;
     }
 
@@ -116,39 +116,41 @@ impl Link {
 pub struct Announcer {
     link: Arc<Link>,
     sidecar: Arc<Sidecar>,
-    /// Revisions that may want offers of this node. A new stream announces all of them.
-    wanting: HashSet<Arc<str>>,
+    /// Revisions whose requests may wait for offers of this node. A new stream announces all of them.
+    demanding: HashSet<Arc<str>>,
+    is_closed: bool,
 }
 
 impl Announcer {
     /// For a link that is to be served.
     pub fn new(link: Arc<Link>, sidecar: Arc<Sidecar>) -> Self {
-        Self { link, sidecar, wanting: HashSet::new() }
+        Self { link, sidecar, demanding: HashSet::new(), is_closed: false }
     }
 
     /// Returns `true` if requests wait for an offer of this node.
-    pub fn is_wanted(&mut self) -> bool {
+    pub fn has_demand(&mut self) -> bool {
         let (sidecar, node) = (&self.sidecar, self.link.node());
-        self.wanting.retain(|key| sidecar.existing(key).is_some_and(|queue| queue.wants_offers_of(node)));
-        !self.wanting.is_empty()
+        self.demanding.retain(|key| sidecar.existing(key).is_some_and(|queue| queue.has_demand_for(node)));
+        !self.demanding.is_empty()
     }
 
     /// Ends the service of the link. Returns `false` if requests wait for an offer: then it must continue.
     pub fn try_close(&mut self) -> bool {
         self.take_marked();
-        !self.is_wanted() && self.link.try_close()
+        self.is_closed = !self.has_demand() && self.link.try_close();
+        self.is_closed
     }
 
     fn take_marked(&mut self) -> HashSet<Arc<str>> {
         let marked = self.link.take_marked();
-        self.wanting.extend(marked.iter().cloned());
+        self.demanding.extend(marked.iter().cloned());
         marked
     }
 
     /// What to announce first on a new stream, by revision.
     pub fn announce_all(&mut self, stream: u64) -> Vec<(Arc<str>, Credit)> {
         self.take_marked();
-        self.announce(self.wanting.clone(), stream)
+        self.announce(self.demanding.clone(), stream)
     }
 
     /// What to announce of the revisions that were marked since the last call.
@@ -157,11 +159,28 @@ impl Announcer {
         self.announce(marked, stream)
     }
 
-    fn announce(&self, keys: HashSet<Arc<str>>, stream: u64) -> Vec<(Arc<str>, Credit)> {
-        let credit = |key: &str| match self.sidecar.existing(key) {
-            Some(queue) => queue.update_credit(self.link.node(), stream),
-            None => Some(Credit { epoch: self.sidecar.new_stream(), limit: 0 }),
-        };
-        keys.into_iter().filter_map(|key| credit(&key).map(|credit| (key, credit))).collect()
+    fn announce(&mut self, keys: HashSet<Arc<str>>, stream: u64) -> Vec<(Arc<str>, Credit)> {
+        let mut credits = Vec::new();
+        for key in keys {
+            let queue = self.sidecar.existing(&key);
+            let credit = match &queue {
+                Some(queue) => queue.update_credit(self.link.node(), stream),
+                None => Some(Credit { epoch: self.sidecar.next_number(), limit: 0 }),
+            };
+            if !queue.is_some_and(|queue| queue.has_demand_for(self.link.node())) {
+                self.demanding.remove(&key);
+            }
+            credits.extend(credit.map(|credit| (key, credit)));
+        }
+        credits
+    }
+}
+
+impl Drop for Announcer {
+    fn drop(&mut self) {
+        // Its task has panicked or was cancelled: the next request opens another one.
+        if !self.is_closed {
+            lock(&self.link.state).is_served = false;
+        }
     }
 }

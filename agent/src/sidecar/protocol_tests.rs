@@ -262,7 +262,7 @@ impl Fleet {
         }
         let (sender, to_gateway) = mpsc::unbounded_channel();
         let at_node = self.nodes[node].open_gateway(sender);
-        let id = self.nodes[gateway].new_stream();
+        let id = self.nodes[gateway].next_number();
         let credits = self.announcers.get_mut(&(gateway, node)).unwrap().announce_all(id);
         let to_node = credits.into_iter().map(|(key, credit)| Message::Credit(key.to_string(), credit)).collect();
         self.streams.insert((gateway, node), Stream { id, at_node, to_node, to_gateway });
@@ -368,7 +368,7 @@ proptest! {
         fleet.settle();
         prop_assert_eq!(fleet.requests.len(), 0, "requests wait although a replica has free slots");
         for node in 0..NODES {
-            prop_assert!(fleet.queue(node).busy(&replica(node).name).is_none(), "a slot of node {node} leaked");
+            prop_assert!(fleet.queue(node).idle_notifier(&replica(node).name).is_none(), "a slot of node {node} leaked");
         }
     }
 }

@@ -33,7 +33,7 @@ const DEFAULT_LIMITS: Limits = Limits { queue: 1000, timeout: Duration::from_sec
 /// What all revisions of a node share.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Shared {
-    /// Epochs and offers.
+    /// Numbers epochs, streams and gateways.
     pub(super) sequence: Sequence,
     /// Offers to other gateways.
     pub(super) offers: Arc<Offers>,
@@ -79,7 +79,7 @@ impl RevisionQueue {
         lock(&self.state)
     }
 
-    /// Makes a change, updates the load, and delivers what follows from it.
+    /// Makes a change, updates the load, and delivers its effects.
     fn change<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
         let mut state = self.lock();
         let before = state.slots.waiting();
@@ -100,10 +100,10 @@ impl RevisionQueue {
         result
     }
 
-    /// Has the streams announce how many slots are wanted now.
+    /// Marks this revision on the links to nodes that offer slots, so that their streams announce the demand.
     fn announce(&self, state: &State) {
         let waiting = state.slots.waiting() > 0;
-        for node in state.slots.lending_nodes() {
+        for node in state.slots.offering_nodes() {
             self.shared.links.mark(node, &self.key, waiting);
         }
     }
@@ -191,8 +191,8 @@ impl RevisionQueue {
     }
 
     /// `true` if requests wait here for an offer of this node.
-    pub fn wants_offers_of(&self, node: &str) -> bool {
-        self.lock().slots.wants_offers_of(node)
+    pub fn has_demand_for(&self, node: &str) -> bool {
+        self.lock().slots.has_demand_for(node)
     }
 
     /// Takes an offer of another node. Returns `false` if no request waits: the offer is to be declined.
@@ -206,6 +206,11 @@ impl RevisionQueue {
             Err(Grant { target: Target::Peer { replica, .. }, .. }) => self.accept_offer(node, replica, offer, 0),
             Err(_) => false,
         }
+    }
+
+    /// A request could not be sent to this node: others come first for a while.
+    pub fn penalize(&self, node: &str) {
+        self.change(|state| state.slots.penalize(node));
     }
 
     // ── Gateways of other nodes ──────────────────────────────────────────────────────────────────────────
@@ -263,8 +268,8 @@ impl RevisionQueue {
     }
 
     /// What to wait for until the replica runs no request and no slot of it is reserved; `None` if that is so.
-    pub fn busy(&self, replica: &str) -> Option<Arc<Notify>> {
-        self.lock().slots.busy(replica)
+    pub fn idle_notifier(&self, replica: &str) -> Option<Arc<Notify>> {
+        self.lock().slots.idle_notifier(replica)
     }
 
     /// The replica is gone.

@@ -182,8 +182,8 @@ impl Sidecar {
         &self.shared.links
     }
 
-    /// A number that identifies a new stream to another node.
-    pub fn new_stream(&self) -> u64 {
+    /// A number that this process has not used before, for a stream to another node or an epoch.
+    pub fn next_number(&self) -> u64 {
         self.shared.sequence.next()
     }
 
@@ -254,11 +254,11 @@ impl Endpoints for Sidecar {
         let replica = replica.to_owned();
         Box::pin(async move {
             let Some(queue) = queue else { return };
-            while let Some(busy) = queue.busy(&replica) {
+            while let Some(busy) = queue.idle_notifier(&replica) {
                 let changed = busy.notified();
                 tokio::pin!(changed);
                 changed.as_mut().enable();
-                if queue.busy(&replica).is_none() {
+                if queue.idle_notifier(&replica).is_none() {
                     break;
                 }
                 changed.await;

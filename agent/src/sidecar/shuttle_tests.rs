@@ -76,7 +76,7 @@ fn requests_cancellations_offers_and_probes() {
     for thread in threads {
         thread.join().unwrap();
     }
-    assert!(sidecar.revision(KEY).busy("replica").is_none(), "no slot leaks");
+    assert!(sidecar.revision(KEY).idle_notifier("replica").is_none(), "no slot leaks");
 }
 
 #[test]

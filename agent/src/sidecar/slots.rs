@@ -97,12 +97,17 @@ impl LocalSlots {
     }
 }
 
+/// Requests to other nodes after which a node that could not be reached is tried again, if it still is the least loaded.
+const UNREACHABLE_PENALTY: u64 = 100;
+
 /// Other nodes that have ready replicas or requests of this gateway.
 #[derive(Debug, Default)]
 struct Peers {
     nodes: BTreeMap<String, Peer>,
     /// Nodes with ready replicas, by requests per replica: the least loaded is first.
     by_load: BTreeSet<(u64, String)>,
+    /// Nodes that have a penalty.
+    penalized: BTreeSet<String>,
 }
 
 #[derive(Debug, Default)]
@@ -111,13 +116,16 @@ struct Peer {
     ready: Vec<String>,
     /// Requests of this gateway on the node.
     in_flight: u64,
+    /// Counts as so many additional requests. A node that cannot be reached would otherwise be the least loaded until
+    /// the coordinator declares it lost.
+    penalty: u64,
     credit: CreditWindow,
 }
 
 impl Peer {
     /// Requests per ready replica, in thousandths; `None` if none is ready.
     fn load(&self) -> Option<u64> {
-        (self.in_flight * 1000).checked_div(self.ready.len() as u64)
+        ((self.in_flight + self.penalty) * 1000).checked_div(self.ready.len() as u64)
     }
 }
 
@@ -143,6 +151,29 @@ impl Peers {
 
     fn has_ready(&self) -> bool {
         !self.by_load.is_empty()
+    }
+
+    fn penalize(&mut self, node: &str) {
+        if self.nodes.contains_key(node) {
+            self.update(node, |peer| peer.penalty = UNREACHABLE_PENALTY);
+            self.penalized.insert(node.to_owned());
+        }
+    }
+
+    /// A request was sent: penalties are one request less.
+    fn relax_penalties(&mut self) {
+        for node in std::mem::take(&mut self.penalized) {
+            let mut remaining = 0;
+            if self.nodes.contains_key(&node) {
+                self.update(&node, |peer| {
+                    peer.penalty = peer.penalty.saturating_sub(1);
+                    remaining = peer.penalty;
+                });
+            }
+            if remaining > 0 {
+                self.penalized.insert(node);
+            }
+        }
     }
 
     /// A replica of the node with the fewest requests per replica; a node's replicas take turns.
@@ -211,28 +242,33 @@ impl<W> Slots<W> {
     }
 
     /// Nodes whose offers this gateway depends on.
-    pub(super) fn lending_nodes(&self) -> impl Iterator<Item = &str> {
+    pub(super) fn offering_nodes(&self) -> impl Iterator<Item = &str> {
         let limited = self.limits.concurrency > 0;
         self.peers.by_load.iter().filter(move |_| limited).map(|(_, node)| node.as_str())
     }
 
     /// `true` if requests wait for an offer of this node.
-    pub(super) fn wants_offers_of(&self, node: &str) -> bool {
-        self.wanted_of(node) > 0
+    pub(super) fn has_demand_for(&self, node: &str) -> bool {
+        self.demand_for(node) > 0
     }
 
-    fn wanted_of(&self, node: &str) -> u64 {
+    fn demand_for(&self, node: &str) -> u64 {
         let ready = self.peers.nodes.get(node).is_some_and(|peer| !peer.ready.is_empty());
         if ready && self.limits.concurrency > 0 { self.line.waiting() as u64 } else { 0 }
     }
 
-    /// The credit to announce to a node on this stream; `None` if it knows it already. A node that is not a peer any
-    /// more is asked for nothing.
+    /// The credit to announce to a node on this stream; `None` if it knows it already. A node without ready replicas
+    /// is asked to forget this gateway.
     pub(super) fn update_credit(&mut self, node: &str, stream: u64) -> Option<Credit> {
-        let wanted = self.wanted_of(node);
+        let demand = self.demand_for(node);
         match self.peers.nodes.get_mut(node) {
-            Some(peer) => peer.credit.update(stream, wanted, &self.epochs),
-            None => Some(Credit { epoch: self.epochs.next(), limit: 0 }),
+            Some(peer) if !peer.ready.is_empty() => peer.credit.update(stream, demand, &self.epochs),
+            peer => {
+                if let Some(peer) = peer {
+                    peer.credit = CreditWindow::default();
+                }
+                Some(Credit { epoch: self.epochs.next(), limit: 0 })
+            }
         }
     }
 
@@ -245,6 +281,11 @@ impl<W> Slots<W> {
         let held = SlotKind::Peer(node.to_owned());
         self.acquire(&held);
         Some((waiter, held))
+    }
+
+    /// A request could not be sent to this node: others come first for a while.
+    pub(super) fn penalize(&mut self, node: &str) {
+        self.peers.penalize(node);
     }
 
     // ── Other nodes' gateways ────────────────────────────────────────────────────────────────────────────
@@ -339,7 +380,7 @@ impl<W> Slots<W> {
     }
 
     /// What to wait for until nothing runs on the replica and no slot of it is reserved; `None` if that is so already.
-    pub(super) fn busy(&self, replica: &str) -> Option<Arc<Notify>> {
+    pub(super) fn idle_notifier(&self, replica: &str) -> Option<Arc<Notify>> {
         let local = self.replicas.get(replica)?;
         (!local.is_idle()).then(|| Arc::clone(&local.idle))
     }
@@ -383,7 +424,8 @@ impl<W> Slots<W> {
         while let Some(next) = self.line.next() {
             let effect = match next {
                 Next::Waiter => self.grant(),
-                Next::Gateway(gateway) => self.offer(gateway),
+                // A request that waits behind the gateway may still go to another node at once.
+                Next::Gateway(gateway) => self.offer(gateway).or_else(|| self.grant_direct()),
             };
             let Some(effect) = effect else { break };
             effects.push(effect);
@@ -392,9 +434,18 @@ impl<W> Slots<W> {
     }
 
     fn grant(&mut self) -> Option<Effect<W>> {
-        let (held, target) = self.local_slot().or_else(|| self.direct_slot())?;
+        let Some((held, target)) = self.local_slot() else { return self.grant_direct() };
         let waiter = self.line.pop_waiter()?;
         self.acquire(&held);
+        Some(Effect::Grant { waiter, held, target })
+    }
+
+    /// Sends a request to another node's replica without a concurrency limit.
+    fn grant_direct(&mut self) -> Option<Effect<W>> {
+        let (held, target) = self.direct_slot()?;
+        let waiter = self.line.pop_waiter()?;
+        self.acquire(&held);
+        self.peers.relax_penalties();
         Some(Effect::Grant { waiter, held, target })
     }
 
@@ -418,7 +469,7 @@ impl<W> Slots<W> {
         self.least_loaded().map(|local| (SlotKind::Local(local.slot()), local.target()))
     }
 
-    /// Another node's replica without a concurrency limit: a request is sent there at once.
+    /// Another node's replica without a concurrency limit.
     fn direct_slot(&self) -> Option<(SlotKind, Target)> {
         if self.limits.concurrency > 0 {
             return None;

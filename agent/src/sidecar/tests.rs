@@ -272,3 +272,39 @@ async fn only_nodes_that_hold_replicas_of_the_revision_are_woken_for_a_request()
     let _third = queue.enter(false).unwrap();
     assert_eq!(opened.0.lock().unwrap().len(), 3, "opened again");
 }
+
+#[tokio::test]
+async fn a_node_that_cannot_be_reached_is_not_the_first_choice_for_the_next_hundred_requests() {
+    let sidecar = Sidecar::new();
+    let queue = sidecar.revision(KEY);
+    let peers = ["dead", "live"].map(|node| (node.to_owned(), vec![format!("replica-{node}")]));
+    queue.route(Limits { queue: 10, timeout: SECOND, concurrency: 0 }, peers.into());
+    let next = || {
+        let Target::Peer { node, .. } = queue.enter(false).unwrap().now().unwrap().target else { panic!() };
+        node
+    };
+    assert_eq!(next(), "dead", "none has requests: the order of names decides");
+    queue.penalize("dead");
+    assert!((0..100).all(|_| next() == "live"));
+    assert_eq!(next(), "dead", "it is tried again");
+}
+
+#[tokio::test]
+async fn a_gateway_whose_requests_still_run_there_has_no_account_at_a_node_without_ready_replicas() {
+    let (_, here) = node(&[("there", "b")]);
+    let there = Sidecar::new();
+    there.ready(replica("b"));
+    let (sender, mut offers) = mpsc::unbounded_channel();
+    let mut gateway = there.open_gateway(sender);
+    let waiting = here.enter(false).unwrap();
+    gateway.receive_credit(KEY.to_owned(), here.update_credit("there", 1).unwrap());
+    let offer = next_offer(&mut offers).await;
+    assert!(here.accept_offer("there", offer.replica, offer.offer, offer.epoch));
+    let _running = (waiting.granted().await.unwrap(), there.use_offer(offer.offer).unwrap());
+    assert!(there.revision(KEY).has_gateways());
+
+    // The revision is retired while the request runs.
+    here.route(here.limits(), BTreeMap::new());
+    gateway.receive_credit(KEY.to_owned(), here.update_credit("there", 1).unwrap());
+    assert!(!there.revision(KEY).has_gateways());
+}
