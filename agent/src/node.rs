@@ -122,6 +122,7 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), Agen
         connect: connector(identity.clone())?,
         demands,
         metrics: gateway_metrics,
+        clients: config.clients.clone(),
     });
     let own_binary = std::env::current_exe().map_err(AgentError::OwnBinary)?;
     let runtime = runtime(&config, own_binary, &mut inventory).await?;

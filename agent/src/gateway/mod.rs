@@ -8,13 +8,19 @@
 
 pub mod answer;
 pub mod body;
+mod clients;
+mod connection;
 mod egress;
+pub mod error_format;
 pub mod forward;
+mod forwarded;
 pub mod hold;
 pub mod ingress;
+mod listener;
 pub mod metrics;
 mod nodes;
 pub mod peer;
+pub mod progress;
 pub mod routes;
 pub mod split;
 #[cfg(test)]
@@ -29,6 +35,7 @@ use std::{
 
 use tokio::{sync::Semaphore, time::Instant};
 
+pub use clients::{ClientSettings, max_connections};
 pub use egress::Gateway;
 pub use forward::{Connect, PeerStream};
 pub use metrics::GatewayMetrics;
@@ -50,6 +57,8 @@ pub struct Setup {
     pub demands: Demands,
     /// Counters and times.
     pub metrics: GatewayMetrics,
+    /// What clients may do, and for how long.
+    pub clients: ClientSettings,
 }
 
 /// The whole data path of one node.
@@ -63,6 +72,7 @@ pub struct DataPath {
     early: Semaphore,
     pub(crate) forwarder: Forwarder,
     pub(crate) metrics: GatewayMetrics,
+    clients: ClientSettings,
     weights: Nodes,
     connect: Arc<dyn Connect>,
     bindings: Mutex<std::collections::BTreeMap<String, peer::Binding>>,
@@ -81,6 +91,7 @@ impl DataPath {
             max_request_body: setup.max_request_body,
             demands: setup.demands,
             metrics: setup.metrics,
+            clients: setup.clients,
             weights: Nodes::new(Arc::clone(&setup.connect)),
             connect: setup.connect,
             bindings: Mutex::default(),
