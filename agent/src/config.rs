@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf};
 
-use crate::runtime::DockerSettings;
+use crate::{gateway::ClientSettings, runtime::DockerSettings};
 
 /// Settings of one agent process.
 #[derive(Debug, Clone)]
@@ -29,6 +29,8 @@ pub struct Config {
     pub labels: BTreeMap<String, String>,
     /// Largest request body the gateway takes, bytes.
     pub max_request_body: u64,
+    /// What clients of the gateway may do, and for how long.
+    pub clients: ClientSettings,
     /// A part of a model of which no byte comes for this long is asked for again.
     pub fetch_stall: std::time::Duration,
     /// Bytes that all fetched models and pulled images together may take on disk; `None`: as many as the disk has.
@@ -103,6 +105,7 @@ impl Default for Config {
             inventory: InventorySource::Nvml,
             labels: BTreeMap::new(),
             max_request_body: 256 << 20,
+            clients: ClientSettings::default(),
             fetch_stall: crate::models::STALL,
             cache_budget: None,
             warm_memory: None,

@@ -17,6 +17,7 @@ use pilotlight_proto::fleet::v1::{
     coordinator_message::Message as ToAgent, enrollment_client::EnrollmentClient,
 };
 use pilotlight_telemetry::Metrics;
+use rustix::process::{Resource, getrlimit};
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::{mpsc, watch},
@@ -27,7 +28,7 @@ use tracing::{error, info, warn};
 
 use crate::{
     config::{Config, RuntimeChoice, Security},
-    gateway::{self, Connect, DataPath, GatewayMetrics, PeerStream, Setup},
+    gateway::{self, ClientSettings, Connect, DataPath, GatewayMetrics, PeerStream, Setup},
     inventory::{self, InventoryError},
     models::{Models, Shelf},
     reconcile::Reconciler,
@@ -116,12 +117,17 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), Agen
     let mut counted = None;
     metrics.register(|registry| counted = Some(GatewayMetrics::register(registry)));
     let Some(gateway_metrics) = counted else { return Ok(()) };
+    // Each connection of a client needs file descriptors.
+    let files = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+    let max_connections = config.clients.max_connections.min(gateway::max_connections(files));
+    info!(max_connections, files, "limits of the gateway");
     let data_path = DataPath::new(Setup {
         node: config.node_name.clone(),
         max_request_body: config.max_request_body,
         connect: connector(identity.clone())?,
         demands,
         metrics: gateway_metrics,
+        clients: ClientSettings { max_connections, ..config.clients.clone() },
     });
     let own_binary = std::env::current_exe().map_err(AgentError::OwnBinary)?;
     let runtime = runtime(&config, own_binary, &mut inventory).await?;

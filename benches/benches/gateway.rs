@@ -21,7 +21,7 @@ use hyper_util::{
 };
 use pilotlight_agent::{
     endpoint::{Endpoints as _, LocalReplica},
-    gateway::{Connect, DataPath, GatewayMetrics, PeerStream, Setup},
+    gateway::{ClientSettings, Connect, DataPath, GatewayMetrics, PeerStream, Setup},
 };
 use pilotlight_benches::median;
 use pilotlight_proto::fleet::v1::{PeerNode, ReplicaRoute, RevisionRoute, Routes, ServiceRoute};
@@ -73,6 +73,7 @@ async fn gateway(server: SocketAddr) -> SocketAddr {
         connect: Arc::new(NoPeers),
         demands,
         metrics: GatewayMetrics::register(&mut Registry::default()),
+        clients: ClientSettings::default(),
     });
     let revision = "default/m-predictor-00001".to_owned();
     let timeout = Duration::from_secs(300);

@@ -9,6 +9,8 @@ use pilotlight_agent::{
 };
 use tokio_util::sync::CancellationToken;
 
+use crate::clients::ClientArgs;
+
 /// Settings of an agent.
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -96,9 +98,8 @@ pub struct NodeArgs {
     /// cache; such as 64GiB, 0B for none. Default: half of the node's main memory.
     #[arg(long, env = "PILOTLIGHT_WARM_MEMORY", value_name = "SIZE")]
     warm_memory: Option<ByteSize>,
-    /// Largest request body.
-    #[arg(long, env = "PILOTLIGHT_MAX_REQUEST_BODY", default_value = "256MiB")]
-    max_request_body: ByteSize,
+    #[command(flatten)]
+    clients: ClientArgs,
 }
 
 fn label(text: &str) -> Result<(String, String), String> {
@@ -155,7 +156,8 @@ impl NodeArgs {
         Config {
             inventory,
             labels: self.label.into_iter().collect(),
-            max_request_body: self.max_request_body.as_u64(),
+            max_request_body: self.clients.max_request_body.as_u64(),
+            clients: self.clients.settings(&config.clients),
             runtime: self.runtime.unwrap_or(config.runtime),
             docker: DockerSettings {
                 socket: self.docker_socket,

@@ -3,7 +3,7 @@
 use std::{net::SocketAddr, path::PathBuf};
 
 use anyhow::Context as _;
-use pilotlight_agent::config::InventorySource;
+use pilotlight_agent::{config::InventorySource, gateway::ClientSettings};
 use pilotlight_coordinator::config::{Security, StoreConfig};
 use tokio_util::sync::CancellationToken;
 
@@ -52,6 +52,7 @@ pub async fn run(args: Args, stopping: CancellationToken) -> anyhow::Result<()> 
         listen_peer: any_port,
         listen_http: any_port,
         stop_replicas_on_exit: true,
+        clients: ClientSettings { list_known_hosts: true, ..ClientSettings::default() },
         ..Default::default()
     };
     let agent = args.node.fill(agent, InventorySource::NvmlOrSimulated);

@@ -3,6 +3,7 @@
 mod agent;
 mod apply;
 mod cache;
+mod clients;
 mod config;
 mod connect;
 mod coordinator;

@@ -4,8 +4,10 @@ use std::{future::Future, io::stderr};
 
 use clap::ValueEnum;
 use pilotlight_telemetry::{LogFormat, Settings};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
 
 use crate::{failure::Failure, output};
 
@@ -48,6 +50,7 @@ where
             colour: output::colours(&stderr()),
         };
         let telemetry = pilotlight_telemetry::init(settings).map_err(anyhow::Error::from)?;
+        raise_file_limit();
         let stopping = CancellationToken::new();
         tokio::spawn(stop_on_signal(stopping.clone()));
         let outcome = work(stopping).await;
@@ -56,6 +59,15 @@ where
         sent.map_err(anyhow::Error::from)?;
         outcome.map_err(Failure::from)
     })
+}
+
+/// Raises the soft limit of open files to the hard one; connections and replicas need many.
+fn raise_file_limit() {
+    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+    match setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }) {
+        Ok(()) => info!(from = ?current, to = ?maximum, "limit of open files"),
+        Err(error) => warn!(%error, limit = ?current, "cannot raise the limit of open files"),
+    }
 }
 
 async fn stop_on_signal(stopping: CancellationToken) {

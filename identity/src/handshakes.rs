@@ -171,3 +171,90 @@ fn an_authority_of_ones_own_is_checked() {
     let leaf = Authority::from_pem("main", &leaf.certificate_pem, &leaf.key_pem).unwrap_err().to_string();
     assert!(leaf.contains("not a CA"), "{leaf}");
 }
+
+// ── Clients that do nothing ──────────────────────────────────────────────────────────────────────────────
+
+/// The first bytes of a TLS record that never ends.
+const HALF_A_RECORD: [u8; 5] = [22, 3, 1, 2, 0];
+
+#[tokio::test]
+async fn half_open_handshakes_do_not_delay_others() {
+    let authority = Authority::generate("main").unwrap();
+    let address = serve(live(&authority, &node("a")).server_config(&[]).unwrap()).await;
+    let mut half_open = Vec::new();
+    for _ in 0..300 {
+        let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
+        stream.write_all(&HALF_A_RECORD).await.unwrap();
+        half_open.push(stream);
+    }
+    let client = live(&authority, &node("b"));
+    assert_eq!(greet(address, &node("a"), client.client_config(&[]).unwrap()).await.unwrap(), "node b");
+    let oldest = half_open[0].try_read(&mut [0; 1]).unwrap_err();
+    assert_eq!(oldest.kind(), io::ErrorKind::WouldBlock, "nobody had to wait until it was closed");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_handshake_that_does_not_end_is_closed() {
+    let authority = Authority::generate("main").unwrap();
+    let address = serve(live(&authority, &node("a")).server_config(&[]).unwrap()).await;
+    let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
+    stream.write_all(&HALF_A_RECORD).await.unwrap();
+    let begun = tokio::time::Instant::now();
+    // A reset is an end, too.
+    let _ = stream.read_to_end(&mut Vec::new()).await;
+    assert!(begun.elapsed() <= Duration::from_secs(11), "{:?}", begun.elapsed());
+}
+
+/// A coordinator's listener that only reads, until the client or the connection ends.
+async fn listen_only(authority: &Authority) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let config = live(authority, &Member::Coordinator).server_config_optional_client(&[]).unwrap();
+    tokio::spawn(async move {
+        let mut connections = std::pin::pin!(accept_tls(listener, config));
+        while let Some(Ok(mut stream)) = connections.next().await {
+            tokio::spawn(async move { stream.read_to_end(&mut Vec::new()).await });
+        }
+    });
+    address
+}
+
+/// How long a client that sends `first` and then nothing stays connected, at most an hour.
+async fn connected_for(address: SocketAddr, config: ClientConfig, first: &[u8]) -> Duration {
+    let mut stream = connect_tls(&address.to_string(), &Member::Coordinator, Arc::new(config)).await.unwrap();
+    stream.write_all(first).await.unwrap();
+    stream.flush().await.unwrap();
+    let begun = tokio::time::Instant::now();
+    let mut bytes = Vec::new();
+    let _ = tokio::time::timeout(HOUR, stream.read_to_end(&mut bytes)).await;
+    begun.elapsed()
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_connection_without_a_certificate_is_closed_and_a_member_may_stay() {
+    let authority = Authority::generate("main").unwrap();
+    let address = listen_only(&authority).await;
+    let nobody = || transport::pinned_config(authority.pin()).unwrap();
+    let member = live(&authority, &node("b"));
+    let member = || member.client_config(&[]).unwrap();
+    let second = Duration::from_secs(1);
+    assert!(connected_for(address, nobody(), b"").await <= 11 * second);
+    assert!(connected_for(address, nobody(), b"x").await <= 61 * second);
+    assert!(connected_for(address, member(), b"").await <= 11 * second);
+    assert!(connected_for(address, member(), b"x").await >= HOUR);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_oldest_connection_without_a_certificate_makes_room() {
+    let authority = Authority::generate("main").unwrap();
+    let address = listen_only(&authority).await;
+    let config = Arc::new(transport::pinned_config(authority.pin()).unwrap());
+    let mut open = Vec::new();
+    for _ in 0..=128 {
+        open.push(connect_tls(&address.to_string(), &Member::Coordinator, Arc::clone(&config)).await.unwrap());
+    }
+    let begun = tokio::time::Instant::now();
+    // It may end without a farewell.
+    let _ = open[0].read_to_end(&mut Vec::new()).await;
+    assert!(begun.elapsed() < Duration::from_secs(1), "not by its own timeout");
+}

@@ -3,6 +3,7 @@
 //! Every member of a cell (coordinator, node, operator) holds a certificate of the cell's own
 //! [`Authority`]. Its URI name says who the member is ([`Member`]), its DNS name is what TLS verifies.
 
+mod accept;
 mod authority;
 mod credentials;
 #[cfg(test)]
@@ -12,12 +13,13 @@ mod member;
 mod token;
 mod transport;
 
+pub use accept::{TlsConnection, accept_tls};
 pub use authority::{Authority, NODE_LIFETIME, new_csr};
 pub use credentials::Credentials;
 pub use live::LiveIdentity;
 pub use member::{Member, Role, check_label};
 pub use token::{JoinToken, TokenRecord};
-pub use transport::{Trust, accept_tls, channel, connect_tls, member_of, peer_of};
+pub use transport::{Trust, channel, connect_tls, member_of, peer_of};
 
 /// Why an identity cannot be made, read or used.
 #[derive(Debug, thiserror::Error)]

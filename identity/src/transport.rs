@@ -1,11 +1,10 @@
 //! TLS for gRPC and between agents: connecting, accepting, and who is at the other end.
 
-use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{io, sync::Arc, time::Duration};
 
-use futures::{Stream, StreamExt as _, stream::FuturesUnordered};
 use hyper_util::rt::TokioIo;
 use rustls::{
-    ClientConfig, DigitallySignedStruct, RootCertStore, ServerConfig, SignatureScheme,
+    ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme,
     client::{
         WebPkiServerVerifier,
         danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
@@ -13,21 +12,18 @@ use rustls::{
     crypto::{verify_tls12_signature, verify_tls13_signature},
     pki_types::{CertificateDer, ServerName, UnixTime},
 };
-use tokio::net::{TcpListener, TcpStream};
-use tokio_rustls::{TlsAcceptor, TlsConnector, client, server};
+use tokio::net::TcpStream;
+use tokio_rustls::{TlsConnector, client};
 use tonic::{
     Request,
     transport::{Channel, Endpoint, Uri, server::TcpConnectInfo, server::TlsConnectInfo},
 };
 use tower::service_fn;
-use tracing::debug;
 
-use crate::{IdentityError, LiveIdentity, Member, authority, live::provider};
+use crate::{IdentityError, LiveIdentity, Member, accept::TlsConnection, authority, live::provider};
 
 const CONNECT_WITHIN: Duration = Duration::from_secs(5);
 const HANDSHAKE_WITHIN: Duration = Duration::from_secs(10);
-/// Handshakes at the same time; further connections wait in the kernel's queue.
-const HANDSHAKES: usize = 256;
 /// A peer that is silent is asked; one that does not answer is gone.
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
 
@@ -102,50 +98,6 @@ pub async fn connect_tls(
         .map_err(|_| io::Error::new(io::ErrorKind::TimedOut, format!("{address}: no TLS handshake within 10 s")))?
 }
 
-/// Accepts TLS connections. A slow or failing handshake holds up nobody else and ends nothing.
-pub fn accept_tls(
-    listener: TcpListener,
-    config: ServerConfig,
-) -> impl Stream<Item = io::Result<server::TlsStream<TcpStream>>> {
-    let acceptor = TlsAcceptor::from(Arc::new(config));
-    async_stream::stream! {
-        let mut handshakes = FuturesUnordered::new();
-        loop {
-            tokio::select! {
-                accepted = listener.accept(), if handshakes.len() < HANDSHAKES => match accepted {
-                    Ok((stream, peer)) => handshakes.push(handshake(acceptor.clone(), stream, peer)),
-                    Err(error) => {
-                        // Out of file descriptors, mostly; a pause lets connections end.
-                        debug!(%error, "cannot accept");
-                        tokio::time::sleep(Duration::from_millis(50)).await;
-                    }
-                },
-                Some(stream) = handshakes.next() => {
-                    if let Some(stream) = stream {
-                        yield Ok(stream);
-                    }
-                }
-            }
-        }
-    }
-}
-
-async fn handshake(acceptor: TlsAcceptor, stream: TcpStream, peer: SocketAddr) -> Option<server::TlsStream<TcpStream>> {
-    // Without it only latency suffers.
-    let _ = stream.set_nodelay(true);
-    match tokio::time::timeout(HANDSHAKE_WITHIN, acceptor.accept(stream)).await {
-        Ok(Ok(stream)) => Some(stream),
-        Ok(Err(error)) => {
-            debug!(%peer, %error, "TLS handshake refused");
-            None
-        }
-        Err(_) => {
-            debug!(%peer, "no TLS handshake within 10 s");
-            None
-        }
-    }
-}
-
 /// The member at the other end of a gRPC call.
 ///
 /// # Errors
@@ -160,8 +112,8 @@ pub fn peer_of<T>(request: &Request<T>) -> Result<Member, IdentityError> {
 ///
 /// # Errors
 /// There was no certificate, or it names no member.
-pub fn member_of(stream: &server::TlsStream<TcpStream>) -> Result<Member, IdentityError> {
-    first(stream.get_ref().1.peer_certificates())
+pub fn member_of(connection: &TlsConnection) -> Result<Member, IdentityError> {
+    first(connection.peer_certificates())
 }
 
 fn first(certificates: Option<&[CertificateDer<'_>]>) -> Result<Member, IdentityError> {

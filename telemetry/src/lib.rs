@@ -5,8 +5,10 @@
 
 mod context;
 mod metrics;
+mod rate_limit;
 mod setup;
 
 pub use context::{TraceContext, extract, inject, set_parent};
 pub use metrics::{Metrics, http_router};
+pub use rate_limit::RateLimit;
 pub use setup::{Guard, LogFormat, Settings, TelemetryError, init, otlp_layer};

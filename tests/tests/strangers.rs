@@ -77,3 +77,21 @@ async fn a_join_token_works_once() {
     assert_eq!(refused.code(), Code::Unauthenticated);
     assert!(refused.message().contains("token create"), "{refused}");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn half_open_handshakes_delay_no_control_call() {
+    let cell = Cell::start(vec![]).await;
+    let mut half_open = Vec::new();
+    for count in 0..300 {
+        let stream = tokio::net::TcpStream::connect(("127.0.0.1", cell.port())).await.unwrap();
+        if count % 2 == 0 {
+            // The beginning of a TLS record.
+            stream.writable().await.unwrap();
+            stream.try_write(&[22, 3, 1, 2, 0]).unwrap();
+        }
+        half_open.push(stream);
+    }
+    cell.operator.must(&["get", "nodes"]);
+    let oldest = half_open[0].try_read(&mut [0; 1]).unwrap_err();
+    assert_eq!(oldest.kind(), std::io::ErrorKind::WouldBlock, "the call waited until the others were closed");
+}

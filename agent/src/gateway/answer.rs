@@ -1,9 +1,11 @@
-//! The gateway's own answers: small JSON, with what to do.
+//! The gateway's own answers: small JSON, with what to do, in the form that the caller's client library shows.
 
 use bytes::Bytes;
 use http::{HeaderValue, Response, StatusCode, header};
 use http_body_util::{BodyExt as _, Full, combinators::UnsyncBoxBody};
 use serde_json::{Map, Value, json};
+
+use super::error_format::ErrorFormat;
 
 /// Any error of a body.
 pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
@@ -19,7 +21,7 @@ pub enum Answer {
         host: String,
         /// Path asked for.
         path: String,
-        /// Some that are known.
+        /// Some that are known; empty unless the agent's configuration allows to list them.
         known: Vec<String>,
     },
     /// This node has not heard yet which services there are.
@@ -53,6 +55,18 @@ pub enum Answer {
     },
     /// Upgrades are not passed on.
     Upgrade,
+    /// The request is malformed.
+    BadRequest {
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The method is not one that a gateway serves.
+    MethodNotAllowed,
+    /// The client did not send its request's body in time.
+    RequestTimeout {
+        /// What it failed to do.
+        reason: String,
+    },
 }
 
 impl Answer {
@@ -65,10 +79,14 @@ impl Answer {
             Self::Timeout { .. } => StatusCode::GATEWAY_TIMEOUT,
             Self::BadGateway { .. } => StatusCode::BAD_GATEWAY,
             Self::Upgrade => StatusCode::NOT_IMPLEMENTED,
+            Self::BadRequest { .. } => StatusCode::BAD_REQUEST,
+            Self::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
+            Self::RequestTimeout { .. } => StatusCode::REQUEST_TIMEOUT,
         }
     }
 
-    fn reason(&self) -> &'static str {
+    /// CamelCase reason, for programs.
+    pub(super) fn reason(&self) -> &'static str {
         match self {
             Self::UnknownService { .. } => "UnknownService",
             Self::NoRoutes => "NoRoutes",
@@ -78,10 +96,14 @@ impl Answer {
             Self::Timeout { .. } => "Timeout",
             Self::BadGateway { .. } => "BadGateway",
             Self::Upgrade => "UpgradeNotSupported",
+            Self::BadRequest { .. } => "BadRequest",
+            Self::MethodNotAllowed => "MethodNotAllowed",
+            Self::RequestTimeout { .. } => "RequestTimeout",
         }
     }
 
-    fn message(&self) -> String {
+    /// What happened, for people.
+    pub(super) fn message(&self) -> String {
         match self {
             Self::UnknownService { host, path, .. } => format!("no service for host {host:?} and path {path:?}"),
             Self::NoRoutes => "this node has not heard from the coordinator yet which services there are".to_owned(),
@@ -92,26 +114,24 @@ impl Answer {
             Self::Timeout { seconds, waiting: false } => format!("the replica did not answer within {seconds} s"),
             Self::BadGateway { reason } => format!("the replica did not answer: {reason}"),
             Self::Upgrade => "protocol upgrades such as WebSocket are not passed on by this version".to_owned(),
+            Self::BadRequest { reason } | Self::RequestTimeout { reason } => reason.clone(),
+            Self::MethodNotAllowed => "this gateway is no forward proxy: CONNECT is not allowed".to_owned(),
         }
     }
 
-    /// The response.
+    /// The response, with a plain JSON body.
     pub fn response(&self) -> Response<Body> {
-        let mut content = Map::from_iter([
-            ("error".to_owned(), Value::from(self.message())),
-            ("reason".to_owned(), Value::from(self.reason())),
-        ]);
-        if let Self::UnknownService { known, .. } = self {
-            content.insert(
-                "routing".to_owned(),
-                json!({
-                    "byHost": "Host: <service>.<namespace>.<domain>",
-                    "byPath": "/serving/<namespace>/<service>/<path at the model server>",
-                    "knownHosts": known,
-                }),
-            );
-        }
-        let body = Full::from(Value::Object(content).to_string() + "\n").map_err(|never| match never {}).boxed_unsync();
+        self.response_for(ErrorFormat::Json)
+    }
+
+    /// The response in the form that the caller's client library understands.
+    pub fn response_for(&self, format: ErrorFormat) -> Response<Body> {
+        let content = match format {
+            ErrorFormat::Grpc => return super::error_format::grpc_response(self),
+            ErrorFormat::OpenAi => super::error_format::openai_content(self),
+            ErrorFormat::Json => self.json_content(),
+        };
+        let body = Full::from(content.to_string() + "\n").map_err(|never| match never {}).boxed_unsync();
         let mut response = Response::new(body);
         *response.status_mut() = self.status();
         let headers = response.headers_mut();
@@ -119,6 +139,27 @@ impl Answer {
         if self.status() == StatusCode::SERVICE_UNAVAILABLE {
             headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
         }
+        if *self == Self::MethodNotAllowed {
+            headers.insert(header::ALLOW, HeaderValue::from_static("GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"));
+        }
         response
+    }
+
+    fn json_content(&self) -> Value {
+        let mut content = Map::from_iter([
+            ("error".to_owned(), Value::from(self.message())),
+            ("reason".to_owned(), Value::from(self.reason())),
+        ]);
+        if let Self::UnknownService { known, .. } = self {
+            let mut routing = json!({
+                "byHost": "Host: <service>.<namespace>.<domain>",
+                "byPath": "/serving/<namespace>/<service>/<path at the model server>",
+            });
+            if !known.is_empty() {
+                routing["knownHosts"] = Value::from(known.as_slice());
+            }
+            content.insert("routing".to_owned(), routing);
+        }
+        Value::Object(content)
     }
 }

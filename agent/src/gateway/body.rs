@@ -1,19 +1,21 @@
 //! Bodies on their way: limited in size, sent again where that is safe, and told when they end.
 
 use std::{
+    future::{Future, poll_fn},
     pin::Pin,
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
     task::{Context, Poll, ready},
 };
 
 use bytes::Bytes;
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use http_body_util::BodyExt as _;
+use tokio::sync::Notify;
 
-use super::answer::{Body, BoxError};
+use super::{
+    answer::{Answer, Body, BoxError},
+    progress::TooSlow,
+};
 
 /// Bytes of a request that are kept so that it can be sent again. A larger one can be sent again only
 /// until its first byte has been read.
@@ -24,25 +26,122 @@ const KEPT_MOST: usize = 64 << 10;
 #[error("request body is larger than {0} bytes")]
 pub struct TooLarge(pub u64);
 
+/// Why a request's body can never be sent completely. The client is the cause, not the replica.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ClientFault {
+    /// The body has more than this many bytes.
+    TooLarge(u64),
+    /// The body arrived too slowly, or stopped arriving.
+    TooSlow(String),
+    /// The body is malformed, or the client broke off.
+    Malformed(String),
+}
+
+impl From<ClientFault> for Answer {
+    fn from(fault: ClientFault) -> Self {
+        match fault {
+            ClientFault::TooLarge(limit) => Self::BodyTooLarge { limit },
+            ClientFault::TooSlow(reason) => Self::RequestTimeout { reason },
+            ClientFault::Malformed(reason) => Self::BadRequest { reason: format!("request body: {reason}") },
+        }
+    }
+}
+
 /// A request's body, which several attempts may read one after the other.
 #[derive(Clone)]
 pub struct Replay {
     shared: Arc<Mutex<Shared>>,
-    too_large: Arc<AtomicBool>,
+    failure: Arc<Failure>,
+}
+
+/// The first fault of the body, and who waits for it.
+#[derive(Default)]
+struct Failure {
+    fault: OnceLock<ClientFault>,
+    changed: Notify,
+}
+
+impl Failure {
+    fn set(&self, fault: ClientFault) {
+        // Only the first fault counts.
+        let _ = self.fault.set(fault);
+        self.changed.notify_waiters();
+    }
 }
 
 struct Shared {
     source: Body,
     kept: Vec<Bytes>,
     kept_bytes: usize,
-    /// False once more has been read than is kept.
+    /// `false` once more has been read than is kept.
     complete: bool,
     ended: bool,
+    /// `true` while a reader waits for bytes that the client has not sent.
+    awaiting_client: bool,
     trailers: Option<http::HeaderMap>,
     read_bytes: u64,
-    /// What the client has announced.
+    /// Length that the client has announced, bytes.
     announced_bytes: u64,
+    /// Exact length, bytes; `None` if the client has not announced it.
+    exact_bytes: Option<u64>,
     limit: u64,
+}
+
+impl Shared {
+    /// Reads the next frame from the client and keeps its bytes if there is room, or if `keep` is `true`.
+    fn poll_source(
+        &mut self,
+        cx: &mut Context<'_>,
+        failure: &Failure,
+        keep: bool,
+    ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        let polled = Pin::new(&mut self.source).poll_frame(cx);
+        self.awaiting_client = polled.is_pending();
+        let frame = match ready!(polled) {
+            None => {
+                self.ended = true;
+                return Poll::Ready(None);
+            }
+            Some(Err(error)) => {
+                self.complete = false;
+                failure.set(classify(&error));
+                return Poll::Ready(Some(Err(error)));
+            }
+            Some(Ok(frame)) => frame,
+        };
+        match frame.into_data() {
+            Ok(bytes) => Poll::Ready(Some(self.take_in(bytes, failure, keep))),
+            Err(frame) => {
+                self.ended = true;
+                self.trailers = frame.into_trailers().ok();
+                Poll::Ready(self.trailers.clone().map(|trailers| Ok(Frame::trailers(trailers))))
+            }
+        }
+    }
+
+    fn take_in(&mut self, bytes: Bytes, failure: &Failure, keep: bool) -> Result<Frame<Bytes>, BoxError> {
+        self.read_bytes += bytes.len() as u64;
+        if self.read_bytes > self.limit {
+            self.complete = false;
+            failure.set(ClientFault::TooLarge(self.limit));
+            return Err(Box::new(TooLarge(self.limit)));
+        }
+        if self.complete && (keep || self.kept_bytes + bytes.len() <= KEPT_MOST) {
+            self.kept_bytes += bytes.len();
+            self.kept.push(bytes.clone());
+        } else {
+            self.complete = false;
+            self.kept = Vec::new();
+        }
+        Ok(Frame::data(bytes))
+    }
+}
+
+fn classify(error: &BoxError) -> ClientFault {
+    match error.downcast_ref::<TooSlow>() {
+        Some(slow) => ClientFault::TooSlow(slow.to_string()),
+        None => ClientFault::Malformed(super::forward::chain(error.as_ref())),
+    }
 }
 
 impl Replay {
@@ -52,47 +151,108 @@ impl Replay {
         B: HttpBody<Data = Bytes> + Send + 'static,
         B::Error: Into<BoxError>,
     {
-        let announced_bytes = body.size_hint().lower();
+        let hint = body.size_hint();
         let shared = Shared {
             source: body.map_err(Into::into).boxed_unsync(),
             kept: Vec::new(),
             kept_bytes: 0,
             complete: true,
             ended: false,
+            awaiting_client: false,
             trailers: None,
             read_bytes: 0,
-            announced_bytes,
+            announced_bytes: hint.lower(),
+            exact_bytes: hint.exact(),
             limit,
         };
-        Self { shared: Arc::new(Mutex::new(shared)), too_large: Arc::new(AtomicBool::new(false)) }
+        Self { shared: Arc::new(Mutex::new(shared)), failure: Arc::default() }
     }
 
-    /// The body for one attempt, or `None` where what was read is not kept.
+    fn lock(&self) -> MutexGuard<'_, Shared> {
+        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits for the first bytes of the body, or for its end. They are kept for [`Self::attempt`].
+    ///
+    /// # Errors
+    /// The client sent them too slowly, malformed, or broke off.
+    pub async fn wait_for_first_bytes(&self) -> Result<(), ClientFault> {
+        poll_fn(|cx| {
+            let mut shared = self.lock();
+            if shared.read_bytes > 0 || shared.ended || shared.source.is_end_stream() {
+                return Poll::Ready(());
+            }
+            while let Some(Ok(_)) = ready!(shared.poll_source(cx, &self.failure, true)) {
+                if shared.read_bytes > 0 || shared.ended {
+                    break;
+                }
+            }
+            Poll::Ready(())
+        })
+        .await;
+        self.client_fault().map_or(Ok(()), Err)
+    }
+
+    /// The body for one attempt, or `None` if what was read is not kept.
     pub fn attempt(&self) -> Option<Body> {
-        let complete = self.shared.lock().unwrap_or_else(PoisonError::into_inner).complete;
+        let complete = self.lock().complete;
         complete.then(|| {
-            Attempt { shared: Arc::clone(&self.shared), next: 0, done: false, large: Arc::clone(&self.too_large) }
-                .boxed_unsync()
+            Attempt {
+                shared: Arc::clone(&self.shared),
+                failure: Arc::clone(&self.failure),
+                next: 0,
+                sent_bytes: 0,
+                done: false,
+            }
+            .boxed_unsync()
         })
     }
 
     /// Bytes that it has, as far as is known: announced, or read so far.
     pub fn bytes(&self) -> u64 {
-        let shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
+        let shared = self.lock();
         shared.announced_bytes.max(shared.read_bytes)
     }
 
-    /// True once the body has turned out to be too large.
-    pub fn too_large(&self) -> bool {
-        self.too_large.load(Ordering::Relaxed)
+    /// Returns `true` if a replica waits for bytes that the client has not sent yet.
+    pub fn is_awaiting_client(&self) -> bool {
+        self.lock().awaiting_client
+    }
+
+    /// Why the body can never be sent completely, if the client is the cause.
+    pub fn client_fault(&self) -> Option<ClientFault> {
+        self.failure.fault.get().cloned()
+    }
+
+    /// Waits for `sending`, which is dropped at once if the client turns out to be unable to send the body.
+    ///
+    /// # Errors
+    /// The client's fault.
+    pub async fn unless_client_fails<F: Future>(&self, sending: F) -> Result<F::Output, ClientFault> {
+        let failed = async {
+            loop {
+                let changed = self.failure.changed.notified();
+                if let Some(fault) = self.client_fault() {
+                    return fault;
+                }
+                changed.await;
+            }
+        };
+        tokio::select! {
+            biased;
+            fault = failed => Err(fault),
+            sent = sending => Ok(sent),
+        }
     }
 }
 
 struct Attempt {
     shared: Arc<Mutex<Shared>>,
+    failure: Arc<Failure>,
+    /// The next of the kept frames.
     next: usize,
+    sent_bytes: u64,
     done: bool,
-    large: Arc<AtomicBool>,
 }
 
 impl HttpBody for Attempt {
@@ -103,68 +263,37 @@ impl HttpBody for Attempt {
         if self.done {
             return Poll::Ready(None);
         }
-        let shared = Arc::clone(&self.shared);
+        let (shared, failure) = (Arc::clone(&self.shared), Arc::clone(&self.failure));
         let mut shared = shared.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(bytes) = shared.kept.get(self.next) {
             self.next += 1;
+            self.sent_bytes += bytes.len() as u64;
             return Poll::Ready(Some(Ok(Frame::data(bytes.clone()))));
         }
         if shared.ended {
             self.done = true;
             return Poll::Ready(shared.trailers.clone().map(|trailers| Ok(Frame::trailers(trailers))));
         }
-        let frame = match ready!(Pin::new(&mut shared.source).poll_frame(cx)) {
-            None => {
-                shared.ended = true;
-                self.done = true;
-                return Poll::Ready(None);
-            }
-            Some(Err(error)) => {
-                shared.complete = false;
-                return Poll::Ready(Some(Err(error)));
-            }
-            Some(Ok(frame)) => frame,
-        };
-        match frame.into_data() {
-            Ok(bytes) => {
-                shared.read_bytes += bytes.len() as u64;
-                if shared.read_bytes > shared.limit {
-                    shared.complete = false;
-                    self.large.store(true, Ordering::Relaxed);
-                    return Poll::Ready(Some(Err(Box::new(TooLarge(shared.limit)))));
-                }
-                if shared.complete && shared.kept_bytes + bytes.len() <= KEPT_MOST {
-                    shared.kept_bytes += bytes.len();
-                    shared.kept.push(bytes.clone());
-                    self.next += 1;
-                } else {
-                    shared.complete = false;
-                    shared.kept = Vec::new();
-                    self.next = 0;
-                }
-                Poll::Ready(Some(Ok(Frame::data(bytes))))
-            }
-            Err(frame) => {
-                if let Ok(trailers) = frame.into_trailers() {
-                    shared.trailers = Some(trailers.clone());
-                    shared.ended = true;
-                    self.done = true;
-                    return Poll::Ready(Some(Ok(Frame::trailers(trailers))));
-                }
-                Poll::Ready(None)
-            }
+        let frame = ready!(shared.poll_source(cx, &failure, false));
+        self.next = shared.kept.len();
+        self.done = shared.ended;
+        if let Some(Ok(frame)) = &frame {
+            self.sent_bytes += frame.data_ref().map_or(0, Bytes::len) as u64;
         }
+        Poll::Ready(frame)
     }
 
     fn is_end_stream(&self) -> bool {
         let shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
-        self.done || (self.next >= shared.kept.len() && !shared.ended && shared.source.is_end_stream())
+        let at_end = if shared.ended { shared.trailers.is_none() } else { shared.source.is_end_stream() };
+        self.done || (self.next >= shared.kept.len() && at_end)
     }
 
     fn size_hint(&self) -> SizeHint {
         let shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
-        // Before anything was read, the source knows; afterwards chunks will do.
-        if shared.read_bytes == 0 { shared.source.size_hint() } else { SizeHint::default() }
+        shared
+            .exact_bytes
+            .map_or_else(SizeHint::default, |exact| SizeHint::with_exact(exact.saturating_sub(self.sent_bytes)))
     }
 }
 

@@ -39,6 +39,9 @@ impl DataPath {
         let seconds = limits.timeout.as_secs();
         let mut reason = String::new();
         let counts = tokens::counts(&parts);
+        // A client that sends nothing must not hold a slot.
+        let begun = tokio::time::timeout_at(deadline, body.wait_for_first_bytes()).await;
+        begun.map_err(|_| slow_client(seconds))??;
         for attempt in 0..ATTEMPTS {
             if attempt > 0 {
                 self.metrics.retries.inc();
@@ -58,15 +61,20 @@ impl DataPath {
                 count = None;
             }
             let request = Request::from_parts(parts.clone(), content);
-            let sent = tokio::time::timeout_at(deadline, self.proxy(&grant, request)).await;
-            match sent.map_err(|_| Answer::Timeout { seconds, waiting: false })? {
+            let sending = body.unless_client_fails(self.proxy(&grant, request));
+            let sent = match tokio::time::timeout_at(deadline, sending).await {
+                Ok(sent) => sent?,
+                Err(_) if body.is_awaiting_client() => return Err(slow_client(seconds)),
+                Err(_) => return Err(Answer::Timeout { seconds, waiting: false }),
+            };
+            match sent {
                 Ok(mut response) => {
                     if counts && count.is_none() {
                         tokens::heard(response.headers_mut(), queue.tokens());
                     }
                     return Ok(answered(response, &body, count, grant.permit));
                 }
-                Err(_) if body.too_large() => return Err(Answer::BodyTooLarge { limit: self.max_request_body }),
+                Err(_) if let Some(fault) = body.client_fault() => return Err(fault.into()),
                 Err(Failure::Unseen(why)) => {
                     if let Target::Peer { node, .. } = &grant.target {
                         queue.penalize(node);
@@ -158,6 +166,11 @@ impl DataPath {
         };
         sending.instrument(span).await
     }
+}
+
+/// The client has not sent its body within the service's timeout; the replica is not to blame.
+fn slow_client(seconds: u64) -> Answer {
+    Answer::RequestTimeout { reason: format!("the request body did not arrive within {seconds} s") }
 }
 
 /// An answer on its way: its slot and its tokens are given back when it has ended, or its reader has gone.

@@ -1,14 +1,10 @@
 //! Where clients connect: HTTP/1.1, and HTTP/2 with prior knowledge.
 
-use std::{convert::Infallible, net::SocketAddr, sync::Arc, time::Duration};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
-use http::{HeaderValue, Request, Response, Version, header, uri::PathAndQuery};
-use hyper::{body::Body as _, body::Incoming, service::service_fn};
-use hyper_util::{
-    rt::{TokioExecutor, TokioIo, TokioTimer},
-    server::{conn::auto, graceful::GracefulShutdown},
-};
-use tokio::{net::TcpListener, sync::Semaphore};
+use http::{Method, Request, Response, Version, header, uri::PathAndQuery};
+use hyper::{body::Body as _, body::Incoming};
+use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument as _, Span, debug, field, info_span};
 
@@ -16,16 +12,14 @@ use super::{
     DataPath,
     answer::{Answer, Body},
     body::Replay,
+    error_format::ErrorFormat,
+    forwarded::{effective_host, is_trusted, set_forwarded},
+    listener::Listener,
+    progress::RequestProgress,
     routes::Found,
     split::Destination,
 };
 
-/// Connections at the same time; further ones wait in the kernel's queue.
-const CONNECTIONS: usize = 20_000;
-/// A client must have sent its headers within this time.
-const HEADERS_WITHIN: Duration = Duration::from_secs(30);
-/// Requests that run get this long when the agent stops.
-const DRAIN_WITHIN: Duration = Duration::from_secs(30);
 /// Requests that wait for this node's first routes at the same time; further ones are answered 503.
 pub(super) const EARLY: usize = 1000;
 /// How long they wait: an agent that starts again has its routes within milliseconds, and a coordinator that
@@ -47,37 +41,16 @@ impl DataPath {
         host: Option<Arc<str>>,
         stopping: CancellationToken,
     ) {
-        let mut server = auto::Builder::new(TokioExecutor::new());
-        server.http1().timer(TokioTimer::new()).header_read_timeout(HEADERS_WITHIN);
-        server.http2().timer(TokioTimer::new()).max_concurrent_streams(1000).adaptive_window(true);
-        let graceful = GracefulShutdown::new();
-        let room = Arc::new(Semaphore::new(CONNECTIONS));
-        loop {
-            let accepted = tokio::select! {
-                () = stopping.cancelled() => break,
-                accepted = accept(&listener, &room) => accepted,
-            };
-            let Some((stream, client, place)) = accepted else { continue };
-            let (path, host) = (Arc::clone(&self), host.clone());
-            let service = service_fn(move |request| {
-                let (path, host) = (Arc::clone(&path), host.clone());
-                async move { Ok::<_, Infallible>(path.serve(client, host.as_deref(), request).await) }
-            });
-            let connection = server.serve_connection(TokioIo::new(stream), service).into_owned();
-            let connection = graceful.watch(connection);
-            tokio::spawn(async move {
-                if let Err(error) = connection.await {
-                    debug!(%client, %error, "connection ended");
-                }
-                drop(place);
-            });
-        }
-        // What has not ended by then is cut off by the end of the process.
-        let _ = tokio::time::timeout(DRAIN_WITHIN, graceful.shutdown()).await;
+        Listener::new(self, host).serve(listener, stopping).await;
     }
 
     /// Answers one request.
-    async fn serve(&self, client: SocketAddr, host: Option<&str>, request: Request<Incoming>) -> Response<Body> {
+    pub(super) async fn serve(
+        &self,
+        client: SocketAddr,
+        host: Option<&str>,
+        request: Request<Incoming>,
+    ) -> Response<Body> {
         let span = info_span!(
             "gateway.request",
             otel.kind = "server",
@@ -92,21 +65,37 @@ impl DataPath {
         let http10_or_11 = request.version() < Version::HTTP_2;
         let answering = async {
             let mut service = String::new();
-            let outcome = self.route(client, host, request, &mut service).await;
-            let response = outcome.unwrap_or_else(|answer| {
-                debug!(?answer, "answered by the gateway");
-                answer.response()
-            });
+            let (parts, body) = request.into_parts();
+            let format = ErrorFormat::for_request(&parts);
+            let outcome = self.route(client, host, parts, body, &mut service).await;
+            let (status, response) = match outcome {
+                Ok(response) => (response.status(), response),
+                Err(answer) => (answer.status(), self.refuse(&answer, format, http10_or_11)),
+            };
             let span = Span::current();
-            span.record("http.response.status_code", response.status().as_u16());
-            if response.status().is_server_error() {
+            span.record("http.response.status_code", status.as_u16());
+            if status.is_server_error() {
                 span.record("otel.status_code", "ERROR");
             }
-            timed.end(&service, response.status());
+            timed.end(&service, status);
             response
         };
         let mut response = answering.instrument(span).await;
         *response.version_mut() = if http10_or_11 { Version::HTTP_11 } else { Version::HTTP_2 };
+        response
+    }
+
+    /// The response for a request that the gateway answers by itself. Its status over HTTP is what is counted,
+    /// even if a gRPC client gets 200 and a gRPC status.
+    fn refuse(&self, answer: &Answer, format: ErrorFormat, http1: bool) -> Response<Body> {
+        debug!(?answer, "answered by the gateway");
+        let mut response = answer.response_for(format);
+        if matches!(answer, Answer::RequestTimeout { .. }) {
+            self.metrics.request_body_timeouts.inc();
+            if http1 {
+                response.headers_mut().insert(header::CONNECTION, http::HeaderValue::from_static("close"));
+            }
+        }
         response
     }
 
@@ -115,11 +104,15 @@ impl DataPath {
         &self,
         client: SocketAddr,
         fixed_host: Option<&str>,
-        request: Request<Incoming>,
+        mut parts: http::request::Parts,
+        body: Incoming,
         name: &mut String,
     ) -> Result<Response<Body>, Answer> {
-        let (mut parts, body) = request.into_parts();
-        let host = fixed_host.unwrap_or_else(|| host_of(&parts)).to_owned();
+        if parts.method == Method::CONNECT {
+            return Err(Answer::MethodNotAllowed);
+        }
+        let asked_host = effective_host(&mut parts)?;
+        let host = fixed_host.map_or(asked_host, str::to_owned);
         self.wait_for_routes().await?;
         let (service, tagged) = match fixed_host {
             Some(host) => self.routes.by_host(host).ok_or_else(|| Answer::NoRevision { service: host.to_owned() })?,
@@ -140,8 +133,13 @@ impl DataPath {
         let destination = Destination::new(service, tagged, &parts.headers);
         let queue = destination.pick().ok_or_else(|| Answer::NoRevision { service: name.clone() })?;
         queue.arrived();
-        forwarded(&mut parts, client, &host);
-        self.hold(&destination, queue, parts, Replay::new(body, limit)).await
+        // Replicas of this node that ask through their own listener may pass on what they were asked.
+        let trusted = fixed_host.is_some() || is_trusted(client.ip(), &self.clients.trusted_proxies);
+        set_forwarded(&mut parts, client, &host, trusted);
+        let (body, limits) = RequestProgress::new(body, self.clients.body);
+        let response = self.hold(&destination, queue, parts, Replay::new(body, limit)).await?;
+        limits.lift();
+        Ok(response)
     }
 }
 
@@ -169,36 +167,11 @@ impl DataPath {
         let (service, rest) = self.routes.by_path(&path).ok_or_else(|| Answer::UnknownService {
             host: host.to_owned(),
             path: path.clone(),
-            known: self.routes.known_hosts(HOSTS_NAMED),
+            known: if self.clients.list_known_hosts { self.routes.known_hosts(HOSTS_NAMED) } else { Vec::new() },
         })?;
         replace_path(parts, rest);
         Ok((service, None))
     }
-}
-
-async fn accept(
-    listener: &TcpListener,
-    room: &Arc<Semaphore>,
-) -> Option<(tokio::net::TcpStream, SocketAddr, tokio::sync::OwnedSemaphorePermit)> {
-    let place = Arc::clone(room).acquire_owned().await.ok()?;
-    match listener.accept().await {
-        Ok((stream, client)) => {
-            // Without it only latency suffers.
-            let _ = stream.set_nodelay(true);
-            Some((stream, client, place))
-        }
-        Err(error) => {
-            // Out of file descriptors, mostly; a pause lets connections end.
-            debug!(%error, "cannot accept");
-            tokio::time::sleep(Duration::from_millis(50)).await;
-            None
-        }
-    }
-}
-
-fn host_of(parts: &http::request::Parts) -> &str {
-    let header = parts.headers.get(header::HOST).and_then(|host| host.to_str().ok());
-    header.or_else(|| parts.uri.authority().map(|authority| authority.as_str())).unwrap_or_default()
 }
 
 /// Takes the prefix off the path; the query stays.
@@ -211,20 +184,4 @@ fn replace_path(parts: &mut http::request::Parts, path: &str) {
     let mut uri = std::mem::take(&mut parts.uri).into_parts();
     uri.path_and_query = PathAndQuery::try_from(full).ok();
     parts.uri = http::Uri::from_parts(uri).unwrap_or_default();
-}
-
-/// Says who asked for what, as proxies do; what only gateways may say is taken out.
-fn forwarded(parts: &mut http::request::Parts, client: SocketAddr, host: &str) {
-    let ours: Vec<_> = parts.headers.keys().filter(|name| name.as_str().starts_with("pilotlight-")).cloned().collect();
-    for name in ours {
-        parts.headers.remove(name);
-    }
-    let via = parts.headers.get("x-forwarded-for").and_then(|via| via.to_str().ok());
-    let via = via.map_or_else(|| client.ip().to_string(), |via| format!("{via}, {}", client.ip()));
-    for (name, value) in [("x-forwarded-for", via.as_str()), ("x-forwarded-host", host), ("x-forwarded-proto", "http")]
-    {
-        if let Ok(value) = HeaderValue::from_str(value) {
-            parts.headers.insert(name, value);
-        }
-    }
 }

@@ -9,13 +9,19 @@
 
 pub mod answer;
 pub mod body;
+mod clients;
+mod connection;
 mod egress;
+pub mod error_format;
 pub mod forward;
+mod forwarded;
 pub mod hold;
 pub mod ingress;
+mod listener;
 pub mod metrics;
 pub mod peer;
 mod peer_connections;
+pub mod progress;
 pub mod routes;
 mod slot_stream;
 pub mod split;
@@ -31,6 +37,7 @@ use std::{
 
 use tokio::{sync::Semaphore, time::Instant};
 
+pub use clients::{ClientSettings, max_connections};
 pub use egress::Gateway;
 pub use forward::{Connect, PeerStream};
 pub use metrics::GatewayMetrics;
@@ -53,6 +60,8 @@ pub struct Setup {
     pub demands: Demands,
     /// Counters and times.
     pub metrics: GatewayMetrics,
+    /// What clients may do, and for how long.
+    pub clients: ClientSettings,
 }
 
 /// The whole data path of one node.
@@ -69,6 +78,7 @@ pub struct DataPath {
     peers: Arc<PeerConnectionPool>,
     /// Apart from the others: requests must not wait behind weights.
     weights: PeerConnectionPool,
+    clients: ClientSettings,
     reported: Mutex<Instant>,
 }
 
@@ -87,6 +97,7 @@ impl DataPath {
             max_request_body: setup.max_request_body,
             demands: setup.demands,
             metrics: setup.metrics,
+            clients: setup.clients,
             weights: PeerConnectionPool::new(setup.connect),
             reported: Mutex::new(Instant::now()),
             sidecar,

@@ -231,10 +231,14 @@ impl tower::Service<Request<tonic::body::Body>> for PeerChannel {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::AtomicUsize;
+    use std::{convert::Infallible, sync::atomic::AtomicUsize};
 
     use async_trait::async_trait;
+    use bytes::Bytes;
     use futures::future::join_all;
+    use http_body::Frame;
+    use http_body_util::StreamBody;
+    use hyper::service::service_fn;
 
     use super::*;
     use crate::gateway::PeerStream;
@@ -277,5 +281,39 @@ mod tests {
         let (outcome, ()) = tokio::join!(pool.sender("far"), async { pool.set_addresses(&addresses(2)) });
         assert!(outcome.is_err());
         assert_eq!(began.elapsed(), Duration::ZERO);
+    }
+
+    /// Connects to a server that sends an endless answer for `/endless` and a short one for everything else.
+    struct Endless;
+
+    #[async_trait]
+    impl Connect for Endless {
+        async fn connect(&self, _: &str, _: &str) -> io::Result<Box<dyn PeerStream>> {
+            let (near, far) = tokio::io::duplex(64 << 10);
+            let service = service_fn(|request: Request<Incoming>| async move {
+                let frame = || Ok::<_, BoxError>(Frame::data(Bytes::from_static(&[b'x'; 16 << 10])));
+                let count = if request.uri().path() == "/endless" { usize::MAX } else { 1 };
+                let frames = futures::stream::iter(std::iter::repeat_with(frame).take(count));
+                Ok::<_, Infallible>(Response::new(StreamBody::new(frames)))
+            });
+            let server = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
+            tokio::spawn(server.serve_connection(TokioIo::new(far), service));
+            Ok(Box::new(near))
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_answer_that_nobody_reads_does_not_block_other_requests_to_the_node() {
+        let pool = PeerConnectionPool::new(Arc::new(Endless));
+        pool.set_addresses(&addresses(1));
+        let ask = async |path: &str| {
+            let body = http_body_util::Empty::new().map_err(|never| match never {}).boxed_unsync();
+            let request = Request::get(format!("https://far{path}")).body(body).unwrap();
+            pool.sender("far").await.unwrap().requests().send_request(request).await.unwrap()
+        };
+        let _unread = ask("/endless").await;
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        let answer = tokio::time::timeout(Duration::from_secs(60), ask("/short").await.collect()).await;
+        assert_eq!(answer.expect("it is not blocked").unwrap().to_bytes().len(), 16 << 10);
     }
 }

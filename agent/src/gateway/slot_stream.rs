@@ -207,7 +207,10 @@ mod tests {
     use super::*;
     use crate::{
         endpoint::{Endpoints as _, LocalReplica},
-        gateway::{Connect, DataPath, GatewayMetrics, PeerStream, Setup, peer_connections::CONNECTION_IDLE_TIMEOUT},
+        gateway::{
+            ClientSettings, Connect, DataPath, GatewayMetrics, PeerStream, Setup,
+            peer_connections::CONNECTION_IDLE_TIMEOUT,
+        },
         models::{Models, STALL},
         sidecar::{Limits, RevisionQueue, Target},
     };
@@ -235,7 +238,8 @@ mod tests {
         let metrics = GatewayMetrics::register(&mut prometheus_client::registry::Registry::default());
         let (demands, _) = mpsc::channel(8);
         let connect = Arc::new(connect);
-        DataPath::new(Setup { node: node.to_owned(), max_request_body: 1 << 20, connect, demands, metrics })
+        let clients = ClientSettings::default();
+        DataPath::new(Setup { node: node.to_owned(), max_request_body: 1 << 20, connect, demands, metrics, clients })
     }
 
     struct TwoNodes {

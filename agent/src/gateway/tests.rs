@@ -1,5 +1,9 @@
 //! Answers that end early, and where their requests and tokens are counted meanwhile.
 
+mod correctness;
+mod idle_connections;
+mod slow_clients;
+
 use std::{collections::BTreeMap, convert::Infallible, io, net::SocketAddr, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
@@ -20,7 +24,7 @@ use tokio_stream::wrappers::{TcpListenerStream, UnboundedReceiverStream};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::{
-    Connect, DataPath, GatewayMetrics, PeerStream, Setup,
+    ClientSettings, Connect, DataPath, GatewayMetrics, PeerStream, Setup,
     answer::{Answer, BoxError},
     body::Replay,
     ingress::{EARLY, ROUTES_WITHIN},
@@ -48,9 +52,13 @@ async fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
 }
 
 fn path(node: &str, connect: Arc<dyn Connect>) -> Arc<DataPath> {
+    path_with(node, connect, ClientSettings::default())
+}
+
+fn path_with(node: &str, connect: Arc<dyn Connect>, clients: ClientSettings) -> Arc<DataPath> {
     let metrics = GatewayMetrics::register(&mut Registry::default());
     let (demands, _) = mpsc::channel(8);
-    DataPath::new(Setup { node: node.to_owned(), max_request_body: 1 << 20, connect, demands, metrics })
+    DataPath::new(Setup { node: node.to_owned(), max_request_body: 1 << 20, connect, demands, metrics, clients })
 }
 
 /// One service, whose revision has one replica: `replica` on `node`.
@@ -230,7 +238,11 @@ struct Node {
 
 impl Node {
     async fn start(name: &str) -> Self {
-        let path = path(name, Arc::new(Plain));
+        Self::start_with(name, ClientSettings::default()).await
+    }
+
+    async fn start_with(name: &str, clients: ClientSettings) -> Self {
+        let path = path_with(name, Arc::new(Plain), clients);
         let stopping = CancellationToken::new();
         let ingress = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let peers = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -415,6 +427,8 @@ async fn a_client_that_hangs_up_or_waits_in_vain_leaves_no_tokens() {
     drop(second);
     eventually("the second one has left", || edge.tokens() == 0).await;
     drop(client);
+    // Whether a client is gone or has only closed its side shows when bytes are sent to it.
+    say.send(EVENT).unwrap();
     eventually("the stream is given up", || far.tokens() == 0).await;
     eventually("its slot, too", || far.load().running == 0).await;
 }
