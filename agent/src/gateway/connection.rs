@@ -109,6 +109,11 @@ impl ConnectionState {
         self.lock().awaits_response = false;
     }
 
+    /// Returns `true` once the head of a request was complete.
+    pub(super) fn has_requested(&self) -> bool {
+        self.lock().has_requested
+    }
+
     /// Since when it has had no request; `None` while it has one.
     pub(super) fn idle_since(&self) -> Option<Instant> {
         let inner = self.lock();
@@ -121,8 +126,9 @@ impl ConnectionState {
         if inner.active > 0 || inner.unflushed {
             return None;
         }
-        let no_handshake = !inner.has_requested && !(inner.is_http2() && inner.start.len() >= HTTP2_HANDSHAKE_BYTES);
-        let head_since = if no_handshake { Some(inner.accepted) } else { inner.head_since };
+        let is_open_http2 = inner.is_http2() && inner.start.len() >= HTTP2_HANDSHAKE_BYTES;
+        let has_begun = inner.has_requested || is_open_http2;
+        let head_since = if has_begun { inner.head_since } else { Some(inner.accepted) };
         Some(match head_since {
             Some(since) => (since + settings.header_timeout, CloseReason::HeaderTimeout),
             None => (inner.idle_since + settings.idle_timeout, CloseReason::IdleTimeout),

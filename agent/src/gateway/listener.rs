@@ -8,7 +8,7 @@ use std::{
     pin::pin,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -121,7 +121,7 @@ impl Listener {
         loop {
             let ended = self.connections.ended.notified();
             let (open, limit) = (self.connections.len(), self.connections.limit);
-            if open >= self.connections.high_water() {
+            if open - self.connections.closing.load(Ordering::Relaxed).min(open) >= self.connections.high_water() {
                 let shed = self.connections.shed(self.connections.batch());
                 if self.shed_log.allow() {
                     warn!(open, limit, shed, "nearly as many connections as allowed: closed the oldest idle ones");
@@ -182,7 +182,10 @@ impl Listener {
                 debug!(%client, ?reason, "connection closed");
                 path.metrics.count_closed(reason);
             }
-            if reason == Some(CloseReason::HeaderTimeout) {
+            if reason == Some(CloseReason::HeaderTimeout)
+                || (reason == Some(CloseReason::Shed) && !state.has_requested())
+            {
+                // A farewell would be lost on a client that has not begun.
                 return;
             }
             serving.as_mut().graceful_shutdown();
@@ -207,6 +210,8 @@ struct Connections {
     open: Mutex<HashMap<u64, Entry>>,
     next: AtomicU64,
     limit: usize,
+    /// Connections that were shed and have not ended yet.
+    closing: AtomicUsize,
     /// Notified when a connection has ended.
     ended: Notify,
 }
@@ -219,7 +224,13 @@ struct Entry {
 
 impl Connections {
     fn new(limit: usize) -> Self {
-        Self { open: Mutex::default(), next: AtomicU64::new(0), limit, ended: Notify::new() }
+        Self {
+            open: Mutex::default(),
+            next: AtomicU64::new(0),
+            limit,
+            closing: AtomicUsize::new(0),
+            ended: Notify::new(),
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<u64, Entry>> {
@@ -250,15 +261,16 @@ impl Connections {
 
     /// Closes the connections that have been idle for longest, at most `count`. Returns how many.
     fn shed(&self, count: usize) -> usize {
-        let mut idle: Vec<(Instant, CancellationToken)> = self
+        let mut idle: Vec<(Instant, u64, CancellationToken)> = self
             .lock()
-            .values()
-            .filter(|entry| !entry.shed.is_cancelled())
-            .filter_map(|entry| Some((entry.state.idle_since()?, entry.shed.clone())))
+            .iter()
+            .filter(|(_, entry)| !entry.shed.is_cancelled())
+            .filter_map(|(id, entry)| Some((entry.state.idle_since()?, *id, entry.shed.clone())))
             .collect();
-        idle.sort_by_key(|(since, _)| *since);
+        idle.sort_by_key(|(since, id, _)| (*since, *id));
         idle.truncate(count);
-        for (_, shed) in &idle {
+        self.closing.fetch_add(idle.len(), Ordering::Relaxed);
+        for (_, _, shed) in &idle {
             shed.cancel();
         }
         idle.len()
@@ -276,6 +288,9 @@ struct Place {
 impl Drop for Place {
     fn drop(&mut self) {
         self.connections.lock().remove(&self.id);
+        if self.entry.shed.is_cancelled() {
+            self.connections.closing.fetch_sub(1, Ordering::Relaxed);
+        }
         self.path.metrics.open_connections.dec();
         self.connections.ended.notify_waiters();
     }

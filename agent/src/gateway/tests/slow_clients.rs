@@ -5,7 +5,7 @@ use futures::StreamExt as _;
 use super::*;
 use crate::gateway::progress::{BodyLimits, RequestProgress};
 
-/// A replica that answers each request with what comes of `responses`, in turn; heads are sent to the test.
+/// A replica that answers each request's head with `response`; what it reads is sent to the test.
 pub(super) async fn http_replica(response: &'static str) -> (SocketAddr, mpsc::UnboundedReceiver<String>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
@@ -96,6 +96,18 @@ async fn a_body_that_never_begins_is_408() {
     let answer = client.read(NEVER).await;
     assert!(answer.starts_with("HTTP/1.1 408"), "{answer}");
     assert!(requests.try_recv().is_err(), "the replica has not seen it");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_timeout_while_the_body_is_missing_does_not_blame_the_replica() {
+    let (address, mut requests) = http_replica("").await;
+    let node = Node::start("edge").await;
+    node.path.apply_routes(routes("edge", 5 * SECOND, &[], 1));
+    node.has(address, false);
+    let mut client = send(node.ingress, &(post("content-length: 10\r\n") + "01")).await;
+    requests.recv().await.unwrap();
+    let answer = client.read(NEVER).await;
+    assert!(answer.starts_with("HTTP/1.1 408") && answer.contains("within 5 s"), "{answer}");
 }
 
 /// A body whose bytes the test sends.
