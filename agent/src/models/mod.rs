@@ -86,6 +86,14 @@ pub enum ModelError {
         /// Why.
         reason: String,
     },
+    /// The address or the credentials are wrong: the source answers the same however often it is asked.
+    #[error("{uri}: {reason}")]
+    Rejected {
+        /// Which model.
+        uri: String,
+        /// Why.
+        reason: String,
+    },
     /// What came is not what the source lists.
     #[error("{uri}: {file}: {kind} is {found}, expected {expected}")]
     Checksum {
@@ -138,7 +146,7 @@ impl ModelError {
     pub fn reason(&self) -> &'static str {
         match self {
             Self::NotFound { .. } => "ModelNotFound",
-            Self::Source { .. } => "ModelFetchFailed",
+            Self::Source { .. } | Self::Rejected { .. } => "ModelFetchFailed",
             Self::Checksum { .. } => "ModelChecksumMismatch",
             Self::CacheFull { .. } => "CacheFull",
             Self::Disk { error, .. } if error.kind() == io::ErrorKind::StorageFull => "DiskFull",
@@ -253,7 +261,8 @@ impl Models {
         let root = crate::config::claim(&self.claims, namespace, name);
         let root = root.map_err(|reason| ModelError::Volume { uri: uri.to_owned(), reason })?.to_owned();
         if path.split('/').any(|part| part == "..") {
-            return Err(ModelError::Source { uri: uri.to_owned(), reason: "the path must be without ..".to_owned() });
+            let reason = "the path must be without ..".to_owned();
+            return Err(ModelError::Rejected { uri: uri.to_owned(), reason });
         }
         let below = if path.is_empty() { root.clone() } else { root.join(path.trim_start_matches('/')) };
         if !below.exists() {

@@ -47,7 +47,7 @@ pub trait Source: Send + Sync {
 /// # Errors
 /// The scheme is not known here, or the credentials cannot be used.
 pub fn open(uri: &str, credentials: &Credentials, clients: &Clients) -> Result<Arc<dyn Source>, ModelError> {
-    let bad = |reason: String| ModelError::Source { uri: uri.to_owned(), reason };
+    let bad = |reason: String| ModelError::Rejected { uri: uri.to_owned(), reason };
     let Some((scheme, rest)) = uri.split_once("://") else {
         return Err(bad("is no address; expected s3://, gs://, https://, http://, hf:// or pvc://".to_owned()));
     };
@@ -193,7 +193,7 @@ impl Bucket {
         match error {
             object_store::Error::NotFound { .. } => ModelError::NotFound { uri, reason },
             object_store::Error::PermissionDenied { .. } | object_store::Error::Unauthenticated { .. } => {
-                ModelError::Source { uri, reason: format!("the store refuses these credentials: {reason}") }
+                ModelError::Rejected { uri, reason: format!("the store refuses these credentials: {reason}") }
             }
             _ => ModelError::Source { uri, reason },
         }
@@ -208,7 +208,7 @@ impl Bucket {
                 ModelError::NotFound { uri, reason: format!("the bucket is not there: {reason}") }
             }
             Err(object_store::Error::PermissionDenied { .. } | object_store::Error::Unauthenticated { .. }) => {
-                ModelError::Source { uri, reason: format!("the store refuses these credentials: {reason}") }
+                ModelError::Rejected { uri, reason: format!("the store refuses these credentials: {reason}") }
             }
             _ => self.error(error),
         }
@@ -396,9 +396,8 @@ impl Source for Hub {
                 return Err(ModelError::NotFound { uri, reason });
             }
             status @ (StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) => {
-                return Err(failed(format!(
-                    "the hub answers {status}: is HF_TOKEN missing, or not allowed to read it?"
-                )));
+                let reason = format!("the hub answers {status}: is HF_TOKEN missing, or not allowed to read it?");
+                return Err(ModelError::Rejected { uri, reason });
             }
             status => return Err(failed(format!("the hub answers {status}"))),
         }

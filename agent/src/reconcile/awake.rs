@@ -9,7 +9,7 @@ use tracing::{Span, info, info_span, warn};
 
 use super::{
     asleep::Tired,
-    failure::{Failure, UNHEALTHY},
+    failure::Failure,
     health::{Health, Unhealthy},
     question::{Question, Refusal},
     replica::{End, Life, Stage, TIMEOUT, duration, told},
@@ -214,8 +214,7 @@ impl Life {
     async fn restart(&self, running: &Running, why: Unhealthy) -> Failure {
         self.endpoints.not_ready(&running.replica);
         self.update(|status| status.set_phase(ReplicaPhase::Starting));
-        self.give_up(running, Failure { reason: UNHEALTHY, message: why.message, ..Failure::default() }, why.grace)
-            .await
+        self.give_up(running, Failure::of_probe(why.message), why.grace).await
     }
 
     /// Ends a replica that has started with a model that it may not have.
@@ -231,7 +230,8 @@ impl Life {
         }
     }
 
-    fn ready(&self, running: &Running, transition: Option<Transition>) {
+    fn ready(&mut self, running: &Running, transition: Option<Transition>) {
+        self.ready_since.get_or_insert_with(Instant::now);
         let assignment = self.assignment();
         self.endpoints.ready(LocalReplica {
             name: running.replica.clone(),

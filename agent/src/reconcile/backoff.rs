@@ -5,7 +5,8 @@ use std::time::Duration;
 
 const FIRST: Duration = Duration::from_secs(10);
 const LONGEST: Duration = Duration::from_secs(300);
-/// A replica that ran this long starts over.
+/// A replica that was ready for this long before it failed starts with a fresh back-off. Kubelet's time is the same, but
+/// counts from the start of the process: a model that takes longer to load would never back off.
 const FORGIVEN: Duration = Duration::from_secs(600);
 
 /// Nothing the first time, then 10 s, doubling to 5 min.
@@ -15,9 +16,9 @@ pub(crate) struct CrashBackoff {
 }
 
 impl CrashBackoff {
-    /// The pause after a replica has failed that ran for `ran`.
-    pub(crate) fn after(&mut self, ran: Duration) -> Duration {
-        if ran >= FORGIVEN {
+    /// The pause after a failure; zero after the first one. `ready` is for how long the replica was ready before it.
+    pub(crate) fn after(&mut self, ready: Duration) -> Duration {
+        if ready >= FORGIVEN {
             self.failures = 0;
         }
         self.failures += 1;
@@ -25,6 +26,11 @@ impl CrashBackoff {
             1 => Duration::ZERO,
             failures => FIRST.saturating_mul(1 << (failures - 2).min(16)).min(LONGEST),
         }
+    }
+
+    /// Failures in a row.
+    pub(crate) fn failures(&self) -> u32 {
+        self.failures
     }
 }
 

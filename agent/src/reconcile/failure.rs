@@ -25,6 +25,52 @@ pub(super) struct Failure {
     pub(super) lacking_bytes: u64,
     /// The last lines that the failed run printed, if one was started.
     pub(super) last_log_lines: Vec<String>,
+    /// `true` if waiting does not cure it; see [`is_permanent`].
+    pub(super) permanent: bool,
+}
+
+/// Whether waiting does not cure a failure with this reason, so that requests are answered with it instead of waiting
+/// for the next attempt.
+///
+/// Permanent are failures that the service's owner has to cure: the process ended or was found unhealthy, it or its
+/// image, volume or model is not there, or the configuration or a checksum is wrong. Not permanent are those that may
+/// end by themselves: a cache or disk that is full (others may leave), a registry, store or container engine that does
+/// not answer, and a replica that did not fall asleep or wake (it is started instead). An unknown reason is not
+/// permanent. What one reason cannot tell apart is decided by [`Failure::of_error`] and [`Failure::of_model`]. Lost
+/// nodes and preempted replicas do not fail, and so have no reason here.
+fn is_permanent(reason: &str) -> bool {
+    matches!(
+        reason,
+        "Error"
+            | "Completed"
+            | "OOMKilled"
+            | UNHEALTHY
+            | "StartError"
+            | "RunContainerError"
+            | "CreateContainerError"
+            | "CreateContainerConfigError"
+            | "InvalidImageName"
+            | "ErrImageNeverPull"
+            | "ModelNotFound"
+            | "ModelChecksumMismatch"
+            | "VolumeNotFound"
+    )
+}
+
+/// Returns `true` if a registry has answered, and does not have the image or does not give it to these credentials.
+/// The container engine passes on the registry's words only.
+fn is_image_refused(message: &str) -> bool {
+    const ANSWERS: [&str; 7] = [
+        "not found",
+        "manifest unknown",
+        "does not exist",
+        "denied",
+        "unauthorized",
+        "forbidden",
+        "no matching manifest",
+    ];
+    let message = message.to_ascii_lowercase();
+    ANSWERS.iter().any(|answer| message.contains(answer))
 }
 
 impl Failure {
@@ -41,7 +87,12 @@ impl Failure {
             (None, Some(signal)) => ("Error", format!("the process was ended by signal {signal}")),
             (None, None) => ("Error", "the process ended".to_owned()),
         };
-        Self { reason, message, exit_code: exit.code, ..Self::default() }
+        Self { reason, message, exit_code: exit.code, permanent: is_permanent(reason), ..Self::default() }
+    }
+
+    /// A probe has found the replica unhealthy.
+    pub(super) fn of_probe(message: String) -> Self {
+        Self { reason: UNHEALTHY, message, permanent: is_permanent(UNHEALTHY), ..Self::default() }
     }
 
     /// Adds the last lines that the failed run printed. They may name a cause that the exit code does not show.
@@ -65,11 +116,17 @@ impl Failure {
             ModelError::CacheFull { bytes, budget, kept, .. } => bytes.saturating_add(*kept).saturating_sub(*budget),
             _ => 0,
         };
-        Self { reason: error.reason(), message: error.to_string(), lacking_bytes, ..Self::default() }
+        let permanent = is_permanent(error.reason()) || matches!(error, ModelError::Rejected { .. });
+        Self { reason: error.reason(), message: error.to_string(), lacking_bytes, permanent, ..Self::default() }
     }
 
     pub(super) fn of_error(error: &RuntimeError) -> Self {
-        Self { reason: error.reason(), message: error.to_string(), ..Self::default() }
+        let permanent = match error {
+            RuntimeError::Engine { .. } => false,
+            RuntimeError::Container { reason: "ErrImagePull", message } => is_image_refused(message),
+            _ => is_permanent(error.reason()),
+        };
+        Self { reason: error.reason(), message: error.to_string(), permanent, ..Self::default() }
     }
 }
 
@@ -91,5 +148,48 @@ pub(super) fn in_backoff(reason: &'static str) -> &'static str {
         | "DiskFull"
         | "VolumeNotFound" => reason,
         _ => "CrashLoopBackOff",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::ErrorKind;
+
+    use super::*;
+
+    fn model(error: ModelError) -> bool {
+        Failure::of_model(&error).permanent
+    }
+
+    fn runtime(error: RuntimeError) -> bool {
+        Failure::of_error(&error).permanent
+    }
+
+    fn pull(message: &str) -> bool {
+        runtime(RuntimeError::Container { reason: "ErrImagePull", message: message.to_owned() })
+    }
+
+    #[test]
+    fn only_what_waiting_does_not_cure_is_a_permanent_failure() {
+        let (uri, reason) = (|| "s3://b/m".to_owned(), || "why".to_owned());
+        assert!(Failure::of_exit(Exit { code: Some(3), ..Exit::default() }).permanent);
+        assert!(Failure::of_exit(Exit { oom_killed: true, ..Exit::default() }).permanent);
+        assert!(Failure::of_probe(reason()).permanent);
+
+        assert!(model(ModelError::NotFound { uri: uri(), reason: reason() }));
+        assert!(model(ModelError::Rejected { uri: uri(), reason: reason() }));
+        assert!(!model(ModelError::Source { uri: uri(), reason: "connection refused".to_owned() }));
+        assert!(!model(ModelError::CacheFull { uri: uri(), bytes: 2, budget: 1, kept: 0 }));
+        assert!(!model(ModelError::Disk { uri: uri(), error: ErrorKind::StorageFull.into() }));
+
+        let (program, socket, error) = ("serve".to_owned(), "/s".to_owned(), ErrorKind::NotFound.into());
+        assert!(runtime(RuntimeError::Start { program, error }));
+        assert!(runtime(RuntimeError::Specification { field: "command", reason: reason() }));
+        assert!(!runtime(RuntimeError::Engine { socket, error: "connection refused".to_owned() }));
+
+        assert!(pull("cannot pull image a/b: manifest for a/b:latest not found: manifest unknown"));
+        assert!(pull("cannot pull image a/b: pull access denied for a/b, repository does not exist"));
+        assert!(!pull("cannot pull image a/b: dial tcp 10.0.0.1:443: connect: connection refused"));
+        assert!(!pull("cannot pull image a/b: toomanyrequests: rate limit"));
     }
 }

@@ -229,6 +229,7 @@ impl Reconciler {
             statuses: self.statuses.clone(),
             desired: receiver,
             room: self.models.room_made(),
+            ready_since: None,
             running: Arc::clone(&orphan.running),
         };
         let handle = tokio::spawn(orphan.supervise(life.run(adopted)));

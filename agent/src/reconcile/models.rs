@@ -56,7 +56,7 @@ pub(super) async fn fetch(
     let mut got = Got::default();
     for model in &assignment.models {
         if !model.unresolved.is_empty() {
-            return Err(ModelError::Source { uri: model.uri.clone(), reason: model.unresolved.clone() });
+            return Err(ModelError::Rejected { uri: model.uri.clone(), reason: model.unresolved.clone() });
         }
         if got.add_volume(models, &assignment.namespace, model)? {
             continue;

@@ -2,7 +2,7 @@
 
 use std::{
     sync::{Arc, Mutex, PoisonError},
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use pilotlight_proto::fleet::v1::{ReplicaAssignment, ReplicaPhase, ReplicaStatus, SleepPaths};
@@ -25,7 +25,7 @@ use super::{
 use crate::{
     endpoint::Endpoints,
     models::{Held, Models},
-    runtime::{Exit, Running, Runtime, SleepMark, logs, unix_now},
+    runtime::{Exit, Running, Runtime, SleepMark, logs},
 };
 
 /// Grace where the assignment names none; Kubernetes' default.
@@ -53,6 +53,8 @@ pub(super) struct Life {
     pub(super) desired: watch::Receiver<Desired>,
     /// Changes whenever the node's cache may have room that it had not before.
     pub(super) room: watch::Receiver<u64>,
+    /// When the process that runs now became ready for the first time; `None` if it has not been ready.
+    pub(super) ready_since: Option<Instant>,
     /// What it has started last, for [`super::orphan`].
     pub(super) running: Arc<Mutex<Option<Running>>>,
 }
@@ -100,9 +102,6 @@ impl Life {
                     None => break,
                 },
             };
-            // An adopted one has run for longer than this process has known it.
-            let before = started.as_ref().map_or(Duration::ZERO, |(running, _)| ran_before(running));
-            let begun = Instant::now();
             let failure = match started {
                 Ok((mut running, begin)) => match self.tend(&mut running, begin, span).await {
                     End::Leave => return self.leave(&running).await,
@@ -114,7 +113,9 @@ impl Life {
             if failure.reason == SLEEP_FAILED {
                 self.refused_to_sleep(failure).await;
             } else {
-                self.failed(failure, backoff.after(before + begun.elapsed())).await;
+                let ready = self.ready_since.take().map_or(Duration::ZERO, |since| since.elapsed());
+                let pause = backoff.after(ready);
+                self.failed(failure, pause, backoff.failures()).await;
             }
         }
         self.stopped().await;
@@ -151,6 +152,7 @@ impl Life {
     async fn start(&mut self, span: &Span) -> Option<Result<(Running, Cold), Failure>> {
         let began = Instant::now();
         self.room.mark_unchanged();
+        self.begin_attempt();
         let mut assignment = self.assignment();
         let (runtime, models, statuses) = (Arc::clone(&self.runtime), self.models.clone(), self.statuses.clone());
         let say = |message: String| {
@@ -194,6 +196,19 @@ impl Life {
         };
         let started = starting.await;
         Some(started.map(|running| (running, cold)).map_err(|error| Failure::of_error(&error)))
+    }
+
+    /// Reports that a replica which has failed is started again.
+    fn begin_attempt(&mut self) {
+        self.ready_since = None;
+        self.update(|status| {
+            if status.phase() == ReplicaPhase::Failed {
+                status.set_phase(ReplicaPhase::Pending);
+                status.message = format!("starting again; failed before: {}", status.failure_reason);
+                status.reason.clear();
+                status.next_attempt_at = None;
+            }
+        });
     }
 
     /// An adopted replica goes on, unless what it calls cannot be given back to it: then it starts anew.
@@ -270,7 +285,8 @@ impl Life {
         tokio::task::spawn_blocking(move || logs::last_lines(&path)).await.unwrap_or_default()
     }
 
-    async fn failed(&mut self, failure: Failure, pause: Duration) {
+    /// Reports a failure, and waits until the next attempt or until the replica is to leave.
+    async fn failed(&mut self, failure: Failure, pause: Duration, consecutive_failures: u32) {
         warn!(replica = %self.name(), reason = failure.reason, message = %failure.message, ?pause, "replica failed");
         let looping = !pause.is_zero();
         self.update(|status| {
@@ -280,6 +296,10 @@ impl Life {
             status.exit_code = failure.exit_code;
             status.lacking_bytes = failure.lacking_bytes;
             status.last_log_lines = failure.last_log_lines;
+            status.failure_reason = failure.reason.to_owned();
+            status.failure_permanent = failure.permanent;
+            status.consecutive_failures = consecutive_failures;
+            status.next_attempt_at = looping.then(|| Timestamp::from(SystemTime::now() + pause));
             status.restarts += 1;
             status.reason = if looping { in_backoff(failure.reason) } else { failure.reason }.to_owned();
             status.message =
@@ -360,13 +380,4 @@ pub(super) async fn left(desired: &mut watch::Receiver<Desired>) {
 
 pub(super) fn duration(given: Option<prost_types::Duration>) -> Option<Duration> {
     Duration::try_from(given?).ok()
-}
-
-/// How long it ran before this process knew it, to the second.
-fn ran_before(running: &Running) -> Duration {
-    // The clock's start is no start.
-    if running.started_at == 0 {
-        return Duration::ZERO;
-    }
-    Duration::from_secs(u64::try_from(unix_now() - running.started_at).unwrap_or_default())
 }

@@ -531,3 +531,48 @@ async fn a_drain_ends_with_its_process() {
     node.phases(&[ReplicaPhase::Stopped, ReplicaPhase::Ready]).await;
     assert!(began.elapsed() < TIMEOUT, "there is nothing left to wait for");
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_replica_in_back_off_reports_its_failure_and_when_it_is_started_again() {
+    let node = Node::empty().await;
+    node.assign(1, &[("a", false)]);
+    node.phases(&[ReplicaPhase::Ready]).await;
+    node.fake.end("a").cancel();
+    let first = node.restarted(1).await;
+    assert_eq!((first.consecutive_failures, first.next_attempt_at), (1, None), "the second attempt follows at once");
+
+    node.phases(&[ReplicaPhase::Ready]).await;
+    let before = std::time::SystemTime::now();
+    node.fake.end("a").cancel();
+    let second = node.restarted(2).await;
+    assert_eq!((second.phase(), second.reason.as_str()), (ReplicaPhase::Failed, "CrashLoopBackOff"));
+    assert_eq!((second.failure_reason.as_str(), second.failure_permanent), ("Completed", true));
+    assert_eq!(second.consecutive_failures, 2);
+    let next = std::time::SystemTime::try_from(second.next_attempt_at.unwrap()).unwrap();
+    assert!(next >= before + Duration::from_secs(10), "{second:?}");
+
+    node.phases(&[ReplicaPhase::Ready]).await;
+    assert_eq!(node.reconciler.statuses().borrow().replicas[0].next_attempt_at, None);
+}
+
+#[tokio::test(start_paused = true)]
+async fn only_time_that_it_was_ready_earns_a_replica_a_fresh_back_off() {
+    let node = Node::empty().await;
+    // Loads for 20 minutes, and fails.
+    let port = closed_port().await;
+    let readiness_probe = listens(port);
+    node.assign_container(1, &[("a", false)], ContainerSpec { readiness_probe, ..Default::default() });
+    for failures in 1..=2 {
+        node.phases(&[ReplicaPhase::Starting]).await;
+        tokio::time::sleep(Duration::from_secs(1200)).await;
+        node.fake.end("a").cancel();
+        assert_eq!(node.restarted(failures).await.consecutive_failures, failures);
+    }
+    // Serves for 10 minutes, and fails.
+    let _listener = TcpListener::bind((Ipv4Addr::LOCALHOST, port)).await.unwrap();
+    node.phases(&[ReplicaPhase::Ready]).await;
+    tokio::time::sleep(Duration::from_secs(600)).await;
+    node.fake.end("a").cancel();
+    let status = node.restarted(3).await;
+    assert_eq!((status.consecutive_failures, status.next_attempt_at), (1, None), "{status:?}");
+}

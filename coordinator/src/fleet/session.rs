@@ -61,6 +61,13 @@ impl SessionHandle {
         Self { node: node.to_owned(), id: 0, outbound, closed: CancellationToken::new() }
     }
 
+    /// A session, and what its agent receives.
+    #[cfg(test)]
+    pub(crate) fn for_tests(node: &str) -> (Self, mpsc::Receiver<Result<CoordinatorMessage, Status>>) {
+        let (outbound, receiver) = mpsc::channel(100);
+        (Self { node: node.to_owned(), id: 0, outbound, closed: CancellationToken::new() }, receiver)
+    }
+
     /// Ends the session.
     pub fn close(&self) {
         self.closed.cancel();

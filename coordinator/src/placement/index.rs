@@ -3,7 +3,8 @@
 //! A request looks at some labels of a node ([`affinity::keys`]). For each such set of labels the nodes
 //! are divided once into classes of equal values, and each class into buckets of equal free GPUs
 //! ([`Signature`]). What a bucket's nodes give is the same, and so is their score, except where a replica
-//! of the same revision or the model is there already: those few nodes are looked at one by one.
+//! of the same revision or the model is there already, and where the request avoids the node: those few nodes are
+//! looked at one by one.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -16,6 +17,10 @@ use super::{
     score::{Candidate, Score},
 };
 use crate::spec::PlacementPolicy;
+
+/// By how much less a node is preferred that a request avoids: more than all weights of preferred terms together, of
+/// which each is at most 100.
+const AVOIDED: i64 = 1 << 32;
 
 /// The fleet while requests are placed. Nodes are called by their place in the order of names.
 #[derive(Debug)]
@@ -93,7 +98,8 @@ impl<'a> Index<'a> {
             self.partitions.insert(keys.clone(), partition);
         }
         let partition = &self.partitions[&keys];
-        let own: Vec<&BTreeSet<usize>> = self.own(request).collect();
+        let avoided = self.numbers(&request.avoid);
+        let own: Vec<&BTreeSet<usize>> = self.own(request).chain([&avoided]).collect();
         let policy = request.policy.unwrap_or(self.policy);
         let mut unplaced = Unplaced { nodes: self.ledgers.len(), ..Unplaced::default() };
         let mut best: Option<(Score, usize)> = None;
@@ -131,12 +137,18 @@ impl<'a> Index<'a> {
             if let Some(sum) = preferences[partition.class_of[*node]]
                 && let Ok(grant) = grant::of(&self.ledgers[*node], request)
             {
-                consider(*node, &grant, sum);
+                consider(*node, &grant, if avoided.contains(node) { sum - AVOIDED } else { sum });
             }
         }
         let Some((_, node)) = best else { return Err(unplaced) };
         // The bucket's grant may have been another node's, with its UUIDs.
         grant::of(&self.ledgers[node], request).map(|grant| (node, grant)).map_err(|_| unplaced)
+    }
+
+    /// Nodes by their names.
+    fn numbers(&self, names: &BTreeSet<String>) -> BTreeSet<usize> {
+        let number = |name: &String| self.ledgers.binary_search_by(|ledger| ledger.node.name.cmp(name)).ok();
+        names.iter().filter_map(number).collect()
     }
 
     /// Nodes whose score is their own: they have the revision or the model.

@@ -157,6 +157,8 @@ pub struct PlacementRequest {
     pub model: Option<String>,
     /// Somebody waits for an answer of it.
     pub awaited: bool,
+    /// Names of nodes that it gets only if no other one fits, such as those on which it has failed.
+    pub avoid: BTreeSet<String>,
 }
 
 impl PlacementRequest {
@@ -178,6 +180,7 @@ impl PlacementRequest {
             priority: spec::priority(&template.annotations),
             model: model_of(template),
             awaited: false,
+            avoid: BTreeSet::new(),
         }
     }
 

@@ -161,6 +161,9 @@ impl Reconciler {
         let message = format!("placed on node {} with GPUs {:?}{parts}{purpose}", record.node, record.gpu_indices);
         let object = format!("Replica/{}", record.name);
         self.world.note(&service, Event { time: now, warning: false, reason: "Scheduled", object, message });
+        if let Some(revision) = self.world.revisions.get_mut(&record.revision) {
+            revision.failures.clear();
+        }
         self.dirty.nodes.insert(record.node.clone());
         self.dirty.services.insert(service);
         self.world.insert_replica(record, trace);
@@ -173,6 +176,10 @@ impl Reconciler {
         let service = self.world.component_of(&record);
         let (warning, reason, why) = match why {
             Leaving::ScaledDown => (false, "Draining", String::new()),
+            Leaving::Failing => {
+                let message = format!("fails again and again on node {}, another one replaces it: ", record.node);
+                (true, "BackOff", message)
+            }
             Leaving::NodeDrained => (false, "NodeDrained", format!("node {} drains: ", record.node)),
             Leaving::Cooled => {
                 (false, "Cooled", format!("asleep, and node {} needs its room for other models: ", record.node))
@@ -195,6 +202,10 @@ impl Reconciler {
         self.meter.close(&record, charge, now);
         let service = self.world.component_of(&record);
         if why == Gone::NodeLost {
+            if let Some(revision) = self.world.revisions.get_mut(&record.revision) {
+                // Its last attempt ended with the node.
+                revision.failures.clear();
+            }
             let message = format!("node {} is silent for longer than its lease", record.node);
             let object = format!("Replica/{name}");
             self.world.note(&service, Event { time: now, warning: true, reason: "NodeLost", object, message });

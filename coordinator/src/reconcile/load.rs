@@ -8,6 +8,7 @@ use tracing::{error, info};
 
 use super::{
     clock::{Clock, scaler_time},
+    failures::Failures,
     meter::{Meter, UsageRecord},
     observe::Dirty,
     run::{Reconciler, Setup},
@@ -117,6 +118,7 @@ pub(crate) fn insert_revision(world: &mut World, record: RevisionRecord, now: Ti
         decisions: Default::default(),
         replicas: Default::default(),
         unplaced: None,
+        failures: Failures::default(),
         most: None,
         kept_out: false,
         progress_at: now,

@@ -14,6 +14,7 @@ mod chain_tests;
 pub mod clock;
 pub mod commands;
 pub mod conditions;
+pub mod failures;
 pub(crate) mod load;
 pub mod meter;
 mod mounted;

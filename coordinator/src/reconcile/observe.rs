@@ -249,9 +249,21 @@ fn took(world: &mut World, status: fleet::ReplicaStatus, now: Timestamp, dirty: 
         ReplicaPhase::Ready => replica.failure = None,
         _ => {}
     }
-    replica.status = Some(status);
-    if let Some(revision) = world.revisions.get_mut(&revision).filter(|_| progress) {
-        revision.progress_at = now;
+    let node = replica.record.node.clone();
+    let draining = replica.record.draining;
+    replica.status = Some(status.clone());
+    if let Some(revision) = world.revisions.get_mut(&revision) {
+        if progress {
+            revision.progress_at = now;
+        }
+        match phase {
+            _ if draining => {}
+            ReplicaPhase::Failed => revision.failures.record(&status, &node, now),
+            ReplicaPhase::Pending | ReplicaPhase::Fetching | ReplicaPhase::Starting | ReplicaPhase::Ready => {
+                revision.failures.clear();
+            }
+            _ => {}
+        }
     }
     if let (Some(it), Some(revision)) = (changed_rung, world.revisions.get_mut(&revision)) {
         warmth::measure(revision, &it);

@@ -12,7 +12,7 @@ use jiff::Timestamp;
 use pilotlight_proto::fleet::v1::ReplicaPhase;
 
 use super::{
-    storage,
+    failures, storage,
     world::{RevisionState, World},
 };
 use crate::{
@@ -36,6 +36,8 @@ pub struct Plan {
     pub drain: Vec<String>,
     /// Names of replicas that shall finish and stop, since their node drains.
     pub move_off: Vec<String>,
+    /// Names of replicas that fail again and again and are replaced on another node.
+    pub replace: Vec<String>,
     /// Names of sleepers that shall stop, since their node's room for idle models does not suffice.
     pub cool: Vec<String>,
     /// Names of idle replicas that shall stop, each with the revision that gets its place.
@@ -68,6 +70,8 @@ pub enum Leaving {
     ScaledDown,
     /// Its node drains.
     NodeDrained,
+    /// It fails again and again, and another node may do better.
+    Failing,
     /// It sleeps, and its node's room for idle models does not suffice.
     Cooled,
     /// It is idle, and this revision of higher priority gets its place.
@@ -90,13 +94,21 @@ impl Plan {
         stays && self.create.is_empty() && self.forget.is_empty() && self.leaving().next().is_none()
     }
 
+    /// Revisions of which replicas are to be started or woken.
+    pub fn starting(&self, world: &World) -> BTreeSet<RevisionKey> {
+        let woken = self.wake.iter().filter_map(|name| Some(world.replicas.get(name)?.record.revision.clone()));
+        self.create.iter().map(|create| create.revision.clone()).chain(woken).collect()
+    }
+
     /// All replicas that shall finish and stop, each with the reason.
     pub fn leaving(&self) -> impl Iterator<Item = (&String, Leaving)> {
         let drained = self.drain.iter().map(|name| (name, Leaving::ScaledDown));
         let moved = self.move_off.iter().map(|name| (name, Leaving::NodeDrained));
+        let replaced = self.replace.iter().map(|name| (name, Leaving::Failing));
         let cooled = self.cool.iter().map(|name| (name, Leaving::Cooled));
         drained
             .chain(moved)
+            .chain(replaced)
             .chain(cooled)
             .chain(self.evict.iter().map(|(name, by)| (name, Leaving::Evicted(by.clone()))))
     }
@@ -107,6 +119,7 @@ impl Plan {
         self.yields.clear();
         self.drain.clear();
         self.move_off.clear();
+        self.replace.clear();
         self.cool.clear();
         self.evict.clear();
     }
@@ -123,6 +136,8 @@ struct Wish<'a> {
     asleep: u32,
     /// Replicas on draining nodes that stay until others are ready in their stead.
     stand_in: Vec<&'a str>,
+    /// Replicas that fail again and again, and stay unless another node fits.
+    failing: Vec<&'a str>,
 }
 
 /// Plans for the given revisions; the others are left as they are.
@@ -177,7 +192,9 @@ fn wish<'a>(world: &'a World, key: &RevisionKey, now: Timestamp, plan: &mut Plan
         plan.unplaced.push((key.clone(), None));
         return None;
     }
-    Some(Wish { revision, count, sleepers: asleep, asleep: missing, stand_in })
+    let failing = staying.iter().copied().filter(|name| failures::is_to_move(&world.replicas[*name]));
+    let failing = failing.collect();
+    Some(Wish { revision, count, sleepers: asleep, asleep: missing, stand_in, failing })
 }
 
 /// Of replicas that are too many some sleep, and the others leave; so do sleepers that are too many. Sorts
@@ -274,10 +291,10 @@ pub fn request(revision: &RevisionState, index: u32) -> PlacementRequest {
     PlacementRequest::of(&revision.record.template, &revision.record.key(), index)
 }
 
-/// The same, with the model's address where a secret tells it.
-fn placing(world: &World, revision: &RevisionState, index: u32) -> PlacementRequest {
+/// The same, with the model's address where a secret tells it, and the nodes on which it has failed lately.
+fn placing(world: &World, revision: &RevisionState, index: u32, now: Timestamp) -> PlacementRequest {
     let request = request(revision, index);
     let model = request.model.clone().or_else(|| storage::first_address(world, &revision.record));
     let awaited = revision.awaited();
-    PlacementRequest { model, awaited, ..request }
+    PlacementRequest { model, awaited, avoid: revision.failures.nodes(now), ..request }
 }

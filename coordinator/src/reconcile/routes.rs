@@ -5,7 +5,7 @@ use std::time::Duration;
 use pilotlight_proto::fleet::v1 as fleet;
 
 use super::{
-    mounted, shelf, storage,
+    failures, mounted, shelf, storage,
     world::{NodeState, RevisionState, ServiceState, World},
 };
 use crate::{
@@ -76,7 +76,7 @@ fn revision_route(world: &World, revision: &RevisionState, percent: u8, tag: Str
                 ready: replica.ready(),
             })
             .collect(),
-        ..Default::default()
+        failure: failures::current(world, revision),
     }
 }
 

@@ -4,7 +4,10 @@
 //! the store has taken it, so that a failed write leaves nothing half done: the same revisions are
 //! simply planned again at the next tick.
 
-use std::{sync::Arc, time::Duration};
+#[cfg(test)]
+mod tests;
+
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use jiff::Timestamp;
 use pilotlight_proto::fleet::v1::{self as fleet, coordinator_message::Message as ToAgent};
@@ -29,7 +32,7 @@ use super::{
 };
 use crate::{
     fleet::SessionHandle,
-    model::{Availability, NodeRecord, keys, owner},
+    model::{Availability, NodeRecord, RevisionKey, keys, owner},
     store::{Store, StoreError, Transaction},
 };
 
@@ -245,12 +248,30 @@ impl Reconciler {
         }
         let services = revisions.iter().filter_map(|key| Some(self.world.revisions.get(key)?.record.service_key()));
         let services = services.collect();
+        let starting = plan.starting(&self.world);
         if let Err(error) = self.carry_out(plan, now).await {
             error!(%error, "cannot write the plan; will be planned again");
+            self.note_unrecorded(starting, &error, now);
             self.dirty.revisions.extend(revisions);
             return;
         }
+        for key in &revisions {
+            let Some(revision) = self.world.revisions.get_mut(key) else { continue };
+            if revision.failures.clear_unrecorded() {
+                self.dirty.services.insert(revision.record.service_key());
+            }
+        }
         self.make_room(services, now).await;
+    }
+
+    /// Has gateways answer requests for revisions of which no replica can be started or woken, since the store is away.
+    fn note_unrecorded(&mut self, revisions: BTreeSet<RevisionKey>, error: &StoreError, now: Timestamp) {
+        for key in revisions {
+            let live = self.world.revisions.get(&key).is_some_and(|revision| self.world.counts(revision).live() > 0);
+            let Some(revision) = self.world.revisions.get_mut(&key).filter(|_| !live) else { continue };
+            revision.failures.record_unrecorded(&error.to_string(), now);
+            self.dirty.services.insert(revision.record.service_key());
+        }
     }
 
     fn note_unplaced(&mut self, key: &str, why: Option<String>, now: Timestamp) {

@@ -10,7 +10,7 @@ use jiff::Timestamp;
 use pilotlight_proto::fleet::v1 as fleet;
 use pilotlight_telemetry::TraceContext;
 
-use super::{meter::Charge, warmth::Shelf};
+use super::{failures::Failures, meter::Charge, warmth::Shelf};
 use crate::{
     autoscaler::{Decision, Defaults, Scaler, ScalerConfig},
     eviction::{Arrivals, Costs},
@@ -140,6 +140,8 @@ pub struct RevisionState {
     pub replicas: BTreeSet<String>,
     /// Why some wanted replicas have no place, empty where all have.
     pub unplaced: Option<String>,
+    /// Why its last attempts failed, and where.
+    pub failures: Failures,
     /// Replicas that the roll-out of the service leaves it; `None` is as many as are wanted.
     pub most: Option<u32>,
     /// True where only the promise of a warm replica keeps it from taking another revision's place.

@@ -21,7 +21,7 @@ use crate::{
 
 /// Gives every wish its place, or says why it has none.
 pub(super) fn place(world: &World, mut wishes: Vec<Wish<'_>>, now: Timestamp, plan: &mut Plan) {
-    if !wishes.iter().any(Wish::is_open) {
+    if !wishes.iter().any(|wish| wish.is_open() || !wish.failing.is_empty()) {
         plan.unplaced.extend(wishes.iter().map(|wish| (wish.revision.record.key(), None)));
         return;
     }
@@ -29,10 +29,12 @@ pub(super) fn place(world: &World, mut wishes: Vec<Wish<'_>>, now: Timestamp, pl
     let mut places = Places { world, fleet: fleet_view(world, &gone, now), open: BTreeMap::new() };
     wishes.sort_by_key(|wish| Reverse(spec::priority(&wish.revision.record.template.annotations)));
     wishes.iter_mut().for_each(|wish| places.wake(wish, plan));
-    let serving = |wish: &Wish<'_>| (0..wish.count).map(|at| placing(world, wish.revision, at)).collect::<Vec<_>>();
+    let serving =
+        |wish: &Wish<'_>| (0..wish.count).map(|at| placing(world, wish.revision, at, now)).collect::<Vec<_>>();
     let nowhere = places.create(wishes.iter().flat_map(serving).collect(), false, plan);
     // Who is to sleep takes only what is left.
-    let asleep = |wish: &Wish<'_>| (0..wish.asleep).map(|at| placing(world, wish.revision, at)).collect::<Vec<_>>();
+    let asleep =
+        |wish: &Wish<'_>| (0..wish.asleep).map(|at| placing(world, wish.revision, at, now)).collect::<Vec<_>>();
     let left_out = places.create(wishes.iter().flat_map(asleep).collect(), true, plan);
     let homes: Homes<'_> = wishes
         .iter()
@@ -43,6 +45,9 @@ pub(super) fn place(world: &World, mut wishes: Vec<Wish<'_>>, now: Timestamp, pl
         nowhere.into_iter().partition(|(request, _)| homes.contains_key(&request.revision));
     let rest = places.come_home(&homes, at_home, plan);
     places.make_room(nowhere.into_iter().chain(rest).chain(left_out).collect(), plan);
+    if world.settled(now) {
+        wishes.iter().for_each(|wish| places.replace_failing(wish, now, plan));
+    }
     let mut open = places.open;
     let everyone_there = everyone_there(world, now);
     for mut wish in wishes {
@@ -112,6 +117,28 @@ impl Places<'_> {
         }
         self.put(placed);
         nowhere
+    }
+
+    /// Replaces replicas that fail again and again by ones on nodes on which the revision has not failed lately, as far
+    /// as they fit there without anybody making room.
+    fn replace_failing(&mut self, wish: &Wish<'_>, now: Timestamp, plan: &mut Plan) {
+        let failing = wish.failing.iter().filter(|name| {
+            // It may be about to be preempted.
+            !plan.evict.iter().any(|(victim, _)| victim == *name)
+        });
+        let failing: Vec<_> = failing.map(|name| (*name).to_owned()).collect();
+        for (at, name) in (0..).zip(failing) {
+            let request = placing(self.world, wish.revision, at, now);
+            let Some(placement) = placement::place(&self.fleet, std::slice::from_ref(&request)).pop() else { return };
+            let Outcome::Placed { node, gpu_indices, mig_devices } = placement.outcome else { return };
+            if request.avoid.contains(&node) || self.world.replicas[&name].record.node == node {
+                return;
+            }
+            self.put(vec![(node.clone(), request.taking(gpu_indices.clone(), mig_devices.clone()))]);
+            let revision = request.revision;
+            plan.create.push(Create { revision, node, gpu_indices, mig_devices, asleep: false });
+            plan.replace.push(name);
+        }
     }
 
     /// For revisions that sleep where others have their GPUs now: those make room, where they can.

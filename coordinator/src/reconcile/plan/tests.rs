@@ -1,4 +1,5 @@
 pub(in crate::reconcile) mod asleep;
+mod failing;
 
 use std::time::Duration;
 
@@ -20,7 +21,7 @@ pub(in crate::reconcile) struct Cell {
 
 impl Cell {
     /// Connected nodes with these numbers of GPUs, named `a`, `b` and so on.
-    fn of(gpus: &[u32]) -> Self {
+    pub(in crate::reconcile) fn of(gpus: &[u32]) -> Self {
         let settings = Settings { node_lease: Duration::from_secs(20), ..Settings::for_tests() };
         let mut world = World::new(settings);
         for (name, gpus) in ["a", "b", "c", "d"].into_iter().zip(gpus) {

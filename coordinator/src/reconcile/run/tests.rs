@@ -1,0 +1,157 @@
+//! The loop with a store that fails.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use async_trait::async_trait;
+use pilotlight_proto::fleet::v1::RevisionFailure;
+
+use super::{
+    super::{load::insert_revision, plan::tests::Cell},
+    *,
+};
+use crate::{
+    model::ReplicaRecord,
+    store::{Entry, Events, Lease, Listing, embedded::EmbeddedStore},
+};
+
+/// An embedded store whose commits can be made to fail.
+#[derive(Debug)]
+struct Failing {
+    inner: EmbeddedStore,
+    fails: AtomicBool,
+}
+
+#[async_trait]
+impl Store for Failing {
+    async fn get(&self, key: &str) -> Result<Option<Entry>, StoreError> {
+        self.inner.get(key).await
+    }
+
+    async fn list(&self, prefix: &str) -> Result<Listing, StoreError> {
+        self.inner.list(prefix).await
+    }
+
+    async fn commit(&self, transaction: Transaction) -> Result<u64, StoreError> {
+        if self.fails.load(Ordering::Relaxed) {
+            return Err(StoreError::Unavailable("etcd: no answer within 5 s".to_owned()));
+        }
+        self.inner.commit(transaction).await
+    }
+
+    async fn watch(&self, prefix: &str, from_revision: u64) -> Result<Events, StoreError> {
+        self.inner.watch(prefix, from_revision).await
+    }
+
+    async fn lease(&self, ttl: Duration) -> Result<Lease, StoreError> {
+        self.inner.lease(ttl).await
+    }
+
+    async fn ping(&self) -> Result<(), StoreError> {
+        self.inner.ping().await
+    }
+
+    fn kind(&self) -> &'static str {
+        "failing"
+    }
+}
+
+const KEY: &str = "default/m-predictor-00001";
+
+struct Case {
+    reconciler: Reconciler,
+    store: Arc<Failing>,
+    /// What the agent of node "a" receives.
+    agent: mpsc::Receiver<Result<fleet::CoordinatorMessage, tonic::Status>>,
+    _directory: tempfile::TempDir,
+}
+
+impl Case {
+    /// The loop with this world, in which node "a" is connected.
+    async fn start(cell: Cell) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let inner = EmbeddedStore::open(&directory.path().join("state.redb")).unwrap();
+        let store = Arc::new(Failing { inner, fails: AtomicBool::new(false) });
+        let (_, inputs, changes) = super::super::commands::Handle::new();
+        let settings = Settings::for_tests();
+        let (tick, report_interval) = (Duration::from_secs(2), Duration::from_secs(1));
+        let recorder = Recorder::default();
+        let store_of_loop = Arc::clone(&store) as _;
+        let setup = Setup { store: store_of_loop, settings, tick, report_interval, recorder, inputs, changes };
+        let mut reconciler = Reconciler::load(setup).await.unwrap();
+        reconciler.world = cell.world;
+        let (session, agent) = SessionHandle::for_tests("a");
+        let now = reconciler.clock.now();
+        let node = reconciler.world.nodes.get_mut("a").unwrap();
+        (node.session, node.heard, node.last_seen) = (Some(session), true, now);
+        Self { reconciler, store, agent, _directory: directory }
+    }
+
+    /// A service at zero whose revision has been ready, and maybe a replica of it that sleeps.
+    fn world(asleep: bool) -> Cell {
+        let mut cell = Cell::sleepy(&[1]).applied("m", 0, "");
+        cell.world.revisions.clear();
+        let record = cell.world.services["default/m"].record.revision(1, true, Timestamp::UNIX_EPOCH);
+        insert_revision(&mut cell.world, record, Timestamp::UNIX_EPOCH);
+        if !asleep {
+            return cell;
+        }
+        let mut cell = cell.sleeper("m-1", "a", 0, fleet::ReplicaPhase::Asleep, false);
+        let record = cell.world.remove_replica("m-1").unwrap();
+        cell.world.insert_replica(ReplicaRecord { revision: KEY.into(), ..record }, Default::default());
+        let replica = cell.world.replicas.get_mut("m-1").unwrap();
+        replica.status = Some(fleet::ReplicaStatus { phase: fleet::ReplicaPhase::Asleep.into(), ..Default::default() });
+        cell
+    }
+
+    /// A request waits for the revision.
+    async fn demand(&mut self) {
+        let demand = fleet::Demand { revision: KEY.into(), waiting: 1, ..Default::default() };
+        let message = fleet::agent_message::Message::Demand(demand);
+        self.reconciler.take(Input::Heard { node: "a".into(), session: 0, message }).await;
+        self.reconciler.act().await;
+    }
+
+    /// The failure in the routes that the agent received last.
+    fn failure(&mut self) -> Option<RevisionFailure> {
+        let mut last = None;
+        while let Ok(message) = self.agent.try_recv() {
+            if let Some(ToAgent::Routes(routes)) = message.unwrap().message {
+                let revisions = routes.services.into_iter().flat_map(|service| service.revisions);
+                last = revisions.into_iter().find(|revision| revision.revision == KEY);
+            }
+        }
+        last.expect("the agent has received routes").failure
+    }
+}
+
+#[tokio::test]
+async fn requests_learn_that_the_store_cannot_record_a_start() {
+    let mut case = Case::start(Case::world(false)).await;
+    case.store.fails.store(true, Ordering::Relaxed);
+    case.demand().await;
+    let failure = case.failure().expect("no replica can be started");
+    assert_eq!(failure.reason, "StoreUnavailable");
+    assert!(failure.message.ends_with("store unavailable: etcd: no answer within 5 s"), "{}", failure.message);
+    assert!(failure.next_attempt_at.is_some());
+
+    case.reconciler.act().await;
+    assert!(case.failure().unwrap().attempt > failure.attempt, "it has been tried again");
+
+    case.store.fails.store(false, Ordering::Relaxed);
+    case.reconciler.act().await;
+    assert_eq!(case.failure(), None);
+    assert_eq!(case.reconciler.world.replicas.len(), 1);
+}
+
+#[tokio::test]
+async fn requests_learn_that_the_store_cannot_record_a_wake() {
+    let mut case = Case::start(Case::world(true)).await;
+    case.store.fails.store(true, Ordering::Relaxed);
+    case.demand().await;
+    assert_eq!(case.failure().unwrap().reason, "StoreUnavailable");
+
+    case.store.fails.store(false, Ordering::Relaxed);
+    case.reconciler.act().await;
+    assert_eq!(case.failure(), None);
+    assert!(!case.reconciler.world.replicas["m-1"].record.asleep);
+}
