@@ -8,7 +8,9 @@
 
 pub mod answer;
 pub mod body;
+mod coordinator;
 mod egress;
+mod failure;
 pub mod forward;
 pub mod hold;
 pub mod ingress;
@@ -36,6 +38,7 @@ pub use metrics::GatewayMetrics;
 pub use routes::RouteTable;
 
 use crate::sidecar::{Demands, Sidecar};
+use coordinator::Coordinator;
 use forward::Forwarder;
 use peer_connections::PeerConnectionPool;
 use slot_stream::SlotStreams;
@@ -69,6 +72,7 @@ pub struct DataPath {
     /// Apart from the others: requests must not wait behind weights.
     weights: PeerConnectionPool,
     reported: Mutex<Instant>,
+    coordinator: Coordinator,
 }
 
 impl DataPath {
@@ -88,6 +92,7 @@ impl DataPath {
             metrics: setup.metrics,
             weights: PeerConnectionPool::new(setup.connect),
             reported: Mutex::new(Instant::now()),
+            coordinator: Coordinator::new(),
             sidecar,
         })
     }
@@ -103,6 +108,11 @@ impl DataPath {
         self.peers.set_addresses(&nodes);
         self.weights.set_addresses(&nodes);
         self.sidecar.links().retain(|node| nodes.contains_key(node));
+    }
+
+    /// Notes whether there is a session with the coordinator.
+    pub fn set_connected(&self, connected: bool) {
+        self.coordinator.set_connected(connected);
     }
 
     /// A new session has begun: routes of any version are taken next.

@@ -1,5 +1,7 @@
 //! Answers that end early, and where their requests and tokens are counted meanwhile.
 
+mod failures;
+
 use std::{collections::BTreeMap, convert::Infallible, io, net::SocketAddr, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
