@@ -146,6 +146,7 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), Agen
     let reconciler = Reconciler::adopt(runtime, endpoints, egress, models.clone(), shelf.clone()).await?;
 
     let (connected, is_connected) = watch::channel(false);
+    tokio::spawn(follow_session(Arc::clone(&data_path), is_connected.clone()));
     let status = pilotlight_telemetry::http_router(&metrics, move || *is_connected.borrow());
     tokio::spawn(serve_http(http, status, stopping.clone()));
     tokio::spawn(care_for_logs(Arc::clone(&reconciler), stopping.clone()));
@@ -333,6 +334,17 @@ async fn renew_once(
     identity.replace(&credentials)?;
     info!("certificate renewed");
     Ok(())
+}
+
+/// Lets the data path know whether there is a session with the coordinator, until the session's task ends.
+async fn follow_session(data_path: Arc<DataPath>, mut connected: watch::Receiver<bool>) {
+    loop {
+        let is_connected = *connected.borrow_and_update();
+        data_path.set_connected(is_connected);
+        if connected.changed().await.is_err() {
+            return;
+        }
+    }
 }
 
 async fn care_for_logs(reconciler: Arc<Reconciler>, stopping: CancellationToken) {

@@ -53,6 +53,20 @@ pub enum Answer {
         /// Why.
         reason: String,
     },
+    /// No replica is ready, and the last attempt to start one failed for a reason that waiting does not cure.
+    ReplicaFailed {
+        /// CamelCase, such as `Error` or `ErrImagePull`.
+        reason: String,
+        /// Why, with the exit code and the last lines of output, if there are any.
+        message: String,
+        /// Seconds until the next attempt, at least 1.
+        retry_after: u64,
+    },
+    /// No replica is ready, and no coordinator is there to start or wake one.
+    CoordinatorUnavailable {
+        /// Seconds for which there has been none.
+        seconds: u64,
+    },
     /// Upgrades are not passed on.
     Upgrade,
     /// The request is malformed.
@@ -75,7 +89,11 @@ impl Answer {
         match self {
             Self::UnknownService { .. } => StatusCode::NOT_FOUND,
             Self::BodyTooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
-            Self::QueueFull { .. } | Self::NoRevision { .. } | Self::NoRoutes => StatusCode::SERVICE_UNAVAILABLE,
+            Self::QueueFull { .. }
+            | Self::NoRevision { .. }
+            | Self::NoRoutes
+            | Self::ReplicaFailed { .. }
+            | Self::CoordinatorUnavailable { .. } => StatusCode::SERVICE_UNAVAILABLE,
             Self::Timeout { .. } => StatusCode::GATEWAY_TIMEOUT,
             Self::BadGateway { .. } => StatusCode::BAD_GATEWAY,
             Self::Upgrade => StatusCode::NOT_IMPLEMENTED,
@@ -86,7 +104,7 @@ impl Answer {
     }
 
     /// CamelCase reason, for programs.
-    pub(super) fn reason(&self) -> &'static str {
+    pub(super) fn reason(&self) -> &str {
         match self {
             Self::UnknownService { .. } => "UnknownService",
             Self::NoRoutes => "NoRoutes",
@@ -95,6 +113,8 @@ impl Answer {
             Self::QueueFull { .. } => "QueueFull",
             Self::Timeout { .. } => "Timeout",
             Self::BadGateway { .. } => "BadGateway",
+            Self::ReplicaFailed { reason, .. } => reason,
+            Self::CoordinatorUnavailable { .. } => "CoordinatorUnavailable",
             Self::Upgrade => "UpgradeNotSupported",
             Self::BadRequest { .. } => "BadRequest",
             Self::MethodNotAllowed => "MethodNotAllowed",
@@ -113,6 +133,11 @@ impl Answer {
             Self::Timeout { seconds, waiting: true } => format!("no replica was free within {seconds} s"),
             Self::Timeout { seconds, waiting: false } => format!("the replica did not answer within {seconds} s"),
             Self::BadGateway { reason } => format!("the replica did not answer: {reason}"),
+            Self::ReplicaFailed { message, .. } => format!("no replica of the service can serve: {message}"),
+            Self::CoordinatorUnavailable { seconds } => format!(
+                "no replica of the service is ready, and the coordinator, which starts and wakes them, has been away for \
+                 {seconds} s"
+            ),
             Self::Upgrade => "protocol upgrades such as WebSocket are not passed on by this version".to_owned(),
             Self::BadRequest { reason } | Self::RequestTimeout { reason } => reason.clone(),
             Self::MethodNotAllowed => "this gateway is no forward proxy: CONNECT is not allowed".to_owned(),
@@ -137,7 +162,8 @@ impl Answer {
         let headers = response.headers_mut();
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
         if self.status() == StatusCode::SERVICE_UNAVAILABLE {
-            headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+            let seconds = if let Self::ReplicaFailed { retry_after, .. } = self { *retry_after } else { 1 };
+            headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds));
         }
         if *self == Self::MethodNotAllowed {
             headers.insert(header::ALLOW, HeaderValue::from_static("GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"));

@@ -13,6 +13,7 @@ use super::{
     DataPath,
     answer::{Answer, Body},
     body::{Holding, Replay},
+    failure,
     forward::Failure,
     split::Destination,
     tokens,
@@ -120,8 +121,13 @@ impl DataPath {
         if let Some(grant) = waiting.now() {
             return Ok(grant);
         }
+        let mut failures = queue.failure();
+        let known = failures.borrow_and_update().clone();
         let span = info_span!("gateway.wait", otel.kind = "internal", revision = queue.key());
         if !queue.any_ready() {
+            if let Some(failure) = known.as_deref().filter(|failure| failure::backs_off(failure)) {
+                return Err(failure::answer(failure));
+            }
             let context = TraceContext::of(&span);
             let demand = Demand {
                 revision: queue.key().to_owned(),
@@ -132,7 +138,14 @@ impl DataPath {
             // Where the channel is full, the next report says the same.
             let _ = self.demands.try_send(demand);
         }
-        let grant = waiting.granted().instrument(span).await;
+        let grant = tokio::select! {
+            biased;
+            grant = waiting.granted().instrument(span) => grant,
+            failure = failure::next(&mut failures, known) => return Err(failure::answer(&failure)),
+            away = self.coordinator.unavailable_for(queue) => {
+                return Err(Answer::CoordinatorUnavailable { seconds: away.as_secs() });
+            }
+        };
         grant.ok_or_else(|| Answer::BadGateway { reason: "the agent is stopping".to_owned() })
     }
 

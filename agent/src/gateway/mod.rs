@@ -11,8 +11,10 @@ pub mod answer;
 pub mod body;
 mod clients;
 mod connection;
+mod coordinator;
 mod egress;
 pub mod error_format;
+mod failure;
 pub mod forward;
 mod forwarded;
 pub mod hold;
@@ -44,6 +46,7 @@ pub use metrics::GatewayMetrics;
 pub use routes::RouteTable;
 
 use crate::sidecar::{Demands, Sidecar};
+use coordinator::Coordinator;
 use forward::Forwarder;
 use peer_connections::PeerConnectionPool;
 use slot_stream::SlotStreams;
@@ -80,6 +83,7 @@ pub struct DataPath {
     weights: PeerConnectionPool,
     clients: ClientSettings,
     reported: Mutex<Instant>,
+    coordinator: Coordinator,
 }
 
 impl DataPath {
@@ -100,6 +104,7 @@ impl DataPath {
             clients: setup.clients,
             weights: PeerConnectionPool::new(setup.connect),
             reported: Mutex::new(Instant::now()),
+            coordinator: Coordinator::new(),
             sidecar,
         })
     }
@@ -117,6 +122,11 @@ impl DataPath {
         self.weights.set_addresses(&nodes);
         self.routes.apply(&self.node, routes);
         self.sidecar.links().retain(|node| nodes.contains_key(node));
+    }
+
+    /// Notes whether there is a session with the coordinator.
+    pub fn set_connected(&self, connected: bool) {
+        self.coordinator.set_connected(connected);
     }
 
     /// A new session has begun: routes of any version are taken next.

@@ -157,7 +157,9 @@ impl RouteTable {
         // Fails where it is set already.
         let _ = self.loaded.set(());
         for key in gone {
-            self.sidecar.revision(&key).route(LIMITS_WITHOUT_ROUTE, BTreeMap::new());
+            let queue = self.sidecar.revision(&key);
+            queue.route(LIMITS_WITHOUT_ROUTE, BTreeMap::new());
+            queue.set_failure(None);
             self.sidecar.forget(&key);
         }
     }
@@ -181,6 +183,7 @@ impl RouteTable {
                 },
                 peers,
             );
+            queue.set_failure(revision.failure);
             keys.push(revision.revision);
             if !revision.tag.is_empty() {
                 tags.push((revision.tag, Arc::clone(&queue)));

@@ -1,6 +1,7 @@
 //! Answers that end early, and where their requests and tokens are counted meanwhile.
 
 mod correctness;
+mod failures;
 mod idle_connections;
 mod slow_clients;
 

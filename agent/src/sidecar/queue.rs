@@ -8,9 +8,9 @@ use std::{
     time::Duration,
 };
 
-use pilotlight_proto::fleet::v1::{ReplicaLoad, RevisionLoad};
+use pilotlight_proto::fleet::v1::{ReplicaLoad, RevisionFailure, RevisionLoad};
 use tokio::{
-    sync::{Notify, oneshot},
+    sync::{Notify, oneshot, watch},
     time::Instant,
 };
 
@@ -49,6 +49,8 @@ pub struct RevisionQueue {
     /// Has its own lock: streams change it with every event.
     tokens: Arc<TokenLoad>,
     shared: Shared,
+    /// Why the revision cannot serve, as routes say; `None` if it can, or may soon.
+    failure: watch::Sender<Option<Arc<RevisionFailure>>>,
     own: Weak<Self>,
 }
 
@@ -72,6 +74,7 @@ impl RevisionQueue {
             }),
             tokens: TokenLoad::new(now),
             shared,
+            failure: watch::Sender::new(None),
         })
     }
 
@@ -136,6 +139,21 @@ impl RevisionQueue {
             state.slots.route(limits, peers);
             self.announce(state);
         });
+    }
+
+    /// Replaces what routes say of the revision's failure.
+    pub fn set_failure(&self, failure: Option<RevisionFailure>) {
+        let failure = failure.map(Arc::new);
+        self.failure.send_if_modified(|current| {
+            let changed = *current != failure;
+            *current = failure;
+            changed
+        });
+    }
+
+    /// Why the revision cannot serve, now and on each change.
+    pub fn failure(&self) -> watch::Receiver<Option<Arc<RevisionFailure>>> {
+        self.failure.subscribe()
     }
 
     /// Limits that apply now.
