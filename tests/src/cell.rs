@@ -244,6 +244,13 @@ impl Cell {
         Self { operator, directory, env, flags, etcd: None, etcd_port, grpc, http, coordinator: None }
     }
 
+    /// Ends etcd as a crash would.
+    pub fn kill_9_etcd(&mut self) {
+        if let Some(process) = self.etcd.take() {
+            process.kill_9();
+        }
+    }
+
     fn start_etcd(&mut self) {
         let peer = free_port();
         let client = format!("http://127.0.0.1:{}", self.etcd_port);

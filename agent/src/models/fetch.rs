@@ -76,19 +76,20 @@ struct Plan {
 /// What a source has, as a folder can hold it, and the key of that folder. A source that says nothing for as
 /// long as `stall` is not waited for.
 pub(super) async fn list(source: &dyn Source, uri: &str, stall: Duration) -> Result<(String, Vec<Object>), ModelError> {
-    let objects = in_time(source.list(), uri, stall).await?;
+    let objects = in_time(source.list(), source.address(), uri, stall).await?;
     plan::check(uri, &objects)?;
     Ok((plan::tree_key(uri, &objects), objects))
 }
 
 async fn in_time<T>(
     asking: impl Future<Output = Result<T, ModelError>>,
+    address: &str,
     uri: &str,
     stall: Duration,
 ) -> Result<T, ModelError> {
     let late = || ModelError::Source {
         uri: uri.to_owned(),
-        reason: format!("the store has not said within {stall:?} what is there"),
+        reason: format!("{address} has not said within {stall:?} what is there"),
     };
     tokio::time::timeout(stall, asking).await.unwrap_or_else(|_| Err(late()))
 }
@@ -104,7 +105,7 @@ impl Fetch {
             return Ok(key);
         }
         self.progress.send_replace(Progress { done: 0, total });
-        let ask = |object| in_time(self.source.checksums(object), &self.uri, self.stall);
+        let ask = |object| in_time(self.source.checksums(object), self.source.address(), &self.uri, self.stall);
         let asking: Vec<_> = objects.iter().map(ask).collect();
         let known: Vec<Checksums> = futures::stream::iter(asking).buffered(PARALLEL).try_collect().await?;
         for (object, Checksums { sha256, md5, .. }) in objects.iter_mut().zip(known) {

@@ -1,13 +1,17 @@
 //! Where models are read from: object stores, web servers and the Hugging Face hub.
 
-use std::{collections::BTreeMap, ops::Range, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, error::Error, ops::Range, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use bytes::Bytes;
 use futures::{StreamExt as _, TryStreamExt as _, stream::BoxStream};
 use object_store::{
     ClientOptions, GetOptions, GetRange, ObjectMeta, ObjectStore, ObjectStoreExt as _, RetryConfig,
-    aws::AmazonS3Builder, azure::MicrosoftAzureBuilder, gcp::GoogleCloudStorageBuilder, path::Path,
+    aws::AmazonS3Builder,
+    azure::MicrosoftAzureBuilder,
+    client::{HttpError, HttpErrorKind},
+    gcp::GoogleCloudStorageBuilder,
+    path::Path,
 };
 use reqwest::{StatusCode, header};
 use serde::Deserialize;
@@ -25,13 +29,16 @@ pub type Content = BoxStream<'static, Result<Bytes, String>>;
 /// `AWS_ACCESS_KEY_ID`. Never printed.
 pub type Credentials = BTreeMap<String, String>;
 
-/// Longest wait for a connection.
-pub(super) const CONNECT_WITHIN: Duration = Duration::from_secs(10);
+/// Longest wait for a connection. All tries of [`retries`] together take less than a fetch waits for a listing
+/// ([`super::STALL`]), so that the message names the address that does not answer.
+pub(super) const CONNECT_WITHIN: Duration = Duration::from_secs(8);
 const HUB: &str = "https://huggingface.co";
 
 /// One place that a model can be read from.
 #[async_trait]
 pub trait Source: Send + Sync {
+    /// Where requests go, for messages, such as `https://storage.googleapis.com`.
+    fn address(&self) -> &str;
     /// All files, sorted by path. Empty where nothing is there.
     async fn list(&self) -> Result<Vec<Object>, ModelError>;
     /// Checksums of a file's content, as far as the source knows them beyond the listing.
@@ -57,13 +64,19 @@ pub fn open(uri: &str, credentials: &Credentials, clients: &Clients) -> Result<A
     match scheme {
         "s3" => {
             let store = |checksums| opened(s3(first, credentials, checksums, clients));
-            bucket(uri, store(false)?, Some(store(true)?), path)
+            let address = s3_endpoint(credentials).or_else(|| std::env::var("AWS_ENDPOINT_URL").ok());
+            let address = address.unwrap_or_else(|| "S3 of AWS".to_owned());
+            bucket(uri, address, store(false)?, Some(store(true)?), path)
         }
-        "gs" => bucket(uri, opened(gcs(first, credentials, clients))?, None, path),
+        "gs" => {
+            let address = "https://storage.googleapis.com".to_owned();
+            bucket(uri, address, opened(gcs(first, credentials, clients))?, None, path)
+        }
         "https" if first.ends_with(".blob.core.windows.net") => {
             let container = path.split_once('/').map_or(path, |(container, _)| container);
             let below = path.split_once('/').map_or("", |(_, below)| below);
-            bucket(uri, opened(azure(first, container, credentials, clients))?, None, below)
+            let store = opened(azure(first, container, credentials, clients))?;
+            bucket(uri, format!("https://{first}"), store, None, below)
         }
         "http" | "https" => Ok(Arc::new(Web { client: client()?, url: uri.to_owned() })),
         "hf" => {
@@ -100,6 +113,15 @@ fn anonymous(credentials: &Credentials) -> bool {
     set("AWS_ANONYMOUS_CREDENTIAL") || set("awsAnonymousCredential")
 }
 
+/// The endpoint that the credentials name: by KServe's own names, and a host without scheme, as its secrets have them.
+fn s3_endpoint(credentials: &Credentials) -> Option<String> {
+    let given = ["AWS_ENDPOINT_URL", "AWS_ENDPOINT", "S3_ENDPOINT"].iter().find_map(|name| credentials.get(*name))?;
+    let plain =
+        credentials.get("S3_USE_HTTPS").is_some_and(|value| value == "0" || value.eq_ignore_ascii_case("false"));
+    let scheme = if plain { "http" } else { "https" };
+    Some(if given.contains("://") { given.clone() } else { format!("{scheme}://{given}") })
+}
+
 /// With `checksums`: for HEADs alone, which ask for checksums and show their answers' headers.
 fn s3(
     bucket: &str,
@@ -113,13 +135,8 @@ fn s3(
             builder = builder.with_config(key, value);
         }
     }
-    // KServe's own names, and a host without scheme, as its secrets have them.
-    let given = ["AWS_ENDPOINT_URL", "AWS_ENDPOINT", "S3_ENDPOINT"].iter().find_map(|name| credentials.get(*name));
-    let plain =
-        credentials.get("S3_USE_HTTPS").is_some_and(|value| value == "0" || value.eq_ignore_ascii_case("false"));
-    if let Some(endpoint) = given {
-        let scheme = if plain { "http" } else { "https" };
-        let endpoint = if endpoint.contains("://") { endpoint.clone() } else { format!("{scheme}://{endpoint}") };
+    let given = s3_endpoint(credentials);
+    if let Some(endpoint) = &given {
         builder = builder.with_endpoint(endpoint);
     }
     let has_key = credentials.contains_key("AWS_ACCESS_KEY_ID") || std::env::var_os("AWS_ACCESS_KEY_ID").is_some();
@@ -169,17 +186,20 @@ fn azure(
 
 fn bucket(
     uri: &str,
+    address: String,
     store: Arc<dyn ObjectStore>,
     heads: Option<Arc<dyn ObjectStore>>,
     prefix: &str,
 ) -> Result<Arc<dyn Source>, ModelError> {
     let prefix = Path::parse(prefix.trim_end_matches('/'))
         .map_err(|error| ModelError::Source { uri: uri.to_owned(), reason: error.to_string() })?;
-    Ok(Arc::new(Bucket { store, heads, uri: uri.to_owned(), prefix }))
+    Ok(Arc::new(Bucket { address, store, heads, uri: uri.to_owned(), prefix }))
 }
 
 /// All keys below a prefix of an object store, or the one key of that name.
 struct Bucket {
+    /// See [`Source::address`].
+    address: String,
     store: Arc<dyn ObjectStore>,
     /// The same store, asked for checksums; `None` where it gives none.
     heads: Option<Arc<dyn ObjectStore>>,
@@ -189,7 +209,7 @@ struct Bucket {
 
 impl Bucket {
     fn error(&self, error: object_store::Error) -> ModelError {
-        let (uri, reason) = (self.uri.clone(), error.to_string());
+        let (uri, reason) = (self.uri.clone(), chain(&error));
         match error {
             object_store::Error::NotFound { .. } => ModelError::NotFound { uri, reason },
             object_store::Error::PermissionDenied { .. } | object_store::Error::Unauthenticated { .. } => {
@@ -202,6 +222,9 @@ impl Bucket {
     /// Why a listing failed. Its error does not tell a bucket that is missing from one that is closed;
     /// that of a HEAD of the bucket does.
     async fn no_listing(&self, error: object_store::Error) -> ModelError {
+        if has_no_answer(&error) {
+            return self.error(error);
+        }
         let (uri, reason) = (self.uri.clone(), error.to_string());
         match self.store.head(&Path::default()).await {
             Err(object_store::Error::NotFound { .. }) => {
@@ -221,6 +244,10 @@ fn object_of(meta: ObjectMeta, path: String) -> Object {
 
 #[async_trait]
 impl Source for Bucket {
+    fn address(&self) -> &str {
+        &self.address
+    }
+
     async fn list(&self) -> Result<Vec<Object>, ModelError> {
         let found: Vec<ObjectMeta> = match self.store.list(Some(&self.prefix)).try_collect().await {
             Ok(found) => found,
@@ -268,6 +295,10 @@ struct Web {
 
 #[async_trait]
 impl Source for Web {
+    fn address(&self) -> &str {
+        &self.url
+    }
+
     async fn list(&self) -> Result<Vec<Object>, ModelError> {
         let uri = self.url.clone();
         let answer = self.client.head(&self.url).send().await;
@@ -330,15 +361,28 @@ async fn web_range(request: reqwest::RequestBuilder, object: &Object, range: Ran
     Ok(cut.boxed())
 }
 
-/// An error with its causes, which reqwest leaves out.
-fn chain(error: &reqwest::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = std::error::Error::source(error);
-    while let Some(inner) = cause {
-        text = format!("{text}: {inner}");
-        cause = inner.source();
-    }
-    text
+/// The causes of an error, the nearest first.
+fn causes<'e>(error: &'e (dyn Error + 'static)) -> impl Iterator<Item = &'e (dyn Error + 'static)> {
+    let mut cause = error.source();
+    std::iter::from_fn(move || {
+        let next = cause?;
+        cause = next.source();
+        Some(next)
+    })
+}
+
+/// An error with its causes, which reqwest leaves out, as far as its text does not have them.
+fn chain(error: &(dyn Error + 'static)) -> String {
+    causes(error)
+        .map(ToString::to_string)
+        .fold(error.to_string(), |text, cause| if text.contains(&cause) { text } else { format!("{text}: {cause}") })
+}
+
+/// Returns `true` if the store could not be reached: another request would fare no better.
+fn has_no_answer(error: &object_store::Error) -> bool {
+    causes(error)
+        .filter_map(|cause| cause.downcast_ref::<HttpError>())
+        .any(|http| matches!(http.kind(), HttpErrorKind::Connect | HttpErrorKind::Timeout))
 }
 
 /// A repository of the Hugging Face hub at a revision.
@@ -384,6 +428,10 @@ impl Hub {
 
 #[async_trait]
 impl Source for Hub {
+    fn address(&self) -> &str {
+        &self.endpoint
+    }
+
     async fn list(&self) -> Result<Vec<Object>, ModelError> {
         let uri = self.uri.clone();
         let failed = |reason: String| ModelError::Source { uri: uri.clone(), reason };
@@ -419,5 +467,26 @@ impl Source for Hub {
 
     async fn read(&self, object: &Object, range: Range<u64>) -> Result<Content, String> {
         web_range(self.get(&object.location), object, range).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn an_address_that_does_not_answer_is_named_with_the_cause() {
+        let closed = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+        let credentials = Credentials::from([
+            ("AWS_ENDPOINT_URL".to_owned(), format!("http://{closed}")),
+            ("AWS_REGION".to_owned(), "us-east-1".to_owned()),
+        ]);
+        let source = open("s3://models/iris", &credentials, &Clients::default()).unwrap();
+        assert_eq!(source.address(), format!("http://{closed}"));
+        let error = source.list().await.unwrap_err();
+        assert_eq!(error.reason(), "ModelFetchFailed");
+        let message = error.to_string();
+        assert!(message.contains(&closed.to_string()) && message.contains("Connection refused"), "{message}");
+        assert_eq!(message.matches("Connection refused").count(), 1, "{message}");
     }
 }

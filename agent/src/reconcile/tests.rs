@@ -576,3 +576,25 @@ async fn only_time_that_it_was_ready_earns_a_replica_a_fresh_back_off() {
     let status = node.restarted(3).await;
     assert_eq!((status.consecutive_failures, status.next_attempt_at), (1, None), "{status:?}");
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_replica_leaves_at_once_while_its_models_store_says_nothing() {
+    // Accepts connections, and never answers.
+    let silent = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+    let uri = format!("http://{}/model.bin", silent.local_addr().unwrap());
+    let node = Node::empty().await;
+    let model = fleet::ModelMount { uri: uri.clone(), ..Default::default() };
+    let (replica, revision) = ("a".to_owned(), KEY.to_owned());
+    let wanted = ReplicaAssignment { replica, revision, models: vec![model], ..Default::default() };
+    node.reconciler.assign(Assignment { version: 1, replicas: vec![wanted.clone()], ..Default::default() });
+    let mut statuses = node.reconciler.statuses();
+    let asks = |all: &ReplicaStatuses| all.replicas.iter().any(|status| status.message.contains(&uri));
+    statuses.wait_for(asks).await.unwrap();
+    let _connection = silent.accept().await.unwrap();
+
+    let began = Instant::now();
+    let leaves = ReplicaAssignment { draining: true, ..wanted };
+    node.reconciler.assign(Assignment { version: 2, replicas: vec![leaves], ..Default::default() });
+    node.phases(&[ReplicaPhase::Stopped]).await;
+    assert_eq!(began.elapsed(), Duration::ZERO, "there is nothing to wait for");
+}
