@@ -7,6 +7,7 @@ use pilotlight_tests::{
     eventually,
     http::Answer,
     manifest::{Iris, TWO_FLOWERS, to_zero},
+    process::pilotlight,
 };
 
 const HOST: &str = "iris.default.localhost";
@@ -15,7 +16,11 @@ const PREDICT: &str = "/v1/models/iris:predict";
 const TIMEOUT: Duration = Duration::from_secs(300);
 
 fn service(command: &str) -> String {
-    to_zero("iris", &[], &format!("    containers: [{{name: kserve-container, command: [sh, -c, '{command}']}}]\n"))
+    let container = format!(
+        "    minReplicas: 0\n    containers:\n    - name: kserve-container\n      command: [sh, -c, '{command}']\n      \
+         readinessProbe: {{httpGet: {{path: /v1/models/iris, port: 8080}}}}\n      ports: [{{containerPort: 8080}}]\n"
+    );
+    to_zero("iris", &[], &container)
 }
 
 fn is_failure(answer: &Answer, reason: &str, texts: &[&str]) {
@@ -37,19 +42,37 @@ async fn a_request_for_a_service_whose_process_ends_at_once_is_answered_with_the
     is_failure(&dev.gateway.post(HOST, PREDICT, TWO_FLOWERS).await.unwrap(), "Error", &texts);
     assert!(begun.elapsed() < TIMEOUT);
 
-    // Nobody waits: the failed replica goes. A later request starts another one.
-    let failed = dev.operator.replicas("iris");
-    eventually("the failed replica is gone", || async { dev.operator.replicas("iris").is_empty().then_some(()) }).await;
-    eventually("a request starts another replica", || async {
-        is_failure(&dev.gateway.post(HOST, PREDICT, TWO_FLOWERS).await.unwrap(), "Error", &texts);
-        let replicas = dev.operator.replicas("iris");
-        replicas.iter().any(|replica| failed.iter().all(|failed| failed["name"] != replica["name"])).then_some(())
-    })
-    .await;
-
     // What is applied next has no part in the failure.
     assert_eq!(dev.operator.apply(&Iris::default().yaml(), &[]).code, 0);
     eventually("the next revision serves", || async {
+        (dev.gateway.post(HOST, PREDICT, TWO_FLOWERS).await.unwrap().status == 200).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_service_that_has_failed_serves_again_once_the_cause_is_cured() {
+    let dev = Dev::start(&[], vec![]).await;
+    let works = dev.data().join("works");
+    std::fs::write(&works, "").unwrap();
+    let server = format!("[ -e {} ] && exec {} example-server iris; exit 3", works.display(), pilotlight().display());
+    assert_eq!(dev.operator.apply(&service(&server), &[]).code, 0);
+    let answer = dev.gateway.post(HOST, PREDICT, TWO_FLOWERS).await.unwrap();
+    assert_eq!(answer.status, 200, "{}", answer.body);
+
+    // Its process ends in its sleep, and cannot be started again.
+    let asleep = dev.operator.replicas_are("iris", 1, "Asleep").await;
+    std::fs::remove_file(&works).unwrap();
+    let group = nix::unistd::Pid::from_raw(-i32::try_from(asleep[0]["pid"].as_i64().unwrap()).unwrap());
+    nix::sys::signal::kill(group, nix::sys::signal::Signal::SIGKILL).unwrap();
+    eventually("the failed replica is gone", || async { dev.operator.replicas("iris").is_empty().then_some(()) }).await;
+
+    let answer = dev.gateway.post(HOST, PREDICT, TWO_FLOWERS).await.unwrap();
+    is_failure(&answer, "Error", &["exit code 3"]);
+
+    // Once the cause is cured, the next attempt succeeds.
+    std::fs::write(&works, "").unwrap();
+    eventually("the service serves again", || async {
         (dev.gateway.post(HOST, PREDICT, TWO_FLOWERS).await.unwrap().status == 200).then_some(())
     })
     .await;
@@ -60,11 +83,8 @@ async fn a_request_that_needs_a_start_is_answered_with_the_reason_while_etcd_is_
     let mut cell = Cell::start(vec![]).await;
     let agent = cell.agent("a", 0).await;
     assert_eq!(cell.operator.apply(&Iris::default().yaml(), &[]).code, 0);
-    eventually("the gateway knows the service", || async {
-        (agent.gateway.get(HOST, "/").await.unwrap().status != 404).then_some(())
-    })
-    .await;
-    cell.operator.replicas_are("iris", 0, "").await;
+    assert_eq!(agent.gateway.post(HOST, PREDICT, TWO_FLOWERS).await.unwrap().status, 200);
+    cell.operator.replicas_are("iris", 1, "Asleep").await;
     cell.kill_9_etcd();
     let begun = Instant::now();
     let answer = agent.gateway.post(HOST, PREDICT, TWO_FLOWERS).await.unwrap();
