@@ -20,6 +20,7 @@ use super::{
     DataPath,
     answer::{Answer, Body, BoxError},
     body::Replay,
+    error_format::ErrorFormat,
     forward::{Failure, OFFER, PeerStream, REPLICA, UNSEEN},
     hold,
     peer_connections::{CONNECTION_WINDOW, KEEP_ALIVE_INTERVAL, STREAM_WINDOW},
@@ -90,6 +91,7 @@ impl DataPath {
         let span = info_span!("sidecar.request", otel.kind = "server", url.path = request.uri().path());
         pilotlight_telemetry::extract(request.headers(), &span);
         let (mut parts, body) = request.into_parts();
+        let format = ErrorFormat::for_request(&parts);
         parts.headers.remove(REPLICA);
         parts.headers.remove(OFFER);
         let body = Replay::new(body, self.max_request_body);
@@ -109,7 +111,7 @@ impl DataPath {
                 debug!(%reason, "the replica has not seen the request");
                 unseen()
             }
-            Err(Failure::Broken(reason)) => Answer::BadGateway { reason }.response(),
+            Err(Failure::Broken(reason)) => Answer::BadGateway { reason }.response_for(format),
         }
     }
 

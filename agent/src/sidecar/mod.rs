@@ -4,8 +4,8 @@
 //! node's replicas go, in order of arrival, to requests that wait here and to gateways elsewhere that have announced
 //! how many wait there.
 //!
-//! - [`slots`] decides who gets which slot, without I/O; it is made of [`line`], the order of arrival, and [`credit`],
-//!   the flow control of offers between nodes (see `peer.proto`).
+//! - [`slots`] decides who gets which slot, without I/O; it is made of [`line`], the order of arrival, [`credit`], the
+//!   flow control of offers between nodes (see `peer.proto`), and [`peer_nodes`], the replicas of other nodes.
 //! - [`queue`] is one revision: its slots under a lock. [`registry`] is all of them, and the offers that are open.
 //! - [`links`] says which streams to other nodes have something to announce.
 //! - [`load`] counts requests, [`tokens`] counts tokens.
@@ -15,6 +15,7 @@ pub mod grant;
 mod line;
 pub mod links;
 pub mod load;
+mod peer_nodes;
 #[cfg(test)]
 mod protocol_tests;
 pub mod queue;

@@ -5,7 +5,7 @@
 //! return nothing; [`Slots::dispatch`] then returns what follows from the change as [`Effect`]s.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, HashMap},
     sync::Arc,
     time::Duration,
 };
@@ -13,9 +13,10 @@ use std::{
 use tokio::sync::Notify;
 
 use super::{
-    credit::{Credit, CreditAccount, CreditWindow, Sequence},
+    credit::{Credit, CreditAccount, Sequence},
     grant::{Slot, SlotKind, Target},
     line::{Line, Next, Place},
+    peer_nodes::PeerNodes,
 };
 use crate::endpoint::LocalReplica;
 
@@ -49,7 +50,7 @@ pub(super) struct Slots<W> {
     line: Line<W>,
     replicas: BTreeMap<String, LocalSlots>,
     gateways: HashMap<GatewayId, CreditAccount>,
-    peers: Peers,
+    peers: PeerNodes,
     incarnations: u64,
     epochs: Sequence,
 }
@@ -97,94 +98,6 @@ impl LocalSlots {
     }
 }
 
-/// Requests to other nodes after which a node that could not be reached is tried again, if it still is the least loaded.
-const UNREACHABLE_PENALTY: u64 = 100;
-
-/// Other nodes that have ready replicas or requests of this gateway.
-#[derive(Debug, Default)]
-struct Peers {
-    nodes: BTreeMap<String, Peer>,
-    /// Nodes with ready replicas, by requests per replica: the least loaded is first.
-    by_load: BTreeSet<(u64, String)>,
-    /// Nodes that have a penalty.
-    penalized: BTreeSet<String>,
-}
-
-#[derive(Debug, Default)]
-struct Peer {
-    /// Names of ready replicas.
-    ready: Vec<String>,
-    /// Requests of this gateway on the node.
-    in_flight: u64,
-    /// Counts as so many additional requests. A node that cannot be reached would otherwise be the least loaded until
-    /// the coordinator declares it lost.
-    penalty: u64,
-    credit: CreditWindow,
-}
-
-impl Peer {
-    /// Requests per ready replica, in thousandths; `None` if none is ready.
-    fn load(&self) -> Option<u64> {
-        ((self.in_flight + self.penalty) * 1000).checked_div(self.ready.len() as u64)
-    }
-}
-
-impl Peers {
-    /// Changes one node's entry and keeps the order by load.
-    fn update(&mut self, node: &str, change: impl FnOnce(&mut Peer)) {
-        let peer = self.nodes.entry(node.to_owned()).or_default();
-        let before = peer.load();
-        change(peer);
-        let after = peer.load();
-        if peer.ready.is_empty() && peer.in_flight == 0 {
-            self.nodes.remove(node);
-        }
-        if before != after {
-            if let Some(load) = before {
-                self.by_load.remove(&(load, node.to_owned()));
-            }
-            if let Some(load) = after {
-                self.by_load.insert((load, node.to_owned()));
-            }
-        }
-    }
-
-    fn has_ready(&self) -> bool {
-        !self.by_load.is_empty()
-    }
-
-    fn penalize(&mut self, node: &str) {
-        if self.nodes.contains_key(node) {
-            self.update(node, |peer| peer.penalty = UNREACHABLE_PENALTY);
-            self.penalized.insert(node.to_owned());
-        }
-    }
-
-    /// A request was sent: penalties are one request less.
-    fn relax_penalties(&mut self) {
-        for node in std::mem::take(&mut self.penalized) {
-            let mut remaining = 0;
-            if self.nodes.contains_key(&node) {
-                self.update(&node, |peer| {
-                    peer.penalty = peer.penalty.saturating_sub(1);
-                    remaining = peer.penalty;
-                });
-            }
-            if remaining > 0 {
-                self.penalized.insert(node);
-            }
-        }
-    }
-
-    /// A replica of the node with the fewest requests per replica; a node's replicas take turns.
-    fn least_loaded(&self) -> Option<(&str, &str)> {
-        let (_, node) = self.by_load.first()?;
-        let peer = self.nodes.get(node)?;
-        let turn = usize::try_from(peer.in_flight).unwrap_or_default() % peer.ready.len();
-        Some((node, &peer.ready[turn]))
-    }
-}
-
 impl<W> Slots<W> {
     /// No replicas, no requests. `epochs` must be common to all revisions of the node.
     pub(super) fn new(limits: Limits, epochs: Sequence) -> Self {
@@ -193,7 +106,7 @@ impl<W> Slots<W> {
             line: Line::default(),
             replicas: BTreeMap::new(),
             gateways: HashMap::new(),
-            peers: Peers::default(),
+            peers: PeerNodes::default(),
             incarnations: 0,
             epochs,
         }
@@ -265,7 +178,7 @@ impl<W> Slots<W> {
             Some(peer) if !peer.ready.is_empty() => peer.credit.update(stream, demand, &self.epochs),
             peer => {
                 if let Some(peer) = peer {
-                    peer.credit = CreditWindow::default();
+                    peer.credit = Default::default();
                 }
                 Some(Credit { epoch: self.epochs.next(), limit: 0 })
             }

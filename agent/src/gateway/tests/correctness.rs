@@ -163,3 +163,14 @@ async fn grpc_callers_get_grpc_statuses() {
     assert_eq!(response.headers()[header::CONTENT_TYPE], "application/grpc");
     assert!(response.into_body().collect().await.unwrap().to_bytes().is_empty());
 }
+
+#[tokio::test]
+async fn an_error_of_another_node_has_the_form_that_the_caller_understands() {
+    let (address, answers) = replica().await;
+    let (edge, _far) = two_nodes(address, false).await;
+    let mut client = Client::ask(edge.ingress).await;
+    // The replica breaks off before it answers.
+    drop(answers);
+    let answer = client.read("}\n").await;
+    assert!(answer.starts_with("HTTP/1.1 502 ") && answer.contains(r#"{"error":{"#), "{answer}");
+}
