@@ -37,7 +37,8 @@ pub(super) struct Failure {
 /// end by themselves: a cache or disk that is full (others may leave), a registry, store or container engine that does
 /// not answer, and a replica that did not fall asleep or wake (it is started instead). An unknown reason is not
 /// permanent. What one reason cannot tell apart is decided by [`Failure::of_error`] and [`Failure::of_model`]. Lost
-/// nodes and preempted replicas do not fail, and so have no reason here.
+/// nodes and preempted replicas do not fail, and so have no reason here. A run that was ready before it failed does not
+/// fail permanently, whatever the reason ([`super::replica`]): the next one will probably be ready, too.
 fn is_permanent(reason: &str) -> bool {
     matches!(
         reason,

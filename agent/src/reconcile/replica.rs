@@ -113,8 +113,10 @@ impl Life {
             if failure.reason == SLEEP_FAILED {
                 self.refused_to_sleep(failure).await;
             } else {
-                let ready = self.ready_since.take().map_or(Duration::ZERO, |since| since.elapsed());
-                let pause = backoff.after(ready);
+                let ready = self.ready_since.take().map(|since| since.elapsed());
+                let pause = backoff.after(ready.unwrap_or_default());
+                // What has been ready may be so again: requests wait for the next attempt.
+                let failure = Failure { permanent: failure.permanent && ready.is_none(), ..failure };
                 self.failed(failure, pause, backoff.failures()).await;
             }
         }

@@ -535,13 +535,14 @@ async fn a_drain_ends_with_its_process() {
 #[tokio::test(start_paused = true)]
 async fn a_replica_in_back_off_reports_its_failure_and_when_it_is_started_again() {
     let node = Node::empty().await;
-    node.assign(1, &[("a", false)]);
-    node.phases(&[ReplicaPhase::Ready]).await;
+    let port = closed_port().await;
+    node.assign_container(1, &[("a", false)], ContainerSpec { readiness_probe: listens(port), ..Default::default() });
+    node.phases(&[ReplicaPhase::Starting]).await;
     node.fake.end("a").cancel();
     let first = node.restarted(1).await;
     assert_eq!((first.consecutive_failures, first.next_attempt_at), (1, None), "the second attempt follows at once");
 
-    node.phases(&[ReplicaPhase::Ready]).await;
+    node.phases(&[ReplicaPhase::Starting]).await;
     let before = std::time::SystemTime::now();
     node.fake.end("a").cancel();
     let second = node.restarted(2).await;
@@ -551,8 +552,13 @@ async fn a_replica_in_back_off_reports_its_failure_and_when_it_is_started_again(
     let next = std::time::SystemTime::try_from(second.next_attempt_at.unwrap()).unwrap();
     assert!(next >= before + Duration::from_secs(10), "{second:?}");
 
+    // One that has been ready may be so again.
+    let _listener = TcpListener::bind((Ipv4Addr::LOCALHOST, port)).await.unwrap();
     node.phases(&[ReplicaPhase::Ready]).await;
     assert_eq!(node.reconciler.statuses().borrow().replicas[0].next_attempt_at, None);
+    node.fake.end("a").cancel();
+    let third = node.restarted(3).await;
+    assert_eq!((third.consecutive_failures, third.failure_permanent), (3, false));
 }
 
 #[tokio::test(start_paused = true)]
