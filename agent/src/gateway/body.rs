@@ -172,20 +172,18 @@ impl Replay {
         self.shared.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits for the first bytes of the body, or for its end. They are kept for [`Self::attempt`].
+    /// Waits until so much of the body has arrived that the request may take a slot: all of it, or its first 64 KiB. Of a
+    /// body whose length the client has not announced the first bytes are enough, because the client may wait for an
+    /// answer before it sends more, as gRPC streams do. What arrives is kept for [`Self::attempt`].
     ///
     /// # Errors
     /// The client sent them too slowly, malformed, or broke off.
-    pub async fn wait_for_first_bytes(&self) -> Result<(), ClientFault> {
+    pub async fn wait_until_begun(&self) -> Result<(), ClientFault> {
         poll_fn(|cx| {
             let mut shared = self.lock();
-            if shared.read_bytes > 0 || shared.ended || shared.source.is_end_stream() {
-                return Poll::Ready(());
-            }
-            while let Some(Ok(_)) = ready!(shared.poll_source(cx, &self.failure, true)) {
-                if shared.read_bytes > 0 || shared.ended {
-                    break;
-                }
+            let enough = shared.exact_bytes.map_or(1, |exact| exact.min(KEPT_MOST as u64));
+            while shared.read_bytes < enough && !shared.ended && !shared.source.is_end_stream() {
+                let Some(Ok(_)) = ready!(shared.poll_source(cx, &self.failure, true)) else { break };
             }
             Poll::Ready(())
         })

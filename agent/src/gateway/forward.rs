@@ -25,6 +25,9 @@ pub const OFFER: HeaderName = HeaderName::from_static("pilotlight-offer");
 /// Marks an answer of the other node that the replica has not seen the request.
 pub const UNSEEN: HeaderName = HeaderName::from_static("pilotlight-unseen");
 
+/// Connections to one replica that are kept without a request: after a burst the others are closed.
+const MAX_IDLE_CONNECTIONS: usize = 64;
+const POOL_IDLE_TIMEOUT: Duration = Duration::from_secs(30);
 const CONNECT_WITHIN: Duration = Duration::from_secs(2);
 /// Headers that concern one hop only (RFC 9110, 7.6.1).
 const HOP_BY_HOP: [&str; 7] = [
@@ -72,6 +75,7 @@ impl Forwarder {
         connector.set_connect_timeout(Some(CONNECT_WITHIN));
         let mut builder = legacy::Client::builder(TokioExecutor::new());
         // Whether a request may be sent again is decided in one place, not here.
+        builder.pool_max_idle_per_host(MAX_IDLE_CONNECTIONS).pool_idle_timeout(POOL_IDLE_TIMEOUT);
         builder.pool_timer(TokioTimer::new()).timer(TokioTimer::new()).set_host(false).retry_canceled_requests(false);
         Self { http1: builder.build(connector.clone()), h2c: builder.http2_only(true).build(connector), nodes }
     }

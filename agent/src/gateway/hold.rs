@@ -20,10 +20,9 @@ use super::{
 };
 use crate::sidecar::{Grant, Permit, Refusal, RevisionQueue, Target, TokenCount};
 
-/// Times a request is sent at most.
-const ATTEMPTS: u32 = 5;
-/// Pause before the second attempt; doubles.
-const PAUSE: Duration = Duration::from_millis(20);
+/// Pause before a request that no replica has seen is sent again; doubles up to [`MAX_RETRY_PAUSE`].
+const INITIAL_RETRY_PAUSE: Duration = Duration::from_millis(20);
+const MAX_RETRY_PAUSE: Duration = Duration::from_secs(1);
 
 impl DataPath {
     /// Sends a request to a replica of the revision, as soon as one is free; or to another one's, where
@@ -38,20 +37,20 @@ impl DataPath {
         let limits = queue.limits();
         let deadline = Instant::now() + limits.timeout;
         let seconds = limits.timeout.as_secs();
-        let mut reason = String::new();
+        let (mut pause, mut again) = (INITIAL_RETRY_PAUSE, false);
         let counts = tokens::counts(&parts);
         // A client that sends nothing must not hold a slot.
-        let begun = tokio::time::timeout_at(deadline, body.wait_for_first_bytes()).await;
+        let begun = tokio::time::timeout_at(deadline, body.wait_until_begun()).await;
         begun.map_err(|_| slow_client(seconds))??;
-        for attempt in 0..ATTEMPTS {
-            if attempt > 0 {
-                self.metrics.retries.inc();
-                tokio::time::sleep(PAUSE * 2u32.pow(attempt - 1)).await;
-            }
-            let Some(content) = body.attempt() else { break };
+        loop {
+            let Some(content) = body.attempt() else {
+                return Err(Answer::BadGateway {
+                    reason: "the connection broke while the request was sent".to_owned(),
+                });
+            };
             let mut count = counts.then(|| queue.tokens().begin(body.bytes()));
             let counted = Arc::clone(&queue);
-            let granted = tokio::time::timeout_at(deadline, self.slot(destination, &mut queue, attempt > 0)).await;
+            let granted = tokio::time::timeout_at(deadline, self.slot(destination, &mut queue, again)).await;
             if !Arc::ptr_eq(&counted, &queue) {
                 // Another revision took it over, and counts it from now on.
                 count = counts.then(|| queue.tokens().begin(body.bytes()));
@@ -76,16 +75,21 @@ impl DataPath {
                     return Ok(answered(response, &body, count, grant.permit));
                 }
                 Err(_) if let Some(fault) = body.client_fault() => return Err(fault.into()),
-                Err(Failure::Unseen(why)) => {
+                Err(Failure::Unseen(reason)) => {
                     if let Target::Peer { node, .. } = &grant.target {
                         queue.penalize(node);
                     }
-                    reason = why;
+                    drop(grant);
+                    if body.attempt().is_none() || Instant::now() + pause >= deadline {
+                        return Err(Answer::BadGateway { reason });
+                    }
                 }
                 Err(Failure::Broken(reason)) => return Err(Answer::BadGateway { reason }),
             }
+            self.metrics.retries.inc();
+            tokio::time::sleep(pause).await;
+            (pause, again) = ((2 * pause).min(MAX_RETRY_PAUSE), true);
         }
-        Err(Answer::BadGateway { reason })
     }
 
     /// A slot of the revision, or of the one that takes its place while the request waits.

@@ -5,7 +5,17 @@ mod failures;
 mod idle_connections;
 mod slow_clients;
 
-use std::{collections::BTreeMap, convert::Infallible, io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    convert::Infallible,
+    io,
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
+};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -127,14 +137,20 @@ async fn without_routes_it_is_503_in_the_end_and_at_once_where_too_many_wait() {
 
 // ── In memory, on a paused clock: deadlines ──────────────────────────────────────────────────────────────
 
-/// Hands out one end of a pipe; the other goes to the test.
-struct Pipes(mpsc::UnboundedSender<DuplexStream>);
+/// Hands out one end of a pipe, after it has refused so many times; the other end goes to the test.
+struct Pipes {
+    far: mpsc::UnboundedSender<DuplexStream>,
+    refusals: AtomicU32,
+}
 
 #[async_trait]
 impl Connect for Pipes {
     async fn connect(&self, _: &str, _: &str) -> io::Result<Box<dyn PeerStream>> {
+        if self.refusals.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1)).is_ok() {
+            return Err(io::ErrorKind::ConnectionRefused.into());
+        }
         let (near, far) = duplex(64 << 10);
-        self.0.send(far).map_err(io::Error::other)?;
+        self.far.send(far).map_err(io::Error::other)?;
         Ok(Box::new(near))
     }
 }
@@ -144,7 +160,15 @@ type Frames = mpsc::UnboundedSender<Result<Frame<Bytes>, BoxError>>;
 /// A gateway and a node elsewhere that answers each request with what is sent to the receiver's next.
 /// Without a `Frames` for it, a request gets no answer at all.
 fn gateway_and_node() -> (Arc<DataPath>, Arc<RevisionQueue>, mpsc::UnboundedReceiver<Frames>) {
-    let (pipes, mut piped) = mpsc::unbounded_channel();
+    gateway_and_unreachable_node(0, SECOND)
+}
+
+/// The same; the node refuses the first `refusals` connections.
+fn gateway_and_unreachable_node(
+    refusals: u32,
+    timeout: Duration,
+) -> (Arc<DataPath>, Arc<RevisionQueue>, mpsc::UnboundedReceiver<Frames>) {
+    let (far, mut piped) = mpsc::unbounded_channel();
     let (answers, answering) = mpsc::unbounded_channel();
     tokio::spawn(async move {
         while let Some(pipe) = piped.recv().await {
@@ -165,8 +189,8 @@ fn gateway_and_node() -> (Arc<DataPath>, Arc<RevisionQueue>, mpsc::UnboundedRece
             tokio::spawn(server.serve_connection(TokioIo::new(pipe), service));
         }
     });
-    let path = path("edge", Arc::new(Pipes(pipes)));
-    path.apply_routes(routes("far", SECOND, &[("far", "far:1".to_owned())], 0));
+    let path = path("edge", Arc::new(Pipes { far, refusals: AtomicU32::new(refusals) }));
+    path.apply_routes(routes("far", timeout, &[("far", "far:1".to_owned())], 0));
     let queue = path.sidecar().revision(KEY);
     (path, queue, answering)
 }
@@ -190,6 +214,20 @@ async fn without_an_answer_in_time_it_is_504_and_nothing_stays_counted() {
     let answer = hold(&path, &queue, CHAT).await.err().unwrap();
     assert_eq!(answer, Answer::Timeout { seconds: 1, waiting: true });
     assert_eq!(queue.tokens().in_flight(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_request_that_no_replica_has_seen_is_sent_again_until_its_deadline() {
+    let (path, queue, mut answers) = gateway_and_unreachable_node(20, 60 * SECOND);
+    let (answer, _frames) = tokio::join!(hold(&path, &queue, "/v1/x"), answers.recv());
+    assert_eq!(answer.unwrap().status(), StatusCode::OK, "the node came back in time");
+
+    let (path, queue, _answers) = gateway_and_unreachable_node(u32::MAX, 60 * SECOND);
+    let begun = tokio::time::Instant::now();
+    let answer = hold(&path, &queue, "/v1/x").await.err().unwrap();
+    assert!(matches!(&answer, Answer::BadGateway { reason } if reason.contains("node far")), "{answer:?}");
+    let waited = begun.elapsed();
+    assert!(waited > 58 * SECOND && waited <= 60 * SECOND, "{waited:?}");
 }
 
 #[tokio::test(start_paused = true)]

@@ -79,7 +79,7 @@ async fn posts_whose_bodies_never_arrive_hold_no_slot() {
 async fn a_body_that_stops_arriving_is_408_and_its_slot_comes_back() {
     let (address, mut requests) = http_replica("").await;
     let node = one_slot(address, ClientSettings::default()).await;
-    let mut client = send(node.ingress, &(post("content-length: 10\r\n") + "01")).await;
+    let mut client = send(node.ingress, &(post("transfer-encoding: chunked\r\n") + "2\r\n01\r\n")).await;
     requests.recv().await.unwrap();
     assert_eq!(node.load().running, 1);
     let begun = tokio::time::Instant::now();
@@ -89,6 +89,18 @@ async fn a_body_that_stops_arriving_is_408_and_its_slot_comes_back() {
     assert!(begun.elapsed() < 60 * SECOND, "long before the timeout of 300 s");
     eventually("its slot is free", || node.load().running == 0).await;
     assert_eq!(node.path.metrics.request_body_timeouts.get(), 1);
+}
+
+#[tokio::test]
+async fn a_body_of_known_length_holds_no_slot_until_it_has_arrived() {
+    let (address, _requests) = http_replica(OK).await;
+    let node = one_slot(address, ClientSettings::default()).await;
+    let mut slow = send(node.ingress, &(post("content-length: 10\r\n") + "01")).await;
+    let _large = send(node.ingress, &(post("content-length: 1000000\r\n") + &"x".repeat(32 << 10))).await;
+    let mut other = send(node.ingress, &get("/", "")).await;
+    assert!(other.read("ok").await.starts_with("HTTP/1.1 200"));
+    slow.0.write_all(b"23456789").await.unwrap();
+    assert!(slow.read("ok").await.starts_with("HTTP/1.1 200"));
 }
 
 #[tokio::test(start_paused = true)]
@@ -107,7 +119,7 @@ async fn a_timeout_while_the_body_is_missing_does_not_blame_the_replica() {
     let node = Node::start("edge").await;
     node.path.apply_routes(routes("edge", 5 * SECOND, &[], 1));
     node.has(address, false);
-    let mut client = send(node.ingress, &(post("content-length: 10\r\n") + "01")).await;
+    let mut client = send(node.ingress, &(post("transfer-encoding: chunked\r\n") + "2\r\n01\r\n")).await;
     requests.recv().await.unwrap();
     let answer = client.read(NEVER).await;
     assert!(answer.starts_with("HTTP/1.1 408") && answer.contains("within 5 s"), "{answer}");
