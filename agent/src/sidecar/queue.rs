@@ -134,7 +134,7 @@ impl RevisionQueue {
     /// Replaces what routes say: limits, and the ready replicas of other nodes by node.
     pub fn route(&self, limits: Limits, peers: BTreeMap<String, Vec<String>>) {
         self.change(|state| {
-            // Nodes that have no ready replica any more must not offer in vain.
+            // Nodes that lose their ready replicas learn that nothing is wanted of them.
             self.announce(state);
             state.slots.route(limits, peers);
             self.announce(state);
