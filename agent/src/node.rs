@@ -481,8 +481,8 @@ async fn send_logs(files: Vec<(String, PathBuf)>, request: &fleet::LogRequest, s
         while let Some(read) = chunks.next().await {
             let (message, failed) = match read {
                 Ok(data) => (fleet::LogChunk { data: data.to_vec(), ..chunk.clone() }, false),
-                // Removed meanwhile, since newer output needed its room.
-                Err(error) if request.previous && error.kind() == io::ErrorKind::NotFound => break,
+                // It has printed nothing yet, or its output was removed because newer output needed the space.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => break,
                 Err(error) => (fleet::LogChunk { end: true, error: error.to_string(), ..chunk.clone() }, true),
             };
             let message = fleet::LogChunk { replica: replica.clone(), ..message };

@@ -48,6 +48,12 @@ async fn a_request_for_a_service_whose_process_ends_at_once_is_answered_with_the
         (dev.gateway.post(HOST, PREDICT, TWO_FLOWERS).await.unwrap().status == 200).then_some(())
     })
     .await;
+    eventually("the replaced revision, which has never served, gives up its replica", || async {
+        let replicas = dev.operator.replicas("iris");
+        let of_newest = |replica: &serde_json::Value| replica["name"].as_str().unwrap().contains("-00002-");
+        replicas.iter().all(of_newest).then_some(())
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

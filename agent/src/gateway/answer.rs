@@ -127,7 +127,7 @@ impl Answer {
         match self {
             Self::UnknownService { host, path, .. } => format!("no service for host {host:?} and path {path:?}"),
             Self::NoRoutes => "this node has not heard from the coordinator yet which services there are".to_owned(),
-            Self::NoRevision { service } => format!("service {service} has no revision that takes traffic yet"),
+            Self::NoRevision { service } => format!("service {service} has no revision that takes traffic"),
             Self::BodyTooLarge { limit } => format!("request body is larger than {limit} bytes"),
             Self::QueueFull { limit } => format!("{limit} requests wait for this service already"),
             Self::Timeout { seconds, waiting: true } => format!("no replica was free within {seconds} s"),

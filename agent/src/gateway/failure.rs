@@ -31,7 +31,9 @@ pub(super) async fn next(
     failures: &mut watch::Receiver<Option<Arc<RevisionFailure>>>,
     known: Option<Arc<RevisionFailure>>,
 ) -> Arc<RevisionFailure> {
-    let is_new = |failure: &Option<Arc<RevisionFailure>>| failure.is_some() && *failure != known;
+    let known = known.map(|known| known.attempt);
+    let is_new =
+        |failure: &Option<Arc<RevisionFailure>>| failure.as_ref().is_some_and(|failure| Some(failure.attempt) != known);
     let failure = failures.wait_for(is_new).await.ok().and_then(|failure| failure.clone());
     match failure {
         Some(failure) => failure,

@@ -23,6 +23,9 @@ use crate::sidecar::{Grant, Permit, Refusal, RevisionQueue, Target, TokenCount};
 /// Pause before a request that no replica has seen is sent again; doubles up to [`MAX_RETRY_PAUSE`].
 const INITIAL_RETRY_PAUSE: Duration = Duration::from_millis(20);
 const MAX_RETRY_PAUSE: Duration = Duration::from_secs(1);
+/// An agent notices the exit of a process within this time.
+pub(super) const EXIT_NOTICE_TIME: Duration = Duration::from_millis(200);
+const SENT_IN_PART: &str = "the connection broke while the request was sent";
 
 impl DataPath {
     /// Sends a request to a replica of the revision, as soon as one is free; or to another one's, where
@@ -43,11 +46,7 @@ impl DataPath {
         let begun = tokio::time::timeout_at(deadline, body.wait_until_begun()).await;
         begun.map_err(|_| slow_client(seconds))??;
         loop {
-            let Some(content) = body.attempt() else {
-                return Err(Answer::BadGateway {
-                    reason: "the connection broke while the request was sent".to_owned(),
-                });
-            };
+            let content = body.attempt().ok_or_else(|| Answer::BadGateway { reason: SENT_IN_PART.to_owned() })?;
             let mut count = counts.then(|| queue.tokens().begin(body.bytes()));
             let counted = Arc::clone(&queue);
             let granted = tokio::time::timeout_at(deadline, self.slot(destination, &mut queue, again)).await;
@@ -62,12 +61,8 @@ impl DataPath {
             }
             let request = Request::from_parts(parts.clone(), content);
             let sending = body.unless_client_fails(self.proxy(&grant, request));
-            let sent = match tokio::time::timeout_at(deadline, sending).await {
-                Ok(sent) => sent?,
-                Err(_) if body.is_awaiting_client() => return Err(slow_client(seconds)),
-                Err(_) => return Err(Answer::Timeout { seconds, waiting: false }),
-            };
-            match sent {
+            let sent = tokio::time::timeout_at(deadline, sending).await;
+            match sent.map_err(|_| overdue(&body, seconds))?? {
                 Ok(mut response) => {
                     if counts && count.is_none() {
                         tokens::heard(response.headers_mut(), queue.tokens());
@@ -84,7 +79,10 @@ impl DataPath {
                         return Err(Answer::BadGateway { reason });
                     }
                 }
-                Err(Failure::Broken(reason)) => return Err(Answer::BadGateway { reason }),
+                Err(Failure::Broken(reason)) => {
+                    release_after_exit(grant);
+                    return Err(Answer::BadGateway { reason });
+                }
             }
             self.metrics.retries.inc();
             tokio::time::sleep(pause).await;
@@ -183,6 +181,20 @@ impl DataPath {
         };
         sending.instrument(span).await
     }
+}
+
+/// Gives a slot back once an exit of its replica has been noticed: the next request must not be sent to a process that
+/// has just ended. A replica that lives loses one slot for this moment.
+pub(super) fn release_after_exit(grant: Grant) {
+    tokio::spawn(async move {
+        tokio::time::sleep(EXIT_NOTICE_TIME).await;
+        drop(grant);
+    });
+}
+
+/// Why there is no answer at the deadline.
+fn overdue(body: &Replay, seconds: u64) -> Answer {
+    if body.is_awaiting_client() { slow_client(seconds) } else { Answer::Timeout { seconds, waiting: false } }
 }
 
 /// The client has not sent its body within the service's timeout; the replica is not to blame.

@@ -111,7 +111,10 @@ impl DataPath {
                 debug!(%reason, "the replica has not seen the request");
                 unseen()
             }
-            Err(Failure::Broken(reason)) => Answer::BadGateway { reason }.response_for(format),
+            Err(Failure::Broken(reason)) => {
+                hold::release_after_exit(grant);
+                Answer::BadGateway { reason }.response_for(format)
+            }
         }
     }
 

@@ -153,6 +153,11 @@ impl RouteTable {
             .map(|queue| queue.key().to_owned())
             .filter(|key| !kept.contains(key.as_str()))
             .collect();
+        for (name, service) in &former.by_name {
+            if !table.by_name.contains_key(name) {
+                service.split.close();
+            }
+        }
         self.table.store(Arc::new(table));
         // Fails where it is set already.
         let _ = self.loaded.set(());

@@ -1,6 +1,9 @@
 //! A service's requests, split over its revisions.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{
+    Arc, Mutex, MutexGuard, PoisonError,
+    atomic::{AtomicBool, Ordering},
+};
 
 use http::{HeaderMap, HeaderName};
 use tokio::sync::watch;
@@ -30,6 +33,7 @@ impl Share {
 pub struct Split {
     wheel: Mutex<Vec<Spoke>>,
     changes: watch::Sender<()>,
+    is_closed: AtomicBool,
 }
 
 #[derive(Debug)]
@@ -40,7 +44,7 @@ struct Spoke {
 
 impl Default for Split {
     fn default() -> Self {
-        Self { wheel: Mutex::default(), changes: watch::Sender::new(()) }
+        Self { wheel: Mutex::default(), changes: watch::Sender::new(()), is_closed: AtomicBool::new(false) }
     }
 }
 
@@ -65,6 +69,12 @@ impl Split {
         *wheel = next;
         drop(wheel);
         self.changes.send_replace(());
+    }
+
+    /// The service is gone: requests that wait for any of its revisions are answered.
+    pub fn close(&self) {
+        self.is_closed.store(true, Ordering::Relaxed);
+        self.update(Vec::new());
     }
 
     /// The revision that takes the next request.
@@ -148,9 +158,11 @@ impl Destination {
     }
 
     /// True where a request that waits for this revision should pick again: it has no share any more,
-    /// and nobody there who could take it.
+    /// and nobody there who could take it, or the service is gone.
     pub fn left_behind(&self, queue: &RevisionQueue) -> bool {
-        !matches!(self.way, Way::Tagged(_)) && !self.service.split.has(queue) && !queue.any_ready()
+        let split = &self.service.split;
+        let has_no_share = !matches!(self.way, Way::Tagged(_)) && !split.has(queue) && !queue.any_ready();
+        has_no_share || split.is_closed.load(Ordering::Relaxed)
     }
 
     /// Resolves when [`Destination::left_behind`] has become true.

@@ -115,7 +115,12 @@ pub fn current(world: &World, revision: &RevisionState) -> Option<fleet::Revisio
         return None;
     }
     let failed = |replica: &&ReplicaState| replica.status.as_ref().is_some_and(backs_off);
-    unrecorded.clone().or_else(|| last.clone().filter(|_| live.iter().all(failed)))
+    let mut failure = unrecorded.clone().or_else(|| last.clone().filter(|_| live.iter().all(failed)))?;
+    if live.is_empty() && unrecorded.is_none() {
+        // The replica that was to be started again is gone: the next request starts another one.
+        failure.next_attempt_at = None;
+    }
+    Some(failure)
 }
 
 /// Returns `true` for a replica that is to be replaced by one on another node, if one fits there.

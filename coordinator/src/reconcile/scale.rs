@@ -104,6 +104,10 @@ pub fn decide(world: &mut World, key: &str, now: Timestamp, recorder: &mut Recor
         let proven = revision.record.been_ready;
         wanted = wanted.max(if proven { revision.scaling.min_scale() } else { revision.needed() });
     }
+    if !reachable && observation.ready == Some(0) && !awaited {
+        // Another revision has its traffic, and no request waits: it is not waited for until it is ready.
+        wanted = 0;
+    }
     let changed = wanted != revision.wanted;
     revision.wanted = wanted;
     if wanted == 0 {

@@ -147,3 +147,32 @@ async fn a_request_that_needs_a_coordinator_which_is_away_is_answered_before_its
     gateway.path.set_connected(true);
     assert_eq!(gateway.send().await.unwrap(), Answer::Timeout { seconds: 300, waiting: true });
 }
+
+#[tokio::test(start_paused = true)]
+async fn requests_that_wait_are_answered_when_their_service_is_deleted() {
+    let gateway = Gateway::start();
+    let (begun, held) = (Instant::now(), gateway.send());
+    tokio::time::sleep(SECOND).await;
+    let name = "default/echo".to_owned();
+    gateway.path.apply_routes(fleet::Routes { version: 2, removed: vec![name.clone()], ..Default::default() });
+    assert_eq!(held.await.unwrap(), Answer::NoRevision { service: name });
+    assert_eq!((begun.elapsed(), gateway.queue.waiting()), (SECOND, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_slot_of_a_replica_that_broke_off_is_given_out_once_its_exit_would_be_noticed() {
+    let gateway = Gateway::start();
+    gateway.path.sidecar().ready(LocalReplica {
+        name: "replica".to_owned(),
+        revision: KEY.to_owned(),
+        address: SocketAddr::from(([127, 0, 0, 1], 1)),
+        h2c: false,
+        container_concurrency: 1,
+        timeout: TIMEOUT,
+    });
+    let broken = gateway.queue.enter(false).unwrap().now().unwrap();
+    let begun = Instant::now();
+    crate::gateway::hold::release_after_exit(broken);
+    assert!(gateway.queue.enter(false).unwrap().granted().await.is_some());
+    assert_eq!(begun.elapsed(), crate::gateway::hold::EXIT_NOTICE_TIME);
+}

@@ -132,7 +132,8 @@ fn a_failure_outlives_its_replica_at_zero() {
     assert!(cell.failure().is_some());
     cell.reports("a", at(21), &[in_phase("m-1", ReplicaPhase::Stopped)]);
     cell.world.remove_replica("m-1");
-    assert!(cell.failure().is_some());
+    let failure = cell.failure().unwrap();
+    assert_eq!(failure.next_attempt_at, None, "the next request starts another replica at once");
 }
 
 #[test]
