@@ -48,6 +48,13 @@ pub enum Answer {
         /// True where it never got a slot.
         waiting: bool,
     },
+    /// No replica was ready in time, and why.
+    NotReady {
+        /// Seconds allowed.
+        seconds: u64,
+        /// Reason and message.
+        cause: String,
+    },
     /// The replica could not be reached, or broke off before it answered.
     BadGateway {
         /// Why.
@@ -94,7 +101,7 @@ impl Answer {
             | Self::NoRoutes
             | Self::ReplicaFailed { .. }
             | Self::CoordinatorUnavailable { .. } => StatusCode::SERVICE_UNAVAILABLE,
-            Self::Timeout { .. } => StatusCode::GATEWAY_TIMEOUT,
+            Self::Timeout { .. } | Self::NotReady { .. } => StatusCode::GATEWAY_TIMEOUT,
             Self::BadGateway { .. } => StatusCode::BAD_GATEWAY,
             Self::Upgrade => StatusCode::NOT_IMPLEMENTED,
             Self::BadRequest { .. } => StatusCode::BAD_REQUEST,
@@ -111,7 +118,7 @@ impl Answer {
             Self::NoRevision { .. } => "NoRevision",
             Self::BodyTooLarge { .. } => "BodyTooLarge",
             Self::QueueFull { .. } => "QueueFull",
-            Self::Timeout { .. } => "Timeout",
+            Self::Timeout { .. } | Self::NotReady { .. } => "Timeout",
             Self::BadGateway { .. } => "BadGateway",
             Self::ReplicaFailed { reason, .. } => reason,
             Self::CoordinatorUnavailable { .. } => "CoordinatorUnavailable",
@@ -132,6 +139,7 @@ impl Answer {
             Self::QueueFull { limit } => format!("{limit} requests wait for this service already"),
             Self::Timeout { seconds, waiting: true } => format!("no replica was free within {seconds} s"),
             Self::Timeout { seconds, waiting: false } => format!("the replica did not answer within {seconds} s"),
+            Self::NotReady { seconds, cause } => format!("no replica was ready within {seconds} s: {cause}"),
             Self::BadGateway { reason } => format!("the replica did not answer: {reason}"),
             Self::ReplicaFailed { message, .. } => format!("no replica of the service can serve: {message}"),
             Self::CoordinatorUnavailable { seconds } => format!(

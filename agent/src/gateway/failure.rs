@@ -13,11 +13,23 @@ use pilotlight_proto::fleet::v1::RevisionFailure;
 use tokio::sync::watch;
 
 use super::answer::Answer;
+use crate::sidecar::RevisionQueue;
 
 /// Returns `true` if the next attempt is yet to come, by this node's clock. The time is the clock's of another node: if
 /// they differ by more than the back-off, requests wait for an attempt instead of being answered at once.
 pub(super) fn backs_off(failure: &RevisionFailure) -> bool {
-    remaining(failure).is_some()
+    !failure.may_pass && remaining(failure).is_some()
+}
+
+/// The answer to a request that got no slot in time, with the reason if it is known.
+pub(super) fn overdue(queue: &RevisionQueue, seconds: u64) -> Answer {
+    match queue.failure().borrow().as_deref() {
+        Some(failure) => {
+            let cause = format!("{}: {}", failure.reason, failure.message);
+            Answer::NotReady { seconds, cause }
+        }
+        None => Answer::Timeout { seconds, waiting: true },
+    }
 }
 
 /// Time until the next attempt; `None` if it is due, or none is planned before the next request.
@@ -26,14 +38,15 @@ fn remaining(failure: &RevisionFailure) -> Option<Duration> {
     next.duration_since(SystemTime::now()).ok().filter(|remaining| !remaining.is_zero())
 }
 
-/// Waits for a failure other than the one that is known.
+/// Waits for a failure that waiting does not cure, other than the one that is known.
 pub(super) async fn next(
     failures: &mut watch::Receiver<Option<Arc<RevisionFailure>>>,
     known: Option<Arc<RevisionFailure>>,
 ) -> Arc<RevisionFailure> {
     let known = known.map(|known| known.attempt);
-    let is_new =
-        |failure: &Option<Arc<RevisionFailure>>| failure.as_ref().is_some_and(|failure| Some(failure.attempt) != known);
+    let is_new = |failure: &Option<Arc<RevisionFailure>>| {
+        failure.as_ref().is_some_and(|failure| !failure.may_pass && Some(failure.attempt) != known)
+    };
     let failure = failures.wait_for(is_new).await.ok().and_then(|failure| failure.clone());
     match failure {
         Some(failure) => failure,

@@ -54,7 +54,7 @@ impl DataPath {
                 // Another revision took it over, and counts it from now on.
                 count = counts.then(|| queue.tokens().begin(body.bytes()));
             }
-            let grant = granted.map_err(|_| Answer::Timeout { seconds, waiting: true })??;
+            let grant = granted.map_err(|_| failure::overdue(&queue, seconds))??;
             if matches!(grant.target, Target::Peer { .. }) {
                 // From here on that node counts it.
                 count = None;

@@ -23,6 +23,8 @@ pub const MAX_FAILURES_ON_NODE: u32 = 3;
 pub const FAILED_NODE_EXPIRY: Duration = Duration::from_secs(600);
 /// Time after which a write that the store has refused is tried again at the latest.
 const STORE_RETRY_INTERVAL: Duration = Duration::from_secs(5);
+/// Reasons of replicas whose image or model could not be fetched.
+const FETCH_FAILURES: [&str; 2] = ["ErrImagePull", "ModelFetchFailed"];
 /// Reason of a revision of which no replica can be started or woken, since the store cannot record it.
 const STORE_UNAVAILABLE: &str = "StoreUnavailable";
 
@@ -59,6 +61,7 @@ impl Failures {
             last_log_lines: status.last_log_lines.clone(),
             next_attempt_at: status.next_attempt_at,
             attempt,
+            ..Default::default()
         });
     }
 
@@ -97,30 +100,46 @@ impl Failures {
     }
 }
 
-/// Returns `true` for a replica that waits for its next attempt after a failure that waiting does not cure.
+/// Returns `true` for a replica that waits for its next attempt after a failure that waiting does not cure. What could
+/// not be fetched several times in a row, from a registry or store that does not answer, counts as such.
 fn backs_off(status: &ReplicaStatus) -> bool {
-    status.phase() == ReplicaPhase::Failed && status.failure_permanent && status.next_attempt_at.is_some()
+    let keeps_failing =
+        status.consecutive_failures >= MAX_FAILURES_ON_NODE && FETCH_FAILURES.contains(&status.failure_reason.as_str());
+    let is_permanent = status.failure_permanent || keeps_failing;
+    status.phase() == ReplicaPhase::Failed && is_permanent && status.next_attempt_at.is_some()
 }
 
 /// Why the revision cannot serve, for gateways. `None` if a replica of it is ready, is being started, or sleeps and can
-/// be woken, and if the last attempt did not fail for a reason that waiting does not cure.
+/// be woken.
 pub fn current(world: &World, revision: &RevisionState) -> Option<fleet::RevisionFailure> {
-    let Failures { last, unrecorded, .. } = &revision.failures;
-    if last.is_none() && unrecorded.is_none() {
-        return None;
-    }
     let replicas = revision.replicas.iter().filter_map(|name| world.replicas.get(name));
     let live: Vec<&ReplicaState> = replicas.filter(|replica| !replica.record.draining).collect();
     if live.iter().any(|replica| replica.ready()) {
         return None;
     }
-    let failed = |replica: &&ReplicaState| replica.status.as_ref().is_some_and(backs_off);
-    let mut failure = unrecorded.clone().or_else(|| last.clone().filter(|_| live.iter().all(failed)))?;
-    if live.is_empty() && unrecorded.is_none() {
-        // The replica that was to be started again is gone: the next request starts another one.
-        failure.next_attempt_at = None;
+    let Failures { last, unrecorded, .. } = &revision.failures;
+    unrecorded.clone().or_else(|| permanent(last.as_ref()?, &live)).or_else(|| passing(revision, &live))
+}
+
+/// The last failure, if all replicas wait for their next attempt after one that waiting does not cure.
+fn permanent(last: &fleet::RevisionFailure, live: &[&ReplicaState]) -> Option<fleet::RevisionFailure> {
+    if !live.iter().all(|replica| replica.status.as_ref().is_some_and(backs_off)) {
+        return None;
     }
-    Some(failure)
+    // If the replica that was to be started again is gone, the next request starts another one.
+    let next_attempt_at = last.next_attempt_at.filter(|_| !live.is_empty());
+    Some(fleet::RevisionFailure { next_attempt_at, ..last.clone() })
+}
+
+/// Why no replica is ready, if waiting may cure it: all have failed, or none can be placed.
+fn passing(revision: &RevisionState, live: &[&ReplicaState]) -> Option<fleet::RevisionFailure> {
+    let failed = |replica: &&ReplicaState| replica.status.clone().filter(|it| it.phase() == ReplicaPhase::Failed);
+    let statuses: Option<Vec<ReplicaStatus>> = live.iter().map(failed).collect();
+    let (reason, message) = match statuses?.into_iter().next() {
+        Some(status) => (status.failure_reason, status.message),
+        None => ("Unschedulable".to_owned(), revision.unplaced.clone()?),
+    };
+    Some(fleet::RevisionFailure { reason, message, may_pass: true, ..Default::default() })
 }
 
 /// Returns `true` for a replica that is to be replaced by one on another node, if one fits there.

@@ -65,6 +65,7 @@ fn failure(attempt: u64, next: i64) -> RevisionFailure {
         last_log_lines: vec!["loading".into(), "no such file: model.bin".into()],
         next_attempt_at: (next != 0).then(|| prost_types::Timestamp { seconds: now.seconds + next, nanos: now.nanos }),
         attempt,
+        may_pass: false,
     }
 }
 
@@ -175,4 +176,18 @@ async fn a_slot_of_a_replica_that_broke_off_is_given_out_once_its_exit_would_be_
     crate::gateway::hold::release_after_exit(broken);
     assert!(gateway.queue.enter(false).unwrap().granted().await.is_some());
     assert_eq!(begun.elapsed(), crate::gateway::hold::EXIT_NOTICE_TIME);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_request_waits_for_what_may_pass_and_its_timeout_names_the_cause() {
+    let mut gateway = Gateway::start();
+    let message = "0/2 nodes fit: 2 with fewer than 5 free GPUs".to_owned();
+    let unschedulable =
+        RevisionFailure { reason: "Unschedulable".into(), message, may_pass: true, ..Default::default() };
+    let (begun, held) = (Instant::now(), gateway.send());
+    tokio::time::sleep(SECOND).await;
+    gateway.route(Some(unschedulable));
+    let answer = held.await.unwrap();
+    let cause = "Unschedulable: 0/2 nodes fit: 2 with fewer than 5 free GPUs".to_owned();
+    assert_eq!((answer, begun.elapsed()), (Answer::NotReady { seconds: 300, cause }, TIMEOUT));
 }
