@@ -197,7 +197,8 @@ impl RevisionQueue {
     }
 
     /// Requests that wait here now.
-    pub fn waiting(&self) -> usize {
+    #[cfg(test)]
+    pub(crate) fn waiting(&self) -> usize {
         self.lock().slots.waiting()
     }
 
@@ -261,7 +262,8 @@ impl RevisionQueue {
     }
 
     /// `true` if gateways of other nodes want slots here.
-    pub fn has_gateways(&self) -> bool {
+    #[cfg(test)]
+    pub(crate) fn has_gateways(&self) -> bool {
         self.lock().slots.has_gateways()
     }
 

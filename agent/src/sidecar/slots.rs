@@ -222,6 +222,7 @@ impl<W> Slots<W> {
     }
 
     /// `true` if gateways want slots here.
+    #[cfg(test)]
     pub(super) fn has_gateways(&self) -> bool {
         !self.gateways.is_empty()
     }
