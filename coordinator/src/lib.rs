@@ -5,6 +5,7 @@
 //! effects; [`reconcile`] joins the two.
 
 pub mod api;
+mod authority;
 pub mod autoscaler;
 pub mod config;
 pub mod eviction;

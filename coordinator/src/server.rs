@@ -1,8 +1,8 @@
 //! Puts a coordinator together and runs it.
 
-use std::{net::SocketAddr, path::Path, sync::Arc, time::Duration};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
-use pilotlight_identity::{Authority, Credentials, LiveIdentity, Member, Role};
+use pilotlight_identity::Authority;
 use pilotlight_proto::{
     FILE_DESCRIPTOR_SET,
     control::v1::control_server::ControlServer,
@@ -16,12 +16,12 @@ use tracing::{error, info, warn};
 
 use crate::{
     api::{ControlService, Objects, access::Access},
+    authority,
     config::{Config, Security, StoreConfig},
     fleet::{EvictHub, FleetService, LogHub, enrollment::EnrollmentService},
     leader,
-    model::keys,
     reconcile::{Handle, Reconciler, record::Recorder, run::Setup, world::Settings},
-    store::{Store, StoreError, StoreExt as _, Transaction, embedded::EmbeddedStore, etcd::EtcdStore},
+    store::{Store, StoreError, embedded::EmbeddedStore, etcd::EtcdStore},
     values::{Values, ValuesError, Vault},
 };
 
@@ -29,10 +29,6 @@ use crate::{
 const LEADER_TTL: Duration = Duration::from_secs(5);
 /// Pause before an etcd that does not answer at the start is asked again.
 const STORE_PAUSE: Duration = Duration::from_secs(1);
-/// Certificates of the coordinator and its first operator; renewed at each start.
-const COORDINATOR_LIFETIME: Duration = Duration::from_secs(365 * 24 * 3600);
-/// Directory below the data directory for the first operator's certificate.
-const OPERATOR_DIR: &str = "operator";
 /// File below the data directory for the key that secrets are sealed with.
 const SECRETS_KEY: &str = "secrets.key";
 
@@ -133,7 +129,7 @@ async fn lead(
         Security::Plaintext => (Access::Open, None),
         Security::Mtls { ca, .. } => {
             let ca = ca.as_ref().map(|(certificate, key)| (certificate.as_path(), key.as_path()));
-            (Access::Certified, Some(Arc::new(authority(&store, &config.cell, ca).await?)))
+            (Access::Certified, Some(Arc::new(authority::open(&store, &config.cell, ca).await?)))
         }
     };
     let (handle, inputs, changes) = Handle::new();
@@ -167,7 +163,7 @@ async fn lead(
     let serving = async {
         match (&config.security, authority) {
             (Security::Mtls { names, .. }, Some(authority)) => {
-                let live = own_identity(config, &authority, names)?;
+                let live = authority::own_identity(config, &authority, names)?;
                 let incoming = pilotlight_identity::accept_tls(listener, live.server_config_optional_client(&[b"h2"])?);
                 server.serve_with_incoming_shutdown(incoming, ending.cancelled()).await?;
             }
@@ -267,47 +263,4 @@ async fn open_store(config: &Config) -> Result<Arc<dyn Store>, CoordinatorError>
             Err(error) => return Err(error.into()),
         }
     }
-}
-
-/// The operator's own authority, else the cell's, which the first coordinator makes.
-async fn authority(
-    store: &Arc<dyn Store>,
-    cell: &str,
-    own: Option<(&Path, &Path)>,
-) -> Result<Authority, CoordinatorError> {
-    if let Some((certificate, key)) = own {
-        return Ok(Authority::load(cell, certificate, key)?);
-    }
-    if let Some(pem) = store.get_json::<AuthorityRecord>(keys::AUTHORITY).await? {
-        return Ok(Authority::from_pem(cell, &pem.certificate_pem, &pem.key_pem)?);
-    }
-    let authority = Authority::generate(cell)?;
-    let record =
-        AuthorityRecord { certificate_pem: authority.certificate_pem().to_owned(), key_pem: authority.key_pem() };
-    let write = Transaction::new().expect_absent(keys::AUTHORITY).put_json(keys::AUTHORITY, &record);
-    store.commit(write).await?;
-    info!(cell, "made the cell's certificate authority");
-    Ok(authority)
-}
-
-/// The authority as stored. Whoever can read the store can sign: protect it.
-#[derive(serde::Serialize, serde::Deserialize)]
-struct AuthorityRecord {
-    certificate_pem: String,
-    key_pem: String,
-}
-
-/// The coordinator's own certificate, and one for its first operator, written where the CLI finds it.
-fn own_identity(
-    config: &Config,
-    authority: &Authority,
-    names: &[String],
-) -> Result<Arc<LiveIdentity>, CoordinatorError> {
-    let operator = Member::operator("admin", Role::Admin)?;
-    let issued = authority.issue(&operator, &[], COORDINATOR_LIFETIME)?;
-    let directory = config.data_dir.join(OPERATOR_DIR);
-    issued.save(&directory)?;
-    info!(directory = %directory.display(), "operator's certificate written; use it by --credentials");
-    let own: Credentials = authority.issue(&Member::Coordinator, names, COORDINATOR_LIFETIME)?;
-    Ok(LiveIdentity::new(&own)?)
 }
