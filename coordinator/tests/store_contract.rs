@@ -11,7 +11,7 @@ use std::{
 use futures::{StreamExt as _, future::join_all};
 use pilotlight_coordinator::{
     config::EtcdConfig,
-    leader,
+    leader::{self, LeaderRecord},
     store::{Event, Store, StoreError, StoreExt as _, Transaction, embedded::EmbeddedStore, etcd::EtcdStore},
 };
 use tempfile::TempDir;
@@ -242,12 +242,19 @@ async fn json_that_cannot_be_read_names_its_key(store: Arc<dyn Store>) {
     assert!(error.to_string().contains("bad/1"), "{error}");
 }
 
+fn candidate(address: &str) -> LeaderRecord {
+    LeaderRecord { address: address.to_owned() }
+}
+
 async fn one_leader_at_a_time(store: Arc<dyn Store>) {
     let ttl = Duration::from_secs(60);
-    let first = leader::campaign(Arc::clone(&store), "one", ttl).await.unwrap();
+    let first = leader::campaign(Arc::clone(&store), &candidate("one"), ttl, |_| {}).await.unwrap();
     let fenced = first.fenced();
     fenced.commit(Transaction::new().put("decision", "1")).await.unwrap();
-    let mut second = tokio::spawn(leader::campaign(Arc::clone(&store), "two", ttl));
+    let mut second = tokio::spawn({
+        let store = Arc::clone(&store);
+        async move { leader::campaign(store, &candidate("two"), ttl, |_| {}).await }
+    });
     // It has seen that another leads, and waits.
     tokio::time::timeout(Duration::from_millis(500), &mut second).await.expect_err("two must not lead at once");
     first.resign().await;

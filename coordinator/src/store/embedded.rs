@@ -324,6 +324,10 @@ impl Store for EmbeddedStore {
         self.blocking(|store| store.file.database.begin_read().map(drop).map_err(unavailable)).await
     }
 
+    fn may_commit_late(&self) -> bool {
+        false
+    }
+
     fn kind(&self) -> &'static str {
         "embedded"
     }

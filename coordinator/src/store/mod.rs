@@ -133,6 +133,10 @@ pub trait Store: Send + Sync + std::fmt::Debug {
     /// A lease that is kept alive while its handle is held. Keys bound to it vanish when it ends; a
     /// process that dies lets go of it after `ttl` at the latest.
     async fn lease(&self, ttl: Duration) -> Result<Lease, StoreError>;
+    /// True where a commit that failed with [`StoreError::Unavailable`] may have taken place, or may still do so.
+    fn may_commit_late(&self) -> bool {
+        true
+    }
     /// Whether the store answers.
     async fn ping(&self) -> Result<(), StoreError>;
     /// "embedded" or "etcd".

@@ -1,24 +1,25 @@
 //! The etcd store.
 
-use std::{fs, future::Future, path::Path, time::Duration};
+mod lease;
+mod members;
+
+use std::{future::Future, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use bytes::Bytes;
 use etcd_client::{
-    Certificate, Client, Compare as EtcdCompare, CompareOp, ConnectOptions, EventType, GetOptions, Identity, KeyValue,
-    PutOptions, SortOrder, SortTarget, TlsOptions, Txn, TxnOp, TxnOpResponse, WatchOptions,
+    Client, Compare as EtcdCompare, CompareOp, EventType, GetOptions, KeyValue, PutOptions, SortOrder, SortTarget, Txn,
+    TxnOp, TxnOpResponse, WatchOptions,
 };
-use futures::{StreamExt as _, future::BoxFuture};
-use tokio_util::sync::CancellationToken;
+use futures::StreamExt as _;
 use tracing::{debug, warn};
 
 use super::{
     Compare, Entry, Event, Events, Lease, Listing, OPERATIONS_MOST, Store, StoreError, Transaction, Write, by_revision,
 };
 use crate::config::EtcdConfig;
+use members::Members;
 
-/// A call that takes longer has failed.
-const CALL_WITHIN: Duration = Duration::from_secs(5);
 /// Keys in one page of a list.
 const PAGE: i64 = 1000;
 /// Pause before a broken watch is opened again.
@@ -27,7 +28,7 @@ const WATCH_PAUSE: Duration = Duration::from_millis(250);
 /// An etcd cluster. All keys lie below one prefix.
 #[derive(Clone)]
 pub struct EtcdStore {
-    client: Client,
+    members: Arc<Members>,
     prefix: String,
 }
 
@@ -38,24 +39,20 @@ impl std::fmt::Debug for EtcdStore {
 }
 
 impl EtcdStore {
-    /// Connects; `prefix` ends in `/`.
+    /// A cluster with `prefix`, which ends in `/`. Connects when it is first used.
     ///
     /// # Errors
-    /// A file cannot be read, or no endpoint answers within 5 s.
+    /// A setting cannot be used, or a file cannot be read.
+    pub fn new(config: &EtcdConfig, prefix: &str) -> Result<Self, StoreError> {
+        Ok(Self { members: Arc::new(Members::new(config)?), prefix: prefix.to_owned() })
+    }
+
+    /// The same, once a member has answered.
+    ///
+    /// # Errors
+    /// As [`EtcdStore::new`], or no member answers within 5 s.
     pub async fn connect(config: &EtcdConfig, prefix: &str) -> Result<Self, StoreError> {
-        let mut options = ConnectOptions::new()
-            .with_connect_timeout(CALL_WITHIN)
-            .with_keep_alive(CALL_WITHIN, CALL_WITHIN)
-            .with_keep_alive_while_idle(true)
-            .with_require_leader(true);
-        if let Some((user, password)) = &config.user {
-            options = options.with_user(user, password);
-        }
-        if config.ca.is_some() || config.identity.is_some() {
-            options = options.with_tls(tls(config)?);
-        }
-        let client = within(Client::connect(&config.endpoints, Some(options))).await?;
-        let store = Self { client, prefix: prefix.to_owned() };
+        let store = Self::new(config, prefix)?;
         store.ping().await?;
         Ok(store)
     }
@@ -115,37 +112,14 @@ impl EtcdStore {
     }
 }
 
-fn tls(config: &EtcdConfig) -> Result<TlsOptions, StoreError> {
-    let read =
-        |path: &Path| fs::read(path).map_err(|error| StoreError::Open(format!("etcd: {}: {error}", path.display())));
-    let mut tls = TlsOptions::new();
-    if let Some(ca) = &config.ca {
-        tls = tls.ca_certificate(Certificate::from_pem(read(ca)?));
-    }
-    if let Some((certificate, key)) = &config.identity {
-        tls = tls.identity(Identity::from_pem(read(certificate)?, read(key)?));
-    }
-    Ok(tls)
-}
-
-/// Bounds a call's time, so that nothing waits for an etcd that is away.
-async fn within<T>(call: impl Future<Output = Result<T, etcd_client::Error>>) -> Result<T, StoreError> {
-    match tokio::time::timeout(CALL_WITHIN, call).await {
-        Ok(outcome) => outcome.map_err(|error| StoreError::Unavailable(format!("etcd: {error}"))),
-        Err(_) => Err(StoreError::Unavailable("etcd: no answer within 5 s".to_owned())),
-    }
-}
-
 #[async_trait]
 impl Store for EtcdStore {
     async fn get(&self, key: &str) -> Result<Option<Entry>, StoreError> {
-        let mut client = self.client.clone();
-        let response = within(client.get(self.key(key), None)).await?;
+        let response = self.members.ask(|client| get(client, self.key(key).into_bytes(), None)).await?;
         Ok(response.kvs().first().map(|kv| self.entry(kv)))
     }
 
     async fn list(&self, prefix: &str) -> Result<Listing, StoreError> {
-        let mut client = self.client.clone();
         let mut listing = Listing::default();
         let prefix = self.key(prefix);
         let end = after_all_with(&prefix);
@@ -156,7 +130,7 @@ impl Store for EtcdStore {
                 .with_limit(PAGE)
                 .with_revision(listing.revision as i64)
                 .with_sort(SortTarget::Key, SortOrder::Ascend);
-            let response = within(client.get(start, Some(options))).await?;
+            let response = self.members.ask(|client| get(client, start.clone(), Some(options.clone()))).await?;
             if listing.revision == 0 {
                 // All further pages are read at the first one's revision.
                 listing.revision = response.header().map_or(0, |header| header.revision() as u64);
@@ -180,8 +154,12 @@ impl Store for EtcdStore {
         let writes: Vec<_> = transaction.writes.iter().map(|write| self.operation(write)).collect();
         let keys_only = || Some(GetOptions::new().with_keys_only());
         let look: Vec<_> = transaction.compares.iter().map(|c| TxnOp::get(self.key(c.key()), keys_only())).collect();
-        let mut client = self.client.clone();
-        let response = within(client.txn(Txn::new().when(compares).and_then(writes).or_else(look))).await?;
+        let txn = Txn::new().when(compares).and_then(writes).or_else(look);
+        let attempt = |mut client: Client| {
+            let txn = txn.clone();
+            async move { client.txn(txn).await }
+        };
+        let response = self.members.once(attempt, self.members.member_timeout()).await?;
         if response.succeeded() {
             Ok(response.header().map_or(0, |header| header.revision() as u64))
         } else {
@@ -193,13 +171,13 @@ impl Store for EtcdStore {
         let store = self.clone();
         let prefix = self.key(prefix);
         // etcd reports lost history only on the stream; the first answer tells.
-        let mut first = Some(open_watch(&store.client, &prefix, from_revision).await?);
+        let mut first = Some(store.open_watch(&prefix, from_revision).await?);
         Ok(async_stream::try_stream! {
             let mut next = from_revision;
             loop {
                 let opened = match first.take() {
                     Some(stream) => Ok(stream),
-                    None => open_watch(&store.client, &prefix, next).await,
+                    None => store.open_watch(&prefix, next).await,
                 };
                 let mut stream = match opened {
                     Ok(stream) => stream,
@@ -239,28 +217,12 @@ impl Store for EtcdStore {
     }
 
     async fn lease(&self, ttl: Duration) -> Result<Lease, StoreError> {
-        let seconds = ttl.as_secs().max(1);
-        let mut client = self.client.clone();
-        let id = within(client.lease_grant(seconds as i64, None)).await?.id();
-        let (lost, keep_alive) = (CancellationToken::new(), CancellationToken::new());
-        tokio::spawn(keep(client.clone(), id, Duration::from_secs(seconds), lost.clone(), keep_alive.clone()));
-        let revoked = lost.clone();
-        let revoke = Box::new(move || {
-            // Made only when it is called: the call itself cannot be shared between threads.
-            let revoking = async move {
-                revoked.cancel();
-                if let Err(error) = within(client.lease_revoke(id)).await {
-                    warn!(%error, lease = id, "cannot revoke; it ends with its time to live");
-                }
-            };
-            Box::pin(revoking) as BoxFuture<'static, ()>
-        });
-        Ok(Lease::new(id as u64, lost, keep_alive, revoke))
+        lease::grant(&self.members, ttl).await
     }
 
     async fn ping(&self) -> Result<(), StoreError> {
-        let mut client = self.client.clone();
-        within(client.get(self.key("ping"), Some(GetOptions::new().with_count_only()))).await.map(drop)
+        let options = GetOptions::new().with_count_only();
+        self.members.ask(|client| get(client, self.key("ping").into_bytes(), Some(options.clone()))).await.map(drop)
     }
 
     fn kind(&self) -> &'static str {
@@ -276,46 +238,23 @@ impl EtcdStore {
             EventType::Delete => Event::Delete { key: self.short(kv), revision: kv.mod_revision() as u64 },
         })
     }
-}
 
-async fn open_watch(client: &Client, prefix: &str, from: u64) -> Result<etcd_client::WatchStream, StoreError> {
-    let options = WatchOptions::new().with_prefix().with_start_revision(from as i64);
-    within(client.clone().watch(prefix, Some(options))).await
-}
-
-/// Keeps a lease alive until its handle is dropped. It counts as lost once nothing was heard of it for
-/// its whole time to live: etcd may have ended it by then.
-async fn keep(mut client: Client, id: i64, ttl: Duration, lost: CancellationToken, dropped: CancellationToken) {
-    let mut heard = tokio::time::Instant::now();
-    while heard.elapsed() < ttl && !lost.is_cancelled() {
-        let renewed = tokio::select! {
-            () = dropped.cancelled() => return,
-            renewed = renew(&mut client, id, ttl) => renewed,
+    async fn open_watch(&self, prefix: &str, from: u64) -> Result<etcd_client::WatchStream, StoreError> {
+        let open = |mut client: Client| {
+            let options = WatchOptions::new().with_prefix().with_start_revision(from as i64);
+            async move { client.watch(prefix, Some(options)).await }
         };
-        match renewed {
-            Ok(true) => heard = tokio::time::Instant::now(),
-            Ok(false) => break,
-            Err(error) => debug!(%error, lease = id, "cannot keep the lease alive; trying again"),
-        }
-        tokio::select! {
-            () = dropped.cancelled() => return,
-            () = tokio::time::sleep(ttl / 4) => {}
-        }
+        self.members.ask(open).await
     }
-    lost.cancel();
 }
 
-/// True where the lease goes on, false where etcd has ended it.
-async fn renew(client: &mut Client, id: i64, ttl: Duration) -> Result<bool, StoreError> {
-    let asking = async {
-        let (mut keeper, mut answers) = client.lease_keep_alive(id).await?;
-        keeper.keep_alive().await?;
-        answers.message().await
-    };
-    let bounded = tokio::time::timeout(ttl / 2, asking).await;
-    let answer = bounded.map_err(|_| StoreError::Unavailable("etcd: no answer".to_owned()))?;
-    let answer = answer.map_err(|error| StoreError::Unavailable(format!("etcd: {error}")))?;
-    Ok(answer.is_some_and(|answer| answer.ttl() > 0))
+/// A read of one key or range.
+fn get(
+    mut client: Client,
+    key: Vec<u8>,
+    options: Option<GetOptions>,
+) -> impl Future<Output = Result<etcd_client::GetResponse, etcd_client::Error>> {
+    async move { client.get(key, options).await }
 }
 
 /// The first key after all that begin with `prefix`.
