@@ -9,8 +9,8 @@ use crate::{gateway::ClientSettings, runtime::DockerSettings};
 pub struct Config {
     /// Unique in the cell, a DNS label.
     pub node_name: String,
-    /// `https://host:port` of the coordinator; `http://` only with [`Security::Plaintext`].
-    pub coordinator: String,
+    /// `https://host:port` of each coordinator, at least one; `http://` only with [`Security::Plaintext`].
+    pub coordinators: Vec<String>,
     /// How this agent proves who it is.
     pub security: Security,
     /// Directory for the node's key, replica records and logs; made where missing.
@@ -95,7 +95,7 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             node_name: "node".into(),
-            coordinator: "https://127.0.0.1:7443".into(),
+            coordinators: vec!["https://127.0.0.1:7443".into()],
             security: Security::Mtls { token: None },
             data_dir: "/var/lib/pilotlight/agent".into(),
             listen_ingress: SocketAddr::from(([0, 0, 0, 0], 8080)),

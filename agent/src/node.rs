@@ -11,7 +11,7 @@ use std::{
 
 use async_trait::async_trait;
 use futures::StreamExt as _;
-use pilotlight_identity::{Credentials, IdentityError, JoinToken, LiveIdentity, Member, Trust, new_csr};
+use pilotlight_identity::{Coordinators, Credentials, IdentityError, JoinToken, LiveIdentity, Member, Trust, new_csr};
 use pilotlight_proto::fleet::v1::{
     self as fleet, JoinRequest, RenewRequest, agent_message::Message as FromAgent,
     coordinator_message::Message as ToAgent, enrollment_client::EnrollmentClient,
@@ -110,7 +110,7 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), Agen
     let peer_address = peers.local_addr().unwrap_or(config.listen_peer);
     let identity = identity(&config).await?;
     let trust = identity.clone().map_or(Trust::Plaintext, Trust::Cell);
-    let channel = pilotlight_identity::channel(&config.coordinator, &trust)?;
+    let coordinators = Arc::new(Coordinators::new(&config.coordinators, trust)?);
 
     let metrics = Metrics::new("pilotlight-agent", env!("CARGO_PKG_VERSION"));
     let (demands, demanded) = mpsc::channel(DEMANDS_WAITING);
@@ -147,11 +147,11 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), Agen
 
     let (connected, is_connected) = watch::channel(false);
     tokio::spawn(follow_session(Arc::clone(&data_path), is_connected.clone()));
-    let status = pilotlight_telemetry::http_router(&metrics, move || *is_connected.borrow());
+    let status = pilotlight_telemetry::http_router(&metrics, move || readiness(*is_connected.borrow()));
     tokio::spawn(serve_http(http, status, stopping.clone()));
     tokio::spawn(care_for_logs(Arc::clone(&reconciler), stopping.clone()));
     if let Some(identity) = &identity {
-        tokio::spawn(renew(config.clone(), channel.clone(), Arc::clone(identity), stopping.clone()));
+        tokio::spawn(renew(config.clone(), Arc::clone(&coordinators), Arc::clone(identity), stopping.clone()));
     }
     serve_peers(&data_path, identity.as_ref(), peers, models, &stopping)?;
 
@@ -160,7 +160,7 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), Agen
     let ended_logs = EndedLogs::new(&config.data_dir);
     let told = Node { data_path: path, reconciler: replicas, shelf, ended_logs, logs: Mutex::default() };
     let session = Session {
-        channel,
+        coordinators,
         hello: hello(&config, ingress_address, peer_address),
         inventory,
         statuses: reconciler.statuses(),
@@ -219,6 +219,10 @@ async fn engine(config: &Config, inventory: &fleet::Inventory) -> Result<Option<
         }
         Err(error) => Err(error),
     }
+}
+
+fn readiness(is_connected: bool) -> Result<String, String> {
+    if is_connected { Ok("ok".to_owned()) } else { Err("no session with the coordinator".to_owned()) }
 }
 
 fn hello(config: &Config, ingress: SocketAddr, peers: SocketAddr) -> fleet::Hello {
@@ -289,17 +293,21 @@ async fn identity(config: &Config) -> Result<Option<Arc<LiveIdentity>>, AgentErr
 
 async fn join(config: &Config, token: &str) -> Result<Credentials, AgentError> {
     let token: JoinToken = token.parse()?;
-    let channel = pilotlight_identity::channel(&config.coordinator, &Trust::Pinned(token.pin()))?;
+    let coordinators = Coordinators::new(&config.coordinators, Trust::Pinned(token.pin()))?;
     let (key_pem, csr_pem) = new_csr()?;
     let request = JoinRequest { token: token.to_string(), node_name: config.node_name.clone(), csr_pem };
-    let answer = EnrollmentClient::new(channel).join(request).await.map_err(AgentError::Join)?.into_inner();
+    let join = |channel| {
+        let request = request.clone();
+        async move { EnrollmentClient::new(channel).join(request).await }
+    };
+    let answer = coordinators.call(join).await.map_err(AgentError::Join)?.into_inner();
     Ok(Credentials { certificate_pem: answer.certificate_pem, key_pem, ca_pem: answer.ca_pem })
 }
 
 /// Renews the certificate after two thirds of its life, again and again.
 async fn renew(
     config: Config,
-    channel: tonic::transport::Channel,
+    coordinators: Arc<Coordinators>,
     identity: Arc<LiveIdentity>,
     stopping: CancellationToken,
 ) {
@@ -309,7 +317,7 @@ async fn renew(
             let due = Credentials::load(&directory).and_then(|credentials| credentials.renew_at());
             let wait = due.map_or(RENEW_PAUSE, |due| due.duration_since(SystemTime::now()).unwrap_or_default());
             tokio::time::sleep(wait).await;
-            if let Err(error) = renew_once(&directory, channel.clone(), &identity).await {
+            if let Err(error) = renew_once(&directory, &coordinators, &identity).await {
                 warn!(%error, "certificate not renewed; trying again");
                 tokio::time::sleep(RENEW_PAUSE).await;
             }
@@ -323,12 +331,15 @@ async fn renew(
 
 async fn renew_once(
     directory: &std::path::Path,
-    channel: tonic::transport::Channel,
+    coordinators: &Coordinators,
     identity: &LiveIdentity,
 ) -> Result<(), AgentError> {
     let (key_pem, csr_pem) = new_csr()?;
-    let answer = EnrollmentClient::new(channel).renew(RenewRequest { csr_pem }).await.map_err(AgentError::Join)?;
-    let answer = answer.into_inner();
+    let renew = |channel| {
+        let request = RenewRequest { csr_pem: csr_pem.clone() };
+        async move { EnrollmentClient::new(channel).renew(request).await }
+    };
+    let answer = coordinators.call(renew).await.map_err(AgentError::Join)?.into_inner();
     let credentials = Credentials { certificate_pem: answer.certificate_pem, key_pem, ca_pem: answer.ca_pem };
     credentials.save(directory)?;
     identity.replace(&credentials)?;

@@ -17,9 +17,16 @@ pub struct Args {
     /// Name of this node, unique in the cell, a DNS label.
     #[arg(long, env = "PILOTLIGHT_NODE_NAME")]
     node_name: String,
-    /// Address of the coordinator.
-    #[arg(long, env = "PILOTLIGHT_COORDINATOR", default_value = "https://127.0.0.1:7443", value_name = "URL")]
-    coordinator: String,
+    /// Address of a coordinator; give all of them, separated by commas or with further flags. The agent finds the
+    /// one that leads.
+    #[arg(
+        long,
+        env = "PILOTLIGHT_COORDINATOR",
+        default_value = "https://127.0.0.1:7443",
+        value_delimiter = ',',
+        value_name = "URL"
+    )]
+    coordinator: Vec<String>,
     /// Join token; needed once, for a node that has no certificate yet.
     #[arg(long, env = "PILOTLIGHT_TOKEN", hide_env_values = true)]
     token: Option<String>,
@@ -180,7 +187,7 @@ impl NodeArgs {
 pub async fn run(args: Args, stopping: CancellationToken) -> anyhow::Result<()> {
     let config = Config {
         node_name: args.node_name,
-        coordinator: args.coordinator,
+        coordinators: args.coordinator,
         security: Security::Mtls { token: args.token },
         data_dir: args.data_dir,
         listen_ingress: args.listen_ingress,

@@ -19,6 +19,10 @@ pub struct Args {
     /// gRPC for operators and agents, with mutual TLS.
     #[arg(long, env = "PILOTLIGHT_LISTEN", default_value = "127.0.0.1:7443", value_name = "ADDRESS")]
     listen: SocketAddr,
+    /// URL at which agents and operators reach this coordinator, told to those that ask a standby. Default: the
+    /// first of --names, with the port of --listen.
+    #[arg(long, env = "PILOTLIGHT_ADVERTISE", value_name = "URL")]
+    advertise: Option<String>,
     /// HTTP for /metrics, /healthz and /readyz.
     #[arg(long, env = "PILOTLIGHT_LISTEN_HTTP", default_value = "127.0.0.1:7480", value_name = "ADDRESS")]
     listen_http: SocketAddr,
@@ -134,6 +138,7 @@ fn config(args: Args) -> Config {
         cell: args.cell,
         listen: args.listen,
         listen_http: args.listen_http,
+        advertise: args.advertise,
         data_dir: args.data_dir,
         store,
         security: Security::Mtls { names: args.names, ca: args.ca_cert.zip(args.ca_key) },

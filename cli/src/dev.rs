@@ -45,7 +45,7 @@ pub async fn run(args: Args, stopping: CancellationToken) -> anyhow::Result<()> 
     let any_port = SocketAddr::from(([127, 0, 0, 1], 0));
     let agent = pilotlight_agent::config::Config {
         node_name: "dev".to_owned(),
-        coordinator: format!("http://{}", args.listen),
+        coordinators: vec![format!("http://{}", args.listen)],
         security: pilotlight_agent::config::Security::Plaintext,
         data_dir: data_dir.join("agent"),
         listen_ingress: ingress,

@@ -16,6 +16,9 @@ pub struct Config {
     pub listen: SocketAddr,
     /// HTTP: `/metrics`, `/healthz`, `/readyz`.
     pub listen_http: SocketAddr,
+    /// URL at which agents and operators reach this coordinator; a standby sends them there while this one leads.
+    /// `None`: the first of the certificate's names, with the port of `listen`.
+    pub advertise: Option<String>,
     /// Directory for the embedded store and the operator's first certificate; made where missing.
     pub data_dir: PathBuf,
     /// Where desired state is kept.
@@ -83,12 +86,28 @@ pub enum Security {
     },
 }
 
+impl Config {
+    /// URL at which agents and operators reach this coordinator.
+    pub fn advertised(&self) -> String {
+        let port = self.listen.port();
+        match (&self.advertise, &self.security) {
+            (Some(url), _) => url.clone(),
+            (None, Security::Plaintext) => format!("http://{}", self.listen),
+            (None, Security::Mtls { names, .. }) => match names.first() {
+                Some(name) => format!("https://{name}:{port}"),
+                None => format!("https://{}", self.listen),
+            },
+        }
+    }
+}
+
 impl Default for Config {
     fn default() -> Self {
         Self {
             cell: "main".into(),
             listen: SocketAddr::from(([127, 0, 0, 1], 7443)),
             listen_http: SocketAddr::from(([127, 0, 0, 1], 7480)),
+            advertise: None,
             data_dir: "/var/lib/pilotlight/coordinator".into(),
             store: StoreConfig::Embedded,
             security: Security::Mtls { names: vec!["localhost".into(), "127.0.0.1".into()], ca: None },

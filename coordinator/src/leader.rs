@@ -1,32 +1,54 @@
-//! One coordinator leads a cell: the one that made the key `leader`, while its lease lasts.
+//! Leader election: the coordinator that made the key `leader` leads its cell as long as its lease lasts.
 
 use std::{sync::Arc, time::Duration};
 
 use futures::StreamExt as _;
-use tracing::{info, warn};
+use serde::{Deserialize, Serialize};
+use tracing::{debug, info};
 
-use crate::store::{Event, Fenced, Lease, Store, StoreError, Transaction};
+use crate::store::{Event, Events, Fenced, Lease, Store, StoreError, Transaction};
 
 const KEY: &str = "leader";
-/// Pause before a campaign tries again after the store could not be reached.
-const PAUSE: Duration = Duration::from_secs(1);
+/// Longest time between two looks at the leader's key. A watch tells sooner, unless it hangs on a frozen etcd member.
+const LOOK_INTERVAL: Duration = Duration::from_secs(1);
+/// Pause before a campaign tries again after the store did not answer.
+const RETRY_PAUSE: Duration = Duration::from_secs(1);
+
+/// The leader, as it is stored.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LeaderRecord {
+    /// URL at which agents and operators reach it.
+    pub address: String,
+}
+
+/// What a campaign finds out while it lasts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Standing {
+    /// Another coordinator leads.
+    Standby(LeaderRecord),
+    /// The store does not answer, and why.
+    StoreUnavailable(String),
+}
 
 /// Held by the leader. Dropped, it ends after its time to live; see [`Leadership::resign`].
 #[derive(Debug)]
 pub struct Leadership {
-    fenced: Arc<dyn Store>,
+    fenced: Arc<Fenced>,
     lease: Lease,
 }
 
 impl Leadership {
     /// The store, each commit of which fails once another coordinator leads.
     pub fn fenced(&self) -> Arc<dyn Store> {
-        Arc::clone(&self.fenced)
+        Arc::clone(&self.fenced) as _
     }
 
-    /// Resolves when leadership has ended, or may have.
+    /// Resolves when leadership has ended, or may have; the fenced store then refuses all commits.
     pub async fn lost(&self) {
-        self.lease.lost().await;
+        tokio::select! {
+            () = self.lease.lost() => self.fenced.give_up(),
+            () = self.fenced.lost() => {}
+        }
     }
 
     /// Lets the next one lead at once.
@@ -35,18 +57,23 @@ impl Leadership {
     }
 }
 
-/// Waits until this process leads.
+/// Waits until this process leads. `report` is told who leads meanwhile, or that the store does not answer.
 ///
 /// # Errors
-/// The store cannot be used at all; one that cannot be reached is tried again.
-pub async fn campaign(store: Arc<dyn Store>, identity: &str, ttl: Duration) -> Result<Leadership, StoreError> {
+/// The store cannot be used at all; one that does not answer is asked again.
+pub async fn campaign(
+    store: Arc<dyn Store>,
+    candidate: &LeaderRecord,
+    ttl: Duration,
+    report: impl Fn(Standing),
+) -> Result<Leadership, StoreError> {
     loop {
-        match attempt(&store, identity, ttl).await {
+        match attempt(&store, candidate, ttl, &report).await {
             Ok(Some(leadership)) => return Ok(leadership),
             Ok(None) => {}
             Err(StoreError::Unavailable(reason)) => {
-                warn!(%reason, "cannot campaign for leadership; trying again");
-                tokio::time::sleep(PAUSE).await;
+                report(Standing::StoreUnavailable(reason));
+                tokio::time::sleep(RETRY_PAUSE).await;
             }
             Err(error) => return Err(error),
         }
@@ -54,28 +81,70 @@ pub async fn campaign(store: Arc<dyn Store>, identity: &str, ttl: Duration) -> R
 }
 
 /// Leads, or waits until the present leader is gone.
-async fn attempt(store: &Arc<dyn Store>, identity: &str, ttl: Duration) -> Result<Option<Leadership>, StoreError> {
+async fn attempt(
+    store: &Arc<dyn Store>,
+    candidate: &LeaderRecord,
+    ttl: Duration,
+    report: &impl Fn(Standing),
+) -> Result<Option<Leadership>, StoreError> {
+    if store.get(KEY).await?.is_some() {
+        wait_for_vacancy(store, report).await?;
+        return Ok(None);
+    }
     let lease = store.lease(ttl).await?;
-    let write = Transaction::new().expect_absent(KEY).put_with_lease(KEY, identity.to_owned(), lease.id());
+    let record = serde_json::to_vec(candidate).unwrap_or_default();
+    let write = Transaction::new().expect_absent(KEY).put_with_lease(KEY, record, lease.id());
     match store.commit(write).await {
         Ok(revision) => {
-            let fenced = Arc::new(Fenced::new(Arc::clone(store), KEY, revision));
-            return Ok(Some(Leadership { fenced, lease }));
+            let fenced = Arc::new(Fenced::new(Arc::clone(store), KEY, revision, lease.id()));
+            Ok(Some(Leadership { fenced, lease }))
         }
-        Err(StoreError::Conflict { .. }) => lease.revoke().await,
-        Err(error) => return Err(error),
-    }
-    let listing = store.list(KEY).await?;
-    let Some(leader) = listing.entries.iter().find(|entry| entry.key == KEY) else { return Ok(None) };
-    info!(leader = %String::from_utf8_lossy(&leader.value), "another coordinator leads; standing by");
-    let mut events = store.watch(KEY, listing.revision + 1).await?;
-    while let Some(events) = events.next().await {
-        match events {
-            Ok(events) if events.iter().any(|event| matches!(event, Event::Delete { key, .. } if key == KEY)) => break,
-            Ok(_) => {}
-            Err(StoreError::Compacted { .. }) => break,
-            Err(error) => return Err(error),
+        Err(StoreError::Conflict { .. }) => {
+            lease.revoke().await;
+            Ok(None)
+        }
+        // The commit may have taken place: without the lease it does not last.
+        Err(error) => {
+            lease.revoke().await;
+            Err(error)
         }
     }
-    Ok(None)
+}
+
+/// Returns once nobody leads.
+async fn wait_for_vacancy(store: &Arc<dyn Store>, report: &impl Fn(Standing)) -> Result<(), StoreError> {
+    let mut events: Option<Events> = None;
+    let mut leader = None;
+    loop {
+        let listing = store.list(KEY).await?;
+        let Some(entry) = listing.entries.iter().find(|entry| entry.key == KEY) else { return Ok(()) };
+        let record = serde_json::from_slice(&entry.value)
+            // As coordinators before format version 1 wrote it.
+            .unwrap_or_else(|_| LeaderRecord { address: String::from_utf8_lossy(&entry.value).into_owned() });
+        if leader.as_ref() != Some(&record) {
+            info!(leader = %record.address, "another coordinator leads; standing by");
+            report(Standing::Standby(record.clone()));
+            leader = Some(record);
+        }
+        if events.is_none() {
+            events = Some(store.watch(KEY, listing.revision + 1).await?);
+        }
+        let deleted = |events: &[Event]| events.iter().any(|e| matches!(e, Event::Delete { key, .. } if key == KEY));
+        match tokio::time::timeout(LOOK_INTERVAL, next(events.as_mut())).await {
+            Ok(Some(Ok(batch))) if deleted(&batch) => return Ok(()),
+            Ok(Some(Ok(_))) | Err(_) => {}
+            Ok(Some(Err(error))) => {
+                debug!(%error, "cannot watch the leader's key");
+                events = None;
+            }
+            Ok(None) => events = None,
+        }
+    }
+}
+
+async fn next(events: Option<&mut Events>) -> Option<Result<Vec<Event>, StoreError>> {
+    match events {
+        Some(events) => events.next().await,
+        None => None,
+    }
 }

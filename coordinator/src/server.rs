@@ -1,16 +1,22 @@
 //! Puts a coordinator together and runs it.
 
+mod standing;
+mod switch;
+
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
-use pilotlight_identity::Authority;
+use jiff::Timestamp;
+use pilotlight_identity::{Authority, LiveIdentity};
 use pilotlight_proto::{
     FILE_DESCRIPTOR_SET,
     control::v1::control_server::ControlServer,
     fleet::v1::{enrollment_server::EnrollmentServer, fleet_server::FleetServer},
 };
+use standing::{Role, Standing};
+use switch::Switch;
 use tokio::net::TcpListener;
 use tokio_stream::wrappers::TcpListenerStream;
-use tokio_util::sync::CancellationToken;
+use tokio_util::sync::{CancellationToken, DropGuard};
 use tonic::{service::Routes, transport::Server};
 use tracing::{error, info, warn};
 
@@ -19,7 +25,7 @@ use crate::{
     authority,
     config::{Config, Security, StoreConfig},
     fleet::{EvictHub, FleetService, LogHub, enrollment::EnrollmentService},
-    leader,
+    leader::{self, LeaderRecord},
     reconcile::{Handle, Reconciler, record::Recorder, run::Setup, world::Settings},
     store::{Store, StoreError, embedded::EmbeddedStore, etcd::EtcdStore},
     values::{Values, ValuesError, Vault},
@@ -27,8 +33,14 @@ use crate::{
 
 /// How long a leader's claim outlives its process; a successor waits this long after a crash.
 const LEADER_TTL: Duration = Duration::from_secs(5);
-/// Pause before an etcd that does not answer at the start is asked again.
+/// Pause before a store that does not answer is asked again.
 const STORE_PAUSE: Duration = Duration::from_secs(1);
+/// Time between two looks at whether the store can be used.
+const STORE_CHECK_INTERVAL: Duration = Duration::from_secs(2);
+/// Time for connections to end when the process stops.
+const STOP_TIMEOUT: Duration = Duration::from_secs(10);
+/// Time to tell the store that this process leads no longer.
+const RESIGN_TIMEOUT: Duration = Duration::from_secs(1);
 /// File below the data directory for the key that secrets are sealed with.
 const SECRETS_KEY: &str = "secrets.key";
 
@@ -69,28 +81,40 @@ pub enum CoordinatorError {
     /// The gRPC server failed.
     #[error("grpc: {0}")]
     Grpc(#[from] tonic::transport::Error),
-    /// Another coordinator has taken over.
-    #[error("leadership of cell {0} was lost; another coordinator leads now")]
-    LeadershipLost(String),
+    /// Nodes would be lost between two reports.
+    #[error("node-lease: {lease:?}, expected at least three times report-interval ({interval:?})")]
+    ShortLease {
+        /// As configured.
+        lease: Duration,
+        /// As configured.
+        interval: Duration,
+    },
+    /// An error in the program.
+    #[error("internal error: {0}")]
+    Panicked(String),
 }
 
-/// Runs a coordinator until `stopping`.
+/// Runs a coordinator until `stopping`: it leads the cell, or stands by while another coordinator does.
 ///
 /// # Errors
-/// A setting cannot be used, the store cannot be opened, or leadership is lost.
+/// A setting cannot be used, or the store holds what this version cannot read. A store that does not answer is no
+/// error: the coordinator steps down, and comes back with the store.
 pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), CoordinatorError> {
     if matches!(config.security, Security::Plaintext) && !config.listen.ip().is_loopback() {
         return Err(CoordinatorError::PlaintextOffLoopback(config.listen));
     }
     config.scaling.validate().map_err(|wrong| CoordinatorError::Scaling(wrong.join("; ")))?;
+    if config.node_lease < config.report_interval * 3 {
+        return Err(CoordinatorError::ShortLease { lease: config.node_lease, interval: config.report_interval });
+    }
     std::fs::create_dir_all(&config.data_dir)
         .map_err(|error| CoordinatorError::DataDir(config.data_dir.clone(), error))?;
     let listener = listen("listen", config.listen).await?;
     let http = listen("listen-http", config.listen_http).await?;
     let metrics = pilotlight_telemetry::Metrics::new("pilotlight-coordinator", env!("CARGO_PKG_VERSION"));
-    let leading = tokio_util::sync::CancellationToken::new();
-    let ready = leading.clone();
-    let status = pilotlight_telemetry::http_router(&metrics, move || ready.is_cancelled());
+    let standing = Standing::new();
+    let readiness = standing.clone();
+    let status = pilotlight_telemetry::http_router(&metrics, move || readiness.readiness());
     let http_stopping = stopping.clone();
     tokio::spawn(async move {
         let serve = axum::serve(http, status).with_graceful_shutdown(http_stopping.cancelled_owned());
@@ -98,91 +122,243 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), Coor
             error!(%error, "status listener ended");
         }
     });
-    let store = tokio::select! {
-        store = open_store(&config) => store?,
-        () = stopping.cancelled() => return Ok(()),
-    };
-
-    let identity = config.listen.to_string();
-    let leadership = tokio::select! {
-        leadership = leader::campaign(Arc::clone(&store), &identity, LEADER_TTL) => leadership?,
-        () = stopping.cancelled() => return Ok(()),
-    };
-    info!(cell = %config.cell, store = store.kind(), "leading");
-    let outcome = lead(&config, leadership.fenced(), listener, &leading, &leadership, stopping).await;
-    leadership.resign().await;
-    outcome
+    let coordinator = Coordinator { switch: Switch::new(standing.clone()), config, standing, stopping };
+    let stopping = coordinator.stopping.clone();
+    tokio::select! {
+        outcome = coordinator.serve(listener) => outcome,
+        // What `serve` does by itself once it leads; before that there is nothing to end.
+        () = async { stopping.cancelled().await; tokio::time::sleep(STOP_TIMEOUT).await } => Ok(()),
+    }
 }
 
-/// Serves as the leader until `stopping`, or until leadership is lost.
-async fn lead(
-    config: &Config,
-    store: Arc<dyn Store>,
+/// One process, in whichever role.
+struct Coordinator {
+    config: Config,
+    standing: Standing,
+    switch: Switch,
+    stopping: CancellationToken,
+}
+
+impl Coordinator {
+    async fn serve(&self, listener: TcpListener) -> Result<(), CoordinatorError> {
+        let store = tokio::select! {
+            store = self.open_store(&listener) => store?,
+            () = self.stopping.cancelled() => return Ok(()),
+        };
+        let authority = tokio::select! {
+            authority = self.authority(&store) => authority?,
+            () = self.stopping.cancelled() => return Ok(()),
+        };
+        let mut grpc = tokio::spawn(serve_grpc(
+            listener,
+            match (&self.config.security, &authority) {
+                (Security::Mtls { names, .. }, Some(authority)) => {
+                    Some(authority::own_identity(&self.config, authority, names)?)
+                }
+                _ => None,
+            },
+            self.switch.clone(),
+            self.stopping.clone(),
+        ));
+        self.standing.set_serves();
+        let mut turns = std::pin::pin!(self.take_turns(&store, authority));
+        tokio::select! {
+            served = &mut grpc => {
+                served.map_err(|error| CoordinatorError::Panicked(error.to_string()))??;
+                return turns.await;
+            }
+            outcome = &mut turns => outcome?,
+        }
+        // Connections end by themselves once the sessions have.
+        let _ = tokio::time::timeout(STOP_TIMEOUT, grpc).await;
+        Ok(())
+    }
+
+    /// Leads whenever this process is elected, until it stops.
+    async fn take_turns(
+        &self,
+        store: &Arc<dyn Store>,
+        authority: Option<Arc<Authority>>,
+    ) -> Result<(), CoordinatorError> {
+        let candidate = LeaderRecord { address: self.config.advertised() };
+        let mut suspended: Option<DropGuard> = None;
+        loop {
+            let report = |standing| {
+                let role = match standing {
+                    leader::Standing::Standby(leader) => {
+                        self.switch.refuse_all();
+                        Role::Standby(leader)
+                    }
+                    leader::Standing::StoreUnavailable(reason) => {
+                        warn!(reason, "the store does not answer; trying again");
+                        Role::StoreUnavailable(reason)
+                    }
+                };
+                self.standing.set_role(role);
+            };
+            let leadership = tokio::select! {
+                leadership = leader::campaign(Arc::clone(store), &candidate, LEADER_TTL, report) => leadership?,
+                () = self.stopping.cancelled() => return Ok(()),
+            };
+            self.standing.set_role(Role::TakingOver);
+            info!(cell = %self.config.cell, store = store.kind(), "leading");
+            let term = self.lead(&leadership, authority.clone()).await;
+            // A store that does not answer cannot be told; the lease then ends by itself.
+            let _ = tokio::time::timeout(RESIGN_TIMEOUT, leadership.resign()).await;
+            drop(suspended.take());
+            match term {
+                Ok(Some(former)) => suspended = Some(former),
+                Ok(None) => return Ok(()),
+                Err(CoordinatorError::Store(StoreError::Unavailable(reason)))
+                | Err(CoordinatorError::Values(ValuesError::Store(StoreError::Unavailable(reason)))) => {
+                    self.standing.set_role(Role::StoreUnavailable(reason));
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Leads until this process stops (then `None`) or until leadership is lost. What it knew can then still be read,
+    /// until the guard is dropped.
+    async fn lead(
+        &self,
+        leadership: &leader::Leadership,
+        authority: Option<Arc<Authority>>,
+    ) -> Result<Option<DropGuard>, CoordinatorError> {
+        let (config, store) = (&self.config, leadership.fenced());
+        let access = if authority.is_some() { Access::Certified } else { Access::Open };
+        // Whatever ends the loop ends the sessions, and the other way round.
+        let ending = self.stopping.child_token();
+        let (handle, inputs, changes) = Handle::new();
+        let vault = Arc::new(match &config.secrets_key {
+            Some(file) => Vault::with_key_file(file, false)?,
+            None => Vault::with_key_file(&config.data_dir.join(SECRETS_KEY), true)?,
+        });
+        let recorder = match &config.record {
+            Some(path) => Recorder::append(path).map_err(CoordinatorError::Record)?,
+            None => Recorder::default(),
+        };
+        let setup = Setup {
+            store: Arc::clone(&store),
+            settings: settings(config, vault.values()),
+            tick: config.tick,
+            report_interval: config.report_interval,
+            recorder,
+            inputs,
+            changes,
+        };
+        vault.load(&store).await?;
+        let reconciler = Reconciler::load(setup).await?;
+        let mut looping = tokio::spawn(reconciler.run(ending.clone()));
+        let services = services(config, &store, &vault, handle, access, authority, &ending).await;
+        self.switch.lead(services.into_axum_router());
+        self.standing.set_role(Role::Leading);
+
+        let panicked = |error: tokio::task::JoinError| CoordinatorError::Panicked(error.to_string());
+        tokio::select! {
+            () = self.stopping.cancelled() => {
+                looping.await.map_err(panicked)?;
+                return Ok(None);
+            }
+            ended = &mut looping => {
+                ended.map_err(panicked)?;
+                return Ok(None);
+            }
+            () = leadership.lost() => {}
+            () = self.watch_store(&store) => {}
+        }
+        // Reads go on, as of now; the sessions end, so that agents look for another leader.
+        warn!(cell = %config.cell, "leadership is lost: its lease could not be renewed, or another coordinator leads");
+        let until = CancellationToken::new();
+        self.switch.suspend(Timestamp::now());
+        ending.cancel();
+        let reconciler = looping.await.map_err(panicked)?;
+        tokio::spawn(reconciler.answer_reads(until.clone()));
+        Ok(Some(until.drop_guard()))
+    }
+
+    /// Notes whether the store can be used, for `/readyz`. Never returns.
+    async fn watch_store(&self, store: &Arc<dyn Store>) {
+        loop {
+            self.standing.set_store_fault(store.ping().await.err().map(|error| error.to_string()));
+            tokio::time::sleep(STORE_CHECK_INTERVAL).await;
+        }
+    }
+
+    /// Opens the store; waits for an etcd that does not answer yet, since machines start in any order. Meanwhile
+    /// connections are closed at once, so that callers try another coordinator.
+    async fn open_store(&self, listener: &TcpListener) -> Result<Arc<dyn Store>, CoordinatorError> {
+        let etcd = match &self.config.store {
+            StoreConfig::Embedded => {
+                return Ok(Arc::new(EmbeddedStore::open(&self.config.data_dir.join("state.redb"))?));
+            }
+            StoreConfig::Etcd(etcd) => etcd,
+        };
+        let store = Arc::new(EtcdStore::new(etcd, &format!("/pilotlight/{}/", self.config.cell))?);
+        let closing = async {
+            loop {
+                drop(listener.accept().await);
+            }
+        };
+        tokio::select! {
+            () = self.answers(&*store) => Ok(store),
+            () = closing => unreachable!("connections are closed for ever"),
+        }
+    }
+
+    /// Waits until the store answers.
+    async fn answers(&self, store: &dyn Store) {
+        while let Err(error) = store.ping().await {
+            let reason = error.to_string();
+            if self.standing.set_role(Role::StoreUnavailable(reason.clone())) {
+                warn!(reason, "the store does not answer; trying again");
+            }
+            tokio::time::sleep(STORE_PAUSE).await;
+        }
+    }
+
+    /// The authority of the cell; `None` where access is open.
+    async fn authority(&self, store: &Arc<dyn Store>) -> Result<Option<Arc<Authority>>, CoordinatorError> {
+        let Security::Mtls { ca, .. } = &self.config.security else { return Ok(None) };
+        let ca = ca.as_ref().map(|(certificate, key)| (certificate.as_path(), key.as_path()));
+        loop {
+            match authority::open(store, &self.config.cell, ca).await {
+                Ok(authority) => return Ok(Some(Arc::new(authority))),
+                // Another coordinator has just made it; or the store is away again.
+                Err(CoordinatorError::Store(StoreError::Conflict { .. })) => {}
+                Err(CoordinatorError::Store(StoreError::Unavailable(_))) => self.answers(&**store).await,
+                Err(error) => return Err(error),
+            }
+        }
+    }
+}
+
+/// Serves gRPC until `stopping`, with TLS where there is an identity.
+async fn serve_grpc(
     listener: TcpListener,
-    leading: &CancellationToken,
-    leadership: &leader::Leadership,
+    identity: Option<Arc<LiveIdentity>>,
+    switch: Switch,
     stopping: CancellationToken,
 ) -> Result<(), CoordinatorError> {
-    // Whatever ends the loop ends the server, and the other way round.
-    let ending = stopping.child_token();
-    let (access, authority) = match &config.security {
-        Security::Plaintext => (Access::Open, None),
-        Security::Mtls { ca, .. } => {
-            let ca = ca.as_ref().map(|(certificate, key)| (certificate.as_path(), key.as_path()));
-            (Access::Certified, Some(Arc::new(authority::open(&store, &config.cell, ca).await?)))
-        }
-    };
-    let (handle, inputs, changes) = Handle::new();
-    let vault = Arc::new(match &config.secrets_key {
-        Some(file) => Vault::with_key_file(file, false)?,
-        None => Vault::with_key_file(&config.data_dir.join(SECRETS_KEY), true)?,
-    });
-    let recorder = match &config.record {
-        Some(path) => Recorder::create(path).map_err(CoordinatorError::Record)?,
-        None => Recorder::default(),
-    };
-    let setup = Setup {
-        store: Arc::clone(&store),
-        settings: settings(config, vault.values()),
-        tick: config.tick,
-        report_interval: config.report_interval,
-        recorder,
-        inputs,
-        changes,
-    };
-    vault.load(&store).await?;
-    let reconciler = Reconciler::load(setup).await?;
-    let looping = tokio::spawn(reconciler.run(ending.clone()));
-    leading.cancel();
-
-    let services = services(config, &store, &vault, handle, access, authority.clone(), &ending).await;
+    let (health, health_service) = tonic_health::server::health_reporter();
+    health.set_serving::<ControlServer<ControlService>>().await;
+    health.set_serving::<FleetServer<FleetService>>().await;
+    let router = Routes::new(health_service).into_axum_router().fallback_service(switch);
     let server = Server::builder()
         .http2_keepalive_interval(Some(Duration::from_secs(10)))
         .trace_fn(|request| tracing::debug_span!("grpc", path = request.uri().path()))
-        .add_routes(services);
-    let serving = async {
-        match (&config.security, authority) {
-            (Security::Mtls { names, .. }, Some(authority)) => {
-                let live = authority::own_identity(config, &authority, names)?;
-                let incoming = pilotlight_identity::accept_tls(listener, live.server_config_optional_client(&[b"h2"])?);
-                server.serve_with_incoming_shutdown(incoming, ending.cancelled()).await?;
-            }
-            _ => {
-                let incoming = TcpListenerStream::new(listener);
-                server.serve_with_incoming_shutdown(incoming, ending.cancelled()).await?;
-            }
+        .add_routes(Routes::from(router));
+    match identity {
+        Some(identity) => {
+            let incoming = pilotlight_identity::accept_tls(listener, identity.server_config_optional_client(&[b"h2"])?);
+            server.serve_with_incoming_shutdown(incoming, stopping.cancelled_owned()).await?;
         }
-        Ok(())
-    };
-    let outcome = tokio::select! {
-        outcome = serving => outcome,
-        () = leadership.lost() => Err(CoordinatorError::LeadershipLost(config.cell.clone())),
-    };
-    ending.cancel();
-    if let Err(error) = looping.await {
-        error!(%error, "the loop ended badly");
+        None => {
+            let incoming = TcpListenerStream::new(listener);
+            server.serve_with_incoming_shutdown(incoming, stopping.cancelled_owned()).await?;
+        }
     }
-    outcome
+    Ok(())
 }
 
 async fn services(
@@ -207,11 +383,7 @@ async fn services(
         evictions: Arc::clone(&evictions),
     };
     let fleet = FleetService::new(handle, logs, evictions, access, ending.clone());
-    let (health, health_service) = tonic_health::server::health_reporter();
-    health.set_serving::<ControlServer<ControlService>>().await;
-    health.set_serving::<FleetServer<FleetService>>().await;
-    let mut routes =
-        Routes::new(health_service).add_service(ControlServer::new(control)).add_service(FleetServer::new(fleet));
+    let mut routes = Routes::new(ControlServer::new(control)).add_service(FleetServer::new(fleet));
     if let Some(authority) = authority {
         let enrollment = EnrollmentService::new(authority, Arc::clone(store), access);
         routes = routes.add_service(EnrollmentServer::new(enrollment));
@@ -245,22 +417,4 @@ fn settings(config: &Config, values: &Arc<Values>) -> Settings {
 
 async fn listen(what: &'static str, address: SocketAddr) -> Result<TcpListener, CoordinatorError> {
     TcpListener::bind(address).await.map_err(|error| CoordinatorError::Listen { what, address, error })
-}
-
-/// Opens the store; waits for an etcd that does not answer yet, since machines start in any order.
-async fn open_store(config: &Config) -> Result<Arc<dyn Store>, CoordinatorError> {
-    let etcd = match &config.store {
-        StoreConfig::Embedded => return Ok(Arc::new(EmbeddedStore::open(&config.data_dir.join("state.redb"))?)),
-        StoreConfig::Etcd(etcd) => etcd,
-    };
-    loop {
-        match EtcdStore::connect(etcd, &format!("/pilotlight/{}/", config.cell)).await {
-            Ok(store) => return Ok(Arc::new(store)),
-            Err(StoreError::Unavailable(reason)) => {
-                warn!(%reason, endpoints = ?etcd.endpoints, "etcd does not answer; trying again");
-                tokio::time::sleep(STORE_PAUSE).await;
-            }
-            Err(error) => return Err(error.into()),
-        }
-    }
 }

@@ -5,6 +5,7 @@
 
 mod accept;
 mod authority;
+mod coordinators;
 mod credentials;
 #[cfg(test)]
 mod handshakes;
@@ -15,6 +16,7 @@ mod transport;
 
 pub use accept::{TlsConnection, accept_tls};
 pub use authority::{Authority, NODE_LIFETIME, new_csr};
+pub use coordinators::{Coordinators, LEADER_HEADER, STATE_TIME_HEADER};
 pub use credentials::Credentials;
 pub use live::LiveIdentity;
 pub use member::{Member, Role, check_label};

@@ -24,8 +24,9 @@ use crate::{IdentityError, LiveIdentity, Member, accept::TlsConnection, authorit
 
 const CONNECT_WITHIN: Duration = Duration::from_secs(5);
 const HANDSHAKE_WITHIN: Duration = Duration::from_secs(10);
-/// A peer that is silent is asked; one that does not answer is gone.
-const KEEP_ALIVE: Duration = Duration::from_secs(10);
+/// A coordinator that is silent for this long is pinged; one that does not answer for as long again is gone. Twice this
+/// is well below the lease of a node, so that nodes find a new leader before it holds them for lost.
+const KEEP_ALIVE: Duration = Duration::from_secs(5);
 
 /// Whom a connection trusts, and what it shows of itself.
 #[derive(Debug, Clone)]

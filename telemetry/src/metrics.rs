@@ -40,8 +40,12 @@ impl Metrics {
     }
 }
 
-/// `/metrics`, `/healthz` (the process answers) and `/readyz` (it can do its work).
-pub fn http_router(metrics: &Metrics, ready: impl Fn() -> bool + Clone + Send + Sync + 'static) -> Router {
+/// `/metrics`, `/healthz` (the process answers) and `/readyz` (it can do its work). `readiness` says in words that it
+/// can, or why it cannot.
+pub fn http_router(
+    metrics: &Metrics,
+    readiness: impl Fn() -> Result<String, String> + Clone + Send + Sync + 'static,
+) -> Router {
     const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
     let metrics = metrics.clone();
     let scrape = move || async move {
@@ -53,7 +57,10 @@ pub fn http_router(metrics: &Metrics, ready: impl Fn() -> bool + Clone + Send + 
         }
     };
     let readiness = move || async move {
-        if ready() { (StatusCode::OK, "ok\n") } else { (StatusCode::SERVICE_UNAVAILABLE, "not ready\n") }
+        match readiness() {
+            Ok(state) => (StatusCode::OK, format!("{state}\n")),
+            Err(reason) => (StatusCode::SERVICE_UNAVAILABLE, format!("not ready: {reason}\n")),
+        }
     };
     Router::new()
         .route("/metrics", get(scrape))
@@ -82,12 +89,13 @@ mod tests {
         let counter: Counter = Counter::default();
         counter.inc_by(3);
         metrics.register(|registry| registry.register("things", "Things seen", counter.clone()));
-        let router = http_router(&metrics, || false);
+        let router = http_router(&metrics, || Err("no session".to_owned()));
         let (status, text) = get(router.clone(), "/metrics").await;
         assert_eq!(status, StatusCode::OK);
         assert!(text.contains("things_total 3\n") && text.ends_with("# EOF\n"), "{text}");
         assert!(text.contains(r#"target_info{service_name="pilotlight-test",service_version="1.2.3"} 1"#), "{text}");
         assert_eq!(get(router.clone(), "/healthz").await.0, StatusCode::OK);
-        assert_eq!(get(router, "/readyz").await.0, StatusCode::SERVICE_UNAVAILABLE);
+        let (status, text) = get(router, "/readyz").await;
+        assert_eq!((status, text.as_str()), (StatusCode::SERVICE_UNAVAILABLE, "not ready: no session\n"));
     }
 }

@@ -8,6 +8,7 @@ mod reports;
 
 use std::{sync::Arc, time::Duration};
 
+use pilotlight_identity::Coordinators;
 use pilotlight_proto::fleet::v1::{
     self as fleet, AgentMessage, agent_message::Message as FromAgent, coordinator_message::Message as ToAgent,
     fleet_client::FleetClient,
@@ -23,13 +24,15 @@ pub use reports::Told;
 
 /// Messages that may wait for the stream. Reports that find it full are skipped: the next one covers them.
 const MESSAGES_WAITING: usize = 256;
-/// A coordinator that does not answer a hello within this time is tried again.
-const WELCOME_WITHIN: Duration = Duration::from_secs(10);
+/// A coordinator that does not answer a hello within this time is left for the next one.
+const WELCOME_WITHIN: Duration = Duration::from_secs(5);
+/// Times in a row that a session follows the address of a leader without a pause.
+const REDIRECTS_MAX: usize = 3;
 
 /// What a session needs of its node.
 pub struct Session {
-    /// Connects lazily, by TLS or not.
-    pub channel: Channel,
+    /// Whom to connect to.
+    pub coordinators: Arc<Coordinators>,
     /// Who this node is.
     pub hello: fleet::Hello,
     /// What it has; sent at the start and on change.
@@ -47,22 +50,23 @@ pub struct Session {
 }
 
 impl Session {
-    /// Keeps a session open until `stopping`.
+    /// Keeps a session open until `stopping`, with whichever coordinator leads.
     pub async fn run(mut self, stopping: CancellationToken) {
         let mut backoff = Backoff::default();
+        let mut attempts = Attempts::new(self.coordinators.configured());
         loop {
+            let (address, channel) = self.coordinators.current();
             let outcome = tokio::select! {
                 () = stopping.cancelled() => return,
-                outcome = self.once(&mut backoff) => outcome,
+                outcome = self.once(channel, &mut backoff) => outcome,
             };
-            self.connected.send_replace(false);
-            let pause = backoff.next();
-            match outcome {
-                Ok(()) => info!(?pause, "the coordinator ended the session; connecting again"),
-                Err(status) => {
-                    warn!(?pause, code = ?status.code(), reason = status.message(), "no session; trying again")
-                }
+            if self.connected.send_replace(false) {
+                attempts = Attempts::new(self.coordinators.configured());
             }
+            let status = outcome.err().unwrap_or_else(|| Status::unavailable("the coordinator ended the session"));
+            let redirected = self.coordinators.failed(&address, &status);
+            let pause = if attempts.goes_on_at_once(redirected) { Duration::ZERO } else { backoff.next() };
+            warn!(%address, ?pause, code = ?status.code(), reason = status.message(), "no session; trying again");
             tokio::select! {
                 () = stopping.cancelled() => return,
                 () = tokio::time::sleep(pause) => {}
@@ -71,7 +75,7 @@ impl Session {
     }
 
     /// One session, from hello to its end.
-    async fn once(&mut self, backoff: &mut Backoff) -> Result<(), Status> {
+    async fn once(&mut self, channel: Channel, backoff: &mut Backoff) -> Result<(), Status> {
         let (sender, receiver) = mpsc::channel(MESSAGES_WAITING);
         let say = Outbound(sender);
         say.now(FromAgent::Hello(self.hello.clone()))?;
@@ -80,11 +84,11 @@ impl Session {
         say.now(FromAgent::CacheReport(self.cached.borrow_and_update().clone()))?;
         say.now(FromAgent::ReplicaStatuses(self.statuses.borrow_and_update().clone()))?;
 
-        let mut client = FleetClient::new(self.channel.clone());
+        let mut client = FleetClient::new(channel);
         let opening = client.session(ReceiverStream::new(receiver));
         let mut inbound = tokio::time::timeout(WELCOME_WITHIN, opening)
             .await
-            .map_err(|_| Status::deadline_exceeded("the coordinator did not answer within 10 s"))??
+            .map_err(|_| Status::deadline_exceeded("the coordinator did not answer within 5 s"))??
             .into_inner();
         self.told.session_opened();
         let mut reports = tokio::time::interval(Duration::from_secs(1));
@@ -125,6 +129,31 @@ impl Session {
                 _ = reports.tick() => say.if_room(FromAgent::QueueReport(self.told.report())),
             }
         }
+    }
+}
+
+/// Attempts since the last session: each coordinator is asked once before there is a pause.
+struct Attempts {
+    addresses_left: usize,
+    redirects_left: usize,
+}
+
+impl Attempts {
+    fn new(addresses: usize) -> Self {
+        // The one that failed counts as asked.
+        Self { addresses_left: addresses.saturating_sub(1), redirects_left: REDIRECTS_MAX }
+    }
+
+    /// True where the next attempt needs no pause.
+    fn goes_on_at_once(&mut self, redirected: bool) -> bool {
+        let left = if redirected { &mut self.redirects_left } else { &mut self.addresses_left };
+        let more = *left > 0;
+        *left = left.saturating_sub(1);
+        if !more {
+            // After the pause all of them are asked again.
+            self.redirects_left = REDIRECTS_MAX;
+        }
+        more
     }
 }
 

@@ -473,7 +473,9 @@ pub(super) fn status(error: CommandError) -> Status {
     match &error {
         CommandError::NotFound(_) | CommandError::NodeNotFound(_) => Status::not_found(error.to_string()),
         CommandError::Refused(_) | CommandError::OnAllNodes(_) => Status::failed_precondition(error.to_string()),
-        CommandError::Store(_) | CommandError::Stopping => Status::unavailable(error.to_string()),
+        CommandError::Store(_) | CommandError::SteppedDown | CommandError::Stopping => {
+            Status::unavailable(error.to_string())
+        }
     }
 }
 

@@ -133,6 +133,11 @@ pub enum CommandError {
     /// The store refused or could not be reached; nothing was changed.
     #[error("nothing was changed: {0}")]
     Store(#[from] StoreError),
+    /// The coordinator has lost its leadership.
+    #[error(
+        "nothing was changed: this coordinator has stepped down, since it cannot reach the store or another one leads"
+    )]
+    SteppedDown,
     /// The coordinator is stopping.
     #[error("the coordinator is stopping")]
     Stopping,

@@ -30,6 +30,7 @@ pub mod shelf;
 #[cfg(test)]
 mod shelf_tests;
 mod storage;
+mod suspended;
 pub mod view;
 mod warmth;
 pub mod world;

@@ -71,12 +71,13 @@ enum Target {
 }
 
 impl Recorder {
-    /// Records into a new file.
+    /// Records into a file, after what it holds already: a coordinator may lead several times.
     ///
     /// # Errors
-    /// The file cannot be made.
-    pub fn create(path: &Path) -> std::io::Result<Self> {
-        Ok(Self(Target::File(BufWriter::new(File::create(path)?))))
+    /// The file cannot be opened.
+    pub fn append(path: &Path) -> std::io::Result<Self> {
+        let file = File::options().create(true).append(true).open(path)?;
+        Ok(Self(Target::File(BufWriter::new(file))))
     }
 
     /// Keeps all lines.

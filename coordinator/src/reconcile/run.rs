@@ -82,8 +82,8 @@ pub struct Setup {
 }
 
 impl Reconciler {
-    /// Runs until stopped.
-    pub async fn run(mut self, stopping: CancellationToken) {
+    /// Runs until stopped. What it knows can then still be read; see [`Reconciler::answer_reads`].
+    pub async fn run(mut self, stopping: CancellationToken) -> Self {
         let mut ticks = tokio::time::interval(self.tick);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
@@ -103,6 +103,7 @@ impl Reconciler {
         }
         self.write_usage(self.clock.now()).await;
         self.recorder.flush();
+        self
     }
 
     async fn take(&mut self, input: Input) {
