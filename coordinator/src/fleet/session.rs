@@ -15,7 +15,7 @@ use pilotlight_proto::fleet::v1::{
     self as fleet, AgentMessage, CoordinatorMessage, agent_message::Message as FromAgent,
     coordinator_message::Message as ToAgent,
 };
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, time::Instant};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
@@ -42,9 +42,54 @@ pub struct SessionHandle {
     pub id: u64,
     outbound: mpsc::Sender<Result<CoordinatorMessage, Status>>,
     closed: CancellationToken,
+    /// When the last message came; known even while the loop is busy.
+    heard: Heard,
+}
+
+/// When the last message of a session came. Cheap to clone.
+#[derive(Debug, Clone)]
+pub(crate) struct Heard {
+    started: Instant,
+    /// Milliseconds after `started`; [`Heard::ALWAYS`] for sessions of virtual nodes.
+    at: Arc<AtomicU64>,
+}
+
+impl Heard {
+    const ALWAYS: u64 = u64::MAX;
+
+    /// Now.
+    pub(crate) fn now() -> Self {
+        Self { started: Instant::now(), at: Arc::default() }
+    }
+
+    fn always() -> Self {
+        Self { at: Arc::new(AtomicU64::new(Self::ALWAYS)), ..Self::now() }
+    }
+
+    /// A message has come.
+    fn note(&self) {
+        self.at.store(self.started.elapsed().as_millis() as u64, Ordering::Relaxed);
+    }
+
+    fn silence(&self) -> Duration {
+        match self.at.load(Ordering::Relaxed) {
+            Self::ALWAYS => Duration::ZERO,
+            at => self.started.elapsed().saturating_sub(Duration::from_millis(at)),
+        }
+    }
 }
 
 impl SessionHandle {
+    /// A message has come.
+    pub(crate) fn note_message(&self) {
+        self.heard.note();
+    }
+
+    /// Time since the last message came.
+    pub fn silence(&self) -> Duration {
+        self.heard.silence()
+    }
+
     /// Tells the agent something. False where the agent is too far behind or gone: the session ends.
     #[must_use]
     pub fn tell(&self, message: ToAgent) -> bool {
@@ -58,14 +103,16 @@ impl SessionHandle {
     /// A session that nobody listens to, for virtual nodes.
     pub fn to_nobody(node: &str) -> Self {
         let (outbound, _) = mpsc::channel(1);
-        Self { node: node.to_owned(), id: 0, outbound, closed: CancellationToken::new() }
+        Self { node: node.to_owned(), id: 0, outbound, closed: CancellationToken::new(), heard: Heard::always() }
     }
 
     /// A session, and what its agent receives.
     #[cfg(test)]
     pub(crate) fn for_tests(node: &str) -> (Self, mpsc::Receiver<Result<CoordinatorMessage, Status>>) {
         let (outbound, receiver) = mpsc::channel(100);
-        (Self { node: node.to_owned(), id: 0, outbound, closed: CancellationToken::new() }, receiver)
+        let session =
+            Self { node: node.to_owned(), id: 0, outbound, closed: CancellationToken::new(), heard: Heard::now() };
+        (session, receiver)
     }
 
     /// Ends the session.
@@ -126,6 +173,7 @@ impl fleet::fleet_server::Fleet for FleetService {
             id: self.next_session.fetch_add(1, Ordering::Relaxed),
             outbound,
             closed: self.stopping.child_token(),
+            heard: Heard::now(),
         };
         info!(node = %session.node, session = session.id, version = %hello.agent_version, "agent connected");
         let stopped = |_| Status::unavailable("the coordinator is stopping");
@@ -152,6 +200,7 @@ async fn listen(
             () = session.closed.cancelled() => break,
             message = inbound.message() => message,
         };
+        session.note_message();
         match message {
             Ok(Some(AgentMessage { message: Some(FromAgent::LogChunk(chunk)) })) => logs.deliver(chunk),
             Ok(Some(AgentMessage { message: Some(FromAgent::ModelEvicted(answer)) })) => evictions.deliver(answer),

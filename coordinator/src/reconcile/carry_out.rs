@@ -202,6 +202,9 @@ impl Reconciler {
         self.meter.close(&record, charge, now);
         let service = self.world.component_of(&record);
         if why == Gone::NodeLost {
+            if let Some(node) = self.world.nodes.get_mut(&record.node).filter(|_| !record.draining) {
+                node.left_behind.insert(record.name.clone(), record.clone());
+            }
             if let Some(revision) = self.world.revisions.get_mut(&record.revision) {
                 // Its last attempt ended with the node.
                 revision.failures.clear();

@@ -75,6 +75,7 @@ impl Reconciler {
             meter: Meter::resume(cursor, usage),
             metered_at: now,
             warmed_at: now,
+            looked_at: now,
             routes_version: 0,
             tick: setup.tick,
             report_interval: setup.report_interval,

@@ -22,6 +22,7 @@ mod nodes;
 pub mod observe;
 pub mod plan;
 pub mod record;
+mod returned;
 mod rolling;
 pub mod routes;
 pub mod run;

@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     autoscaler::Sample,
-    model::{self, RevisionKey, ServiceKey},
+    model::{self, ReplicaRecord, RevisionKey, ServiceKey},
 };
 
 /// What has changed since the loop last acted.
@@ -34,6 +34,8 @@ pub struct Dirty {
     pub warmth: bool,
     /// True where the list of nodes has changed.
     pub peers: bool,
+    /// Replicas of a node that was lost, as it reports them after its return.
+    pub returned: Vec<(ReplicaRecord, fleet::ReplicaStatus)>,
 }
 
 impl Dirty {
@@ -186,13 +188,17 @@ fn statuses_of(world: &mut World, node: &str, statuses: fleet::ReplicaStatuses, 
         dirty.nodes.insert(node.to_owned());
     }
     let mut unreported = state.replicas.clone();
+    let mut left_behind = std::mem::take(&mut state.left_behind);
     for status in statuses.replicas {
         unreported.remove(&status.replica);
         match world.replicas.get(&status.replica) {
             Some(replica) if replica.record.node == node => took(world, status, now, dirty),
-            // Runs there, but is wanted elsewhere or not at all: the assignment says so.
+            // Runs there, but is wanted elsewhere or not at all: the assignment says so, unless it is taken back.
             _ => {
                 dirty.nodes.insert(node.to_owned());
+                if let Some(record) = left_behind.remove(&status.replica) {
+                    dirty.returned.push((record, status));
+                }
             }
         }
     }
@@ -219,7 +225,7 @@ fn statuses_of(world: &mut World, node: &str, statuses: fleet::ReplicaStatuses, 
 const UNHEALTHY: &str = "Unhealthy";
 
 /// One replica's new status.
-fn took(world: &mut World, status: fleet::ReplicaStatus, now: Timestamp, dirty: &mut Dirty) {
+pub(super) fn took(world: &mut World, status: fleet::ReplicaStatus, now: Timestamp, dirty: &mut Dirty) {
     let Some(replica) = world.replicas.get_mut(&status.replica) else { return };
     if replica.status.as_ref() == Some(&status) {
         return;

@@ -38,6 +38,8 @@ use crate::{
 
 /// Time between writes of usage.
 const METER_INTERVAL: Duration = Duration::from_secs(60);
+/// Time between two looks at how long sessions have been silent.
+const SILENCE_INTERVAL: Duration = Duration::from_secs(1);
 /// Inputs handled before the loop acts on them together.
 const INPUTS_AT_ONCE: usize = 256;
 /// Writes in one transaction; etcd takes 128 operations by default, compares included.
@@ -56,6 +58,8 @@ pub struct Reconciler {
     /// When it was last looked at what idle models hold.
     pub(super) warmed_at: Timestamp,
     pub(super) routes_version: u64,
+    /// When it was last looked at how long sessions have been silent.
+    pub(super) looked_at: Timestamp,
     pub(super) tick: Duration,
     pub(super) report_interval: Duration,
     pub(super) inputs: mpsc::Receiver<Input>,
@@ -89,9 +93,13 @@ impl Reconciler {
         loop {
             tokio::select! {
                 () = stopping.cancelled() => break,
-                _ = ticks.tick() => self.on_tick().await,
+                _ = ticks.tick() => {
+                    self.observe_silence(self.clock.now());
+                    self.on_tick().await;
+                }
                 input = self.inputs.recv() => {
                     let Some(input) = input else { break };
+                    self.observe_silence(self.clock.now());
                     self.take(input).await;
                     for _ in 1..INPUTS_AT_ONCE {
                         let Ok(input) = self.inputs.try_recv() else { break };
@@ -180,6 +188,24 @@ impl Reconciler {
         }
     }
 
+    /// Takes in which sessions are silent. A loop that stood still (a paused machine, a store that was slow) cannot tell
+    /// silent agents from messages that were not read: then all leases begin anew.
+    fn observe_silence(&mut self, now: Timestamp) {
+        let stood_still = since(self.looked_at, now) > self.world.settings.node_lease / 2;
+        if stood_still {
+            warn!(time = ?since(self.looked_at, now), "the control loop stood still; the leases of all nodes begin anew");
+        }
+        if stood_still || since(self.looked_at, now) >= SILENCE_INTERVAL {
+            for node in self.world.nodes.values_mut() {
+                node.observe_silence(now);
+                if stood_still && !node.lost(self.world.settings.node_lease, self.looked_at) {
+                    node.last_seen = now;
+                }
+            }
+            self.looked_at = now;
+        }
+    }
+
     async fn on_tick(&mut self) {
         let now = self.clock.now();
         scale::decide_all(&mut self.world, now, &mut self.recorder, &mut self.dirty);
@@ -202,6 +228,7 @@ impl Reconciler {
     /// Acts on all that has changed.
     async fn act(&mut self) {
         let now = self.clock.now();
+        self.take_back(now).await;
         self.promote(now).await;
         if self.dirty.warmth && self.world.settled(now) {
             (self.dirty.warmth, self.warmed_at) = (false, now);

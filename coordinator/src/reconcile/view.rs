@@ -256,8 +256,8 @@ pub fn node(world: &World, state: &NodeState, now: Timestamp) -> control::Node {
     let inventory = state.inventory.clone().unwrap_or_default();
     let holders: Vec<_> = state.replicas.iter().filter_map(|name| world.replicas.get(name)).collect();
     let state_name = match state {
-        _ if state.session.is_some() => "Ready",
         _ if state.lost(world.settings.node_lease, now) => "Lost",
+        _ if state.session.is_some() => "Ready",
         _ => "Unknown",
     };
     control::Node {

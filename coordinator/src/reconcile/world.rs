@@ -193,10 +193,12 @@ pub struct NodeState {
     pub shelf: Shelf,
     /// True once its agent has told, in this coordinator's life, what runs there.
     pub heard: bool,
-    /// When a message last came.
+    /// When a message last came. For one that has not been heard from in this coordinator's life: when that life began.
     pub last_seen: Timestamp,
     /// Replicas placed there.
     pub replicas: BTreeSet<String>,
+    /// Replicas that were placed there when it was lost: they may still run when it returns.
+    pub left_behind: BTreeMap<String, ReplicaRecord>,
     /// Version of the last assignment sent.
     pub assignment_version: u64,
     /// Version of the last routes that it said it routes by, in this session.
@@ -229,14 +231,23 @@ impl NodeState {
             heard: false,
             last_seen: now,
             replicas: BTreeSet::new(),
+            left_behind: BTreeMap::new(),
             assignment_version: 0,
             routes_applied: 0,
         }
     }
 
-    /// True where nobody is connected and the lease has run out.
+    /// True where it has been silent for longer than its lease, with or without an open session: a frozen agent keeps
+    /// its connections.
     pub fn lost(&self, lease: Duration, now: Timestamp) -> bool {
-        self.session.is_none() && since(self.last_seen, now) > lease
+        since(self.last_seen, now) > lease
+    }
+
+    /// Takes in how long the open session has been silent.
+    pub fn observe_silence(&mut self, now: Timestamp) {
+        if let Some(session) = &self.session {
+            self.last_seen = self.last_seen.max(now - session.silence());
+        }
     }
 }
 

@@ -1,8 +1,6 @@
 pub(in crate::reconcile) mod asleep;
 mod failing;
 
-use std::time::Duration;
-
 use pilotlight_proto::fleet::v1 as fleet;
 use pilotlight_telemetry::TraceContext;
 
@@ -22,8 +20,7 @@ pub(in crate::reconcile) struct Cell {
 impl Cell {
     /// Connected nodes with these numbers of GPUs, named `a`, `b` and so on.
     pub(in crate::reconcile) fn of(gpus: &[u32]) -> Self {
-        let settings = Settings { node_lease: Duration::from_secs(20), ..Settings::for_tests() };
-        let mut world = World::new(settings);
+        let mut world = World::new(Settings::for_tests());
         for (name, gpus) in ["a", "b", "c", "d"].into_iter().zip(gpus) {
             let record =
                 NodeRecord { name: name.into(), joined_at: Timestamp::UNIX_EPOCH, availability: Availability::Open };

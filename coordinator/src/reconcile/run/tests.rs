@@ -155,3 +155,134 @@ async fn requests_learn_that_the_store_cannot_record_a_wake() {
     assert_eq!(case.failure(), None);
     assert!(!case.reconciler.world.replicas["m-1"].record.asleep);
 }
+
+/// Node "a" reports that these replicas are ready.
+fn ready(replicas: &[&str]) -> Input {
+    let status = |replica: &&str| fleet::ReplicaStatus {
+        replica: (*replica).into(),
+        revision: KEY.into(),
+        phase: fleet::ReplicaPhase::Ready.into(),
+        ..Default::default()
+    };
+    let statuses = fleet::ReplicaStatuses { replicas: replicas.iter().map(status).collect() };
+    let message = fleet::agent_message::Message::ReplicaStatuses(statuses);
+    Input::Heard { node: "a".into(), session: 0, message }
+}
+
+impl Case {
+    /// A world with one ready replica "m-1" on node "a", whose lease is 20 s.
+    async fn serving() -> Self {
+        let mut cell = Case::world(true);
+        cell.world.settings.node_lease = LEASE;
+        let replica = cell.world.replicas.get_mut("m-1").unwrap();
+        replica.record.asleep = false;
+        cell.world.revisions.get_mut(KEY).unwrap().wanted = 1;
+        let mut case = Self::start(cell).await;
+        case.reconciler.take(ready(&["m-1"])).await;
+        case.reconciler.act().await;
+        assert!(case.reconciler.world.replicas["m-1"].ready());
+        case
+    }
+
+    /// Lets time pass in steps in which the loop runs.
+    async fn pass(&mut self, time: Duration) {
+        let mut left = time;
+        while !left.is_zero() {
+            let step = left.min(Duration::from_secs(2));
+            tokio::time::advance(step).await;
+            left -= step;
+            self.step().await;
+        }
+    }
+
+    async fn step(&mut self) {
+        self.reconciler.observe_silence(self.reconciler.clock.now());
+        self.reconciler.on_tick().await;
+        self.reconciler.act().await;
+    }
+
+    fn state(&self) -> String {
+        let world = &self.reconciler.world;
+        super::super::view::node(world, &world.nodes["a"], self.reconciler.clock.now()).state
+    }
+}
+
+const LEASE: Duration = Duration::from_secs(20);
+
+#[tokio::test(start_paused = true)]
+async fn a_node_is_lost_once_it_is_silent_for_its_lease_although_its_session_is_open() {
+    let mut case = Case::serving().await;
+    case.pass(Duration::from_secs(18)).await;
+    assert_eq!((case.state().as_str(), case.reconciler.world.replicas.len()), ("Ready", 1));
+    case.pass(Duration::from_secs(4)).await;
+    assert_eq!(case.state(), "Lost");
+    assert!(!case.reconciler.world.replicas.contains_key("m-1"), "its replicas are placed anew");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_node_that_talks_is_not_lost_while_the_loop_is_busy() {
+    let mut case = Case::serving().await;
+    for _ in 0..10 {
+        tokio::time::advance(Duration::from_secs(5)).await;
+        case.reconciler.world.nodes["a"].session.as_ref().unwrap().note_message();
+        case.step().await;
+    }
+    assert_eq!((case.state().as_str(), case.reconciler.world.replicas.len()), ("Ready", 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn all_leases_begin_anew_after_the_loop_stood_still() {
+    let mut case = Case::serving().await;
+    tokio::time::advance(Duration::from_secs(60)).await;
+    case.step().await;
+    assert_eq!((case.state().as_str(), case.reconciler.world.replicas.len()), ("Ready", 1));
+    case.pass(Duration::from_secs(22)).await;
+    assert_eq!(case.state(), "Lost");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_new_leader_removes_no_replica_before_the_lease_of_its_node_counted_from_the_takeover() {
+    let mut case = Case::serving().await;
+    // As a new leader reads it: placed there, never heard of.
+    let now = case.reconciler.clock.now();
+    let node = case.reconciler.world.nodes.get_mut("a").unwrap();
+    (node.session, node.heard, node.last_seen) = (None, false, now);
+    case.reconciler.world.replicas.get_mut("m-1").unwrap().status = None;
+    case.reconciler.world.revisions.get_mut(KEY).unwrap().wanted = 0;
+    case.pass(Duration::from_secs(18)).await;
+    assert!(case.reconciler.world.replicas.contains_key("m-1"));
+    case.pass(Duration::from_secs(4)).await;
+    assert!(!case.reconciler.world.replicas.contains_key("m-1"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn replicas_that_still_run_are_adopted_when_their_lost_node_returns() {
+    let mut case = Case::serving().await;
+    case.pass(Duration::from_secs(22)).await;
+    assert!(!case.reconciler.world.replicas.contains_key("m-1"));
+    case.reconciler.world.nodes["a"].session.as_ref().unwrap().note_message();
+    case.reconciler.take(ready(&["m-1"])).await;
+    case.reconciler.act().await;
+    assert!(case.reconciler.world.replicas["m-1"].ready());
+    let stored = case.store.get(&keys::replica("m-1")).await.unwrap();
+    assert!(stored.is_some(), "the next leader knows it, too");
+    case.step().await;
+    let names: Vec<_> = case.reconciler.world.replicas.keys().collect();
+    assert_eq!(names, ["m-1"], "nothing is started in its stead");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_replica_of_a_lost_node_is_not_adopted_where_another_one_is_ready() {
+    let mut case = Case::serving().await;
+    case.pass(Duration::from_secs(22)).await;
+    let now = case.reconciler.clock.now();
+    let record = case.reconciler.world.nodes["a"].left_behind["m-1"].clone();
+    let other = ReplicaRecord { name: "m-2".into(), gpu_indices: vec![], ..record };
+    case.reconciler.world.insert_replica(other, Default::default());
+    let node = case.reconciler.world.nodes.get_mut("a").unwrap();
+    node.last_seen = now;
+    node.session.as_ref().unwrap().note_message();
+    case.reconciler.take(ready(&["m-2", "m-1"])).await;
+    case.reconciler.act().await;
+    assert!(!case.reconciler.world.replicas.contains_key("m-1"));
+}
