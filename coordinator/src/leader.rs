@@ -6,7 +6,7 @@ use futures::StreamExt as _;
 use serde::{Deserialize, Serialize};
 use tracing::{debug, info};
 
-use crate::store::{Event, Events, Fenced, Lease, Store, StoreError, Transaction};
+use crate::store::{COMMIT_KEY, Entry, Event, Events, Fenced, Lease, Store, StoreError, Transaction};
 
 const KEY: &str = "leader";
 /// Longest time between two looks at the leader's key. A watch tells sooner, unless it hangs on a frozen etcd member.
@@ -19,6 +19,16 @@ const RETRY_PAUSE: Duration = Duration::from_secs(1);
 pub struct LeaderRecord {
     /// URL at which agents and operators reach it.
     pub address: String,
+    /// Differs for each process.
+    #[serde(default)]
+    pub process: String,
+}
+
+impl LeaderRecord {
+    /// This process, which is reached at `address`.
+    pub fn of_this_process(address: String) -> Self {
+        Self { address, process: uuid::Uuid::new_v4().to_string() }
+    }
 }
 
 /// What a campaign finds out while it lasts.
@@ -87,13 +97,18 @@ async fn attempt(
     ttl: Duration,
     report: &impl Fn(Standing),
 ) -> Result<Option<Leadership>, StoreError> {
-    if store.get(KEY).await?.is_some() {
-        wait_for_vacancy(store, report).await?;
+    if let Some(entry) = store.get(KEY).await? {
+        if record_of(&entry) == *candidate {
+            // This process led before and lost the store. Nothing of that term can be committed any more.
+            store.commit(Transaction::new().expect_created(KEY, entry.create_revision).delete(KEY)).await?;
+        } else {
+            wait_for_vacancy(store, candidate, report).await?;
+        }
         return Ok(None);
     }
     let lease = store.lease(ttl).await?;
     let record = serde_json::to_vec(candidate).unwrap_or_default();
-    let write = Transaction::new().expect_absent(KEY).put_with_lease(KEY, record, lease.id());
+    let write = Transaction::new().expect_absent(KEY).put_with_lease(KEY, record, lease.id()).delete(COMMIT_KEY);
     match store.commit(write).await {
         Ok(revision) => {
             let fenced = Arc::new(Fenced::new(Arc::clone(store), KEY, revision, lease.id()));
@@ -112,18 +127,24 @@ async fn attempt(
 }
 
 /// Returns once nobody leads.
-async fn wait_for_vacancy(store: &Arc<dyn Store>, report: &impl Fn(Standing)) -> Result<(), StoreError> {
+async fn wait_for_vacancy(
+    store: &Arc<dyn Store>,
+    candidate: &LeaderRecord,
+    report: &impl Fn(Standing),
+) -> Result<(), StoreError> {
     let mut events: Option<Events> = None;
     let mut leader = None;
     loop {
         let listing = store.list(KEY).await?;
         let Some(entry) = listing.entries.iter().find(|entry| entry.key == KEY) else { return Ok(()) };
-        let record = serde_json::from_slice(&entry.value)
-            // As coordinators before format version 1 wrote it.
-            .unwrap_or_else(|_| LeaderRecord { address: String::from_utf8_lossy(&entry.value).into_owned() });
+        let record = record_of(entry);
         if leader.as_ref() != Some(&record) {
-            info!(leader = %record.address, "another coordinator leads; standing by");
-            report(Standing::Standby(record.clone()));
+            if record.address == candidate.address {
+                info!("waiting until the lease of this coordinator's former process has expired");
+            } else {
+                info!(leader = %record.address, "another coordinator leads; standing by");
+                report(Standing::Standby(record.clone()));
+            }
             leader = Some(record);
         }
         if events.is_none() {
@@ -140,6 +161,13 @@ async fn wait_for_vacancy(store: &Arc<dyn Store>, report: &impl Fn(Standing)) ->
             Ok(None) => events = None,
         }
     }
+}
+
+fn record_of(entry: &Entry) -> LeaderRecord {
+    serde_json::from_slice(&entry.value).unwrap_or_else(|_| {
+        // As coordinators before format version 1 wrote it.
+        LeaderRecord { address: String::from_utf8_lossy(&entry.value).into_owned(), process: String::new() }
+    })
 }
 
 async fn next(events: Option<&mut Events>) -> Option<Result<Vec<Event>, StoreError>> {

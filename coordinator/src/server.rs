@@ -180,7 +180,7 @@ impl Coordinator {
         store: &Arc<dyn Store>,
         authority: Option<Arc<Authority>>,
     ) -> Result<(), CoordinatorError> {
-        let candidate = LeaderRecord { address: self.config.advertised() };
+        let candidate = LeaderRecord::of_this_process(self.config.advertised());
         let mut suspended: Option<DropGuard> = None;
         loop {
             let report = |standing| {

@@ -96,6 +96,7 @@ contract! {
     a_lease_that_is_dropped_runs_out
     json_that_cannot_be_read_names_its_key
     one_leader_at_a_time
+    a_process_that_led_before_leads_again_at_once
 }
 
 async fn keys_remember_their_history(store: Arc<dyn Store>) {
@@ -243,7 +244,7 @@ async fn json_that_cannot_be_read_names_its_key(store: Arc<dyn Store>) {
 }
 
 fn candidate(address: &str) -> LeaderRecord {
-    LeaderRecord { address: address.to_owned() }
+    LeaderRecord::of_this_process(address.to_owned())
 }
 
 async fn one_leader_at_a_time(store: Arc<dyn Store>) {
@@ -263,6 +264,20 @@ async fn one_leader_at_a_time(store: Arc<dyn Store>) {
     assert!(matches!(late, Err(StoreError::Fenced)), "{late:?}");
     second.fenced().commit(Transaction::new().put("decision", "3")).await.unwrap();
     assert_eq!(store.get("decision").await.unwrap().unwrap().value.as_ref(), b"3");
+}
+
+async fn a_process_that_led_before_leads_again_at_once(store: Arc<dyn Store>) {
+    let (ttl, me) = (Duration::from_secs(60), candidate("one"));
+    let first = leader::campaign(Arc::clone(&store), &me, ttl, |_| {}).await.unwrap();
+    let former = first.fenced();
+    former.commit(Transaction::new().put("decision", "1")).await.unwrap();
+    // The key and its lease stay: the store could not be told.
+    let second = leader::campaign(Arc::clone(&store), &me, ttl, |_| {}).await.unwrap();
+    let late = former.commit(Transaction::new().put("decision", "late")).await;
+    assert!(matches!(late, Err(StoreError::Fenced)), "{late:?}");
+    second.fenced().commit(Transaction::new().put("decision", "2")).await.unwrap();
+    assert_eq!(store.get("decision").await.unwrap().unwrap().value.as_ref(), b"2");
+    drop(first);
 }
 
 #[tokio::test]

@@ -58,6 +58,11 @@ impl Operator {
         printed.out
     }
 
+    /// A new join token.
+    pub fn token(&self) -> String {
+        self.must(&["token", "create"]).lines().next().unwrap_or_default().trim().to_owned()
+    }
+
     /// Applies a manifest given as text.
     ///
     /// # Panics
@@ -216,7 +221,7 @@ impl Cell {
         cell.spawn_coordinator();
         let log = cell.directory.path().join("coordinator.log");
         eventually("the coordinator misses etcd", || async {
-            std::fs::read_to_string(&log).ok()?.contains("etcd does not answer").then_some(())
+            std::fs::read_to_string(&log).ok()?.contains("the store does not answer").then_some(())
         })
         .await;
         cell.start_etcd();
@@ -301,37 +306,19 @@ impl Cell {
 
     /// A new join token.
     pub fn token(&self) -> String {
-        self.operator.must(&["token", "create"]).lines().next().unwrap_or_default().trim().to_owned()
+        self.operator.token()
     }
 
     /// Starts an agent with simulated GPUs and waits until it is connected.
     pub async fn agent(&self, name: &str, gpus: u32) -> Agent {
-        let ingress = free_port();
-        let directory = self.directory.path().join(name);
-        std::fs::create_dir_all(&directory).expect("a directory for the agent");
-        let args = vec![
-            "agent".to_owned(),
-            // Stories are about processes, wherever they run; containers have a suite of their own.
-            "--runtime=process".to_owned(),
-            format!("--node-name={name}"),
-            format!("--coordinator=https://127.0.0.1:{}", self.grpc),
-            format!("--token={}", self.token()),
-            format!("--data-dir={}", directory.display()),
-            format!("--listen-ingress=127.0.0.1:{ingress}"),
-            format!("--listen-peer=127.0.0.1:{}", free_port()),
-            format!("--listen-http=127.0.0.1:{}", free_port()),
-            format!("--simulate-gpus={gpus}"),
-        ];
-        let mut agent = Agent {
-            gateway: Gateway::at(ingress),
-            name: name.to_owned(),
-            args,
+        let settings = AgentSettings {
+            name,
+            gpus,
+            directory: self.directory.path().join(name),
+            coordinators: format!("https://127.0.0.1:{}", self.grpc),
             env: self.env.clone(),
-            directory,
-            process: None,
         };
-        agent.restart(&self.operator).await;
-        agent
+        Agent::start(settings, &self.operator).await
     }
 
     /// The cell's directory.
@@ -345,7 +332,49 @@ impl Cell {
     }
 }
 
+/// How an agent of a story is started.
+#[derive(Debug)]
+pub struct AgentSettings<'a> {
+    /// Node name.
+    pub name: &'a str,
+    /// Simulated GPUs.
+    pub gpus: u32,
+    /// Its data directory.
+    pub directory: PathBuf,
+    /// URLs of all coordinators, separated by commas.
+    pub coordinators: String,
+    /// Further variables.
+    pub env: Vec<(&'static str, String)>,
+}
+
 impl Agent {
+    /// Starts an agent with a new token and waits until it is connected.
+    ///
+    /// # Panics
+    /// Its directory cannot be made.
+    pub async fn start(settings: AgentSettings<'_>, operator: &Operator) -> Self {
+        let ingress = free_port();
+        let AgentSettings { name, gpus, directory, coordinators, env } = settings;
+        std::fs::create_dir_all(&directory).expect("a directory for the agent");
+        let args = vec![
+            "agent".to_owned(),
+            // Stories are about processes, wherever they run; containers have a suite of their own.
+            "--runtime=process".to_owned(),
+            format!("--node-name={name}"),
+            format!("--coordinator={coordinators}"),
+            format!("--token={}", operator.token()),
+            format!("--data-dir={}", directory.display()),
+            format!("--listen-ingress=127.0.0.1:{ingress}"),
+            format!("--listen-peer=127.0.0.1:{}", free_port()),
+            format!("--listen-http=127.0.0.1:{}", free_port()),
+            format!("--simulate-gpus={gpus}"),
+        ];
+        let gateway = Gateway::at(ingress);
+        let mut agent = Self { gateway, name: name.to_owned(), args, env, directory, process: None };
+        agent.restart(operator).await;
+        agent
+    }
+
     /// Starts it again, with all it had, and waits until it is connected.
     pub async fn restart(&mut self, operator: &Operator) {
         self.process = Some(Process::start(pilotlight(), &self.directory, &self.name, &self.args, &self.env));
@@ -365,6 +394,16 @@ impl Agent {
         }
     }
 
+    /// It does nothing any more, and keeps its connections.
+    pub fn freeze(&self) {
+        self.process.iter().for_each(Process::freeze);
+    }
+
+    /// It goes on.
+    pub fn thaw(&self) {
+        self.process.iter().for_each(Process::thaw);
+    }
+
     /// Bytes that it has in main memory; 0 if it does not run.
     pub fn resident_bytes(&self) -> u64 {
         self.process.as_ref().map_or(0, Process::resident_bytes)
@@ -373,7 +412,7 @@ impl Agent {
 
 /// Replicas outlive their agent by design; a story ends those that it started, by the records in the
 /// agents' directories.
-fn end_replicas(directory: &Path) {
+pub(crate) fn end_replicas(directory: &Path) {
     let Ok(agents) = std::fs::read_dir(directory) else { return };
     for agent in agents.flatten() {
         let Ok(replicas) = std::fs::read_dir(agent.path().join("replicas")) else { continue };

@@ -3,6 +3,7 @@
 #![allow(clippy::print_stderr, reason = "a failing story shows the logs of its processes")]
 
 pub mod cell;
+pub mod cluster;
 pub mod container;
 pub mod http;
 pub mod load;
@@ -12,6 +13,7 @@ pub mod process;
 pub mod registry;
 pub mod relay;
 pub mod s3;
+pub mod steady;
 pub mod store;
 
 use std::{

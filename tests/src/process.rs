@@ -88,6 +88,22 @@ impl Process {
         self.child.wait().expect("can be waited for")
     }
 
+    /// It does nothing any more, and keeps its connections: SIGSTOP.
+    ///
+    /// # Panics
+    /// The process is gone already.
+    pub fn freeze(&self) {
+        kill(Pid::from_raw(self.child.id() as i32), Signal::SIGSTOP).expect("can be signalled");
+    }
+
+    /// It goes on: SIGCONT.
+    ///
+    /// # Panics
+    /// The process is gone already.
+    pub fn thaw(&self) {
+        kill(Pid::from_raw(self.child.id() as i32), Signal::SIGCONT).expect("can be signalled");
+    }
+
     /// What it has printed.
     pub fn log(&self) -> String {
         std::fs::read_to_string(&self.log).unwrap_or_default()

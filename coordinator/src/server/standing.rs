@@ -103,7 +103,7 @@ mod tests {
         standing.set_store_fault(None);
         standing.set_role(Role::StoreUnavailable("etcd is unreachable: refused".into()));
         assert!(standing.readiness().unwrap_err().starts_with("etcd is unreachable"));
-        standing.set_role(Role::Standby(LeaderRecord { address: "https://b:7443".into() }));
+        standing.set_role(Role::Standby(LeaderRecord::of_this_process("https://b:7443".into())));
         assert_eq!(standing.readiness().unwrap(), "ok: standby, https://b:7443 leads");
     }
 }

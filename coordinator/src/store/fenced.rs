@@ -13,8 +13,8 @@ use super::{Entry, Events, Lease, Listing, Store, StoreError, Transaction};
 const COMMIT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Pauses between attempts double from the first to the last of these.
 const RETRY_PAUSES: [Duration; 2] = [Duration::from_millis(50), Duration::from_millis(800)];
-/// The key that numbers the leader's commits; it ends with the leader's lease.
-const COMMIT_KEY: &str = "commit";
+/// The key that numbers the leader's commits; it ends with the leader's lease, and a new leader removes it.
+pub const COMMIT_KEY: &str = "commit";
 
 /// Adds two compares and a write to each commit.
 ///
@@ -66,10 +66,15 @@ impl Fenced {
         self.lost.cancel();
     }
 
+    /// What commit `number` of this leader writes.
+    fn mark(&self, number: u64) -> String {
+        format!("{}-{number}", self.created)
+    }
+
     /// Whether commit `number`, of which no answer came, took place; then its revision.
     async fn revision_of(&self, number: u64) -> Result<Option<u64>, StoreError> {
         let last = self.inner.get(COMMIT_KEY).await?;
-        let matches = |entry: &Entry| entry.value.as_ref() == number.to_string().as_bytes();
+        let matches = |entry: &Entry| entry.value.as_ref() == self.mark(number).as_bytes();
         Ok(last.filter(matches).map(|entry| entry.mod_revision))
     }
 }
@@ -94,7 +99,7 @@ impl Store for Fenced {
         let transaction = transaction
             .expect_created(&self.leader_key, self.created)
             .expect_revision(COMMIT_KEY, chain.revision)
-            .put_with_lease(COMMIT_KEY, number.to_string(), self.lease);
+            .put_with_lease(COMMIT_KEY, self.mark(number), self.lease);
         let deadline = Instant::now() + COMMIT_TIMEOUT;
         let mut in_doubt = false;
         let mut pause = RETRY_PAUSES[0];

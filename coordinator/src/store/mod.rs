@@ -16,7 +16,7 @@ use bytes::Bytes;
 use futures::stream::BoxStream;
 use serde::de::DeserializeOwned;
 
-pub use fenced::Fenced;
+pub use fenced::{COMMIT_KEY, Fenced};
 pub use lease::Lease;
 pub use transaction::{Compare, Transaction, Write};
 
