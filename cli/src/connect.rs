@@ -2,6 +2,7 @@
 
 use std::{
     future::Future,
+    io::{Write as _, stderr},
     path::PathBuf,
     pin::Pin,
     sync::Arc,
@@ -101,7 +102,8 @@ impl ToLeader {
                 }
             }
             if let Some((channel, time)) = former {
-                eprintln!("warning: no coordinator can reach its store; this is the state of {time}");
+                // A warning that cannot be written is no reason not to answer.
+                let _ = writeln!(stderr(), "warning: no coordinator can reach its store; this is the state of {time}");
                 return Ok(channel);
             }
             let takes_over = standby_seen || self.coordinators.configured() > 1;

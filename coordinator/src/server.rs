@@ -3,7 +3,11 @@
 mod standing;
 mod switch;
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    net::SocketAddr,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use jiff::Timestamp;
 use pilotlight_identity::{Authority, LiveIdentity};
@@ -122,7 +126,8 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), Coor
             error!(%error, "status listener ended");
         }
     });
-    let coordinator = Coordinator { switch: Switch::new(standing.clone()), config, standing, stopping };
+    let switch = Switch::new(standing.clone());
+    let coordinator = Coordinator { switch, config, standing, former: Former::default(), stopping };
     let stopping = coordinator.stopping.clone();
     tokio::select! {
         outcome = coordinator.serve(listener) => outcome,
@@ -136,7 +141,31 @@ struct Coordinator {
     config: Config,
     standing: Standing,
     switch: Switch,
+    former: Former,
     stopping: CancellationToken,
+}
+
+/// How a term as the leader ended, unless by an error.
+enum Ended {
+    Stopping,
+    LostLeadership,
+}
+
+/// What this process knew when it led last; it is kept for readers until somebody leads again.
+#[derive(Default)]
+struct Former(Mutex<Option<DropGuard>>);
+
+impl Former {
+    /// Keeps it until the token that is returned is cancelled.
+    fn remember(&self) -> CancellationToken {
+        let until = CancellationToken::new();
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(until.clone().drop_guard());
+        until
+    }
+
+    fn forget(&self) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
+    }
 }
 
 impl Coordinator {
@@ -181,12 +210,12 @@ impl Coordinator {
         authority: Option<Arc<Authority>>,
     ) -> Result<(), CoordinatorError> {
         let candidate = LeaderRecord::of_this_process(self.config.advertised());
-        let mut suspended: Option<DropGuard> = None;
         loop {
             let report = |standing| {
                 let role = match standing {
                     leader::Standing::Standby(leader) => {
                         self.switch.refuse_all();
+                        self.former.forget();
                         Role::Standby(leader)
                     }
                     leader::Standing::StoreUnavailable(reason) => {
@@ -205,10 +234,9 @@ impl Coordinator {
             let term = self.lead(&leadership, authority.clone()).await;
             // A store that does not answer cannot be told; the lease then ends by itself.
             let _ = tokio::time::timeout(RESIGN_TIMEOUT, leadership.resign()).await;
-            drop(suspended.take());
             match term {
-                Ok(Some(former)) => suspended = Some(former),
-                Ok(None) => return Ok(()),
+                Ok(Ended::LostLeadership) => {}
+                Ok(Ended::Stopping) => return Ok(()),
                 Err(CoordinatorError::Store(StoreError::Unavailable(reason)))
                 | Err(CoordinatorError::Values(ValuesError::Store(StoreError::Unavailable(reason)))) => {
                     self.standing.set_role(Role::StoreUnavailable(reason));
@@ -218,13 +246,12 @@ impl Coordinator {
         }
     }
 
-    /// Leads until this process stops (then `None`) or until leadership is lost. What it knew can then still be read,
-    /// until the guard is dropped.
+    /// Leads until this process stops or leadership is lost. What it knew can still be read after that.
     async fn lead(
         &self,
         leadership: &leader::Leadership,
         authority: Option<Arc<Authority>>,
-    ) -> Result<Option<DropGuard>, CoordinatorError> {
+    ) -> Result<Ended, CoordinatorError> {
         let (config, store) = (&self.config, leadership.fenced());
         let access = if authority.is_some() { Access::Certified } else { Access::Open };
         // Whatever ends the loop ends the sessions, and the other way round.
@@ -252,29 +279,29 @@ impl Coordinator {
         let mut looping = tokio::spawn(reconciler.run(ending.clone()));
         let services = services(config, &store, &vault, handle, access, authority, &ending).await;
         self.switch.lead(services.into_axum_router());
+        self.former.forget();
         self.standing.set_role(Role::Leading);
 
         let panicked = |error: tokio::task::JoinError| CoordinatorError::Panicked(error.to_string());
         tokio::select! {
             () = self.stopping.cancelled() => {
                 looping.await.map_err(panicked)?;
-                return Ok(None);
+                return Ok(Ended::Stopping);
             }
             ended = &mut looping => {
                 ended.map_err(panicked)?;
-                return Ok(None);
+                return Ok(Ended::Stopping);
             }
             () = leadership.lost() => {}
             () = self.watch_store(&store) => {}
         }
         // Reads go on, as of now; the sessions end, so that agents look for another leader.
         warn!(cell = %config.cell, "leadership is lost: its lease could not be renewed, or another coordinator leads");
-        let until = CancellationToken::new();
         self.switch.suspend(Timestamp::now());
         ending.cancel();
         let reconciler = looping.await.map_err(panicked)?;
-        tokio::spawn(reconciler.answer_reads(until.clone()));
-        Ok(Some(until.drop_guard()))
+        tokio::spawn(reconciler.answer_reads(self.former.remember()));
+        Ok(Ended::LostLeadership)
     }
 
     /// Notes whether the store can be used, for `/readyz`. Never returns.

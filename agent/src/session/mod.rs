@@ -132,8 +132,9 @@ impl Session {
     }
 }
 
-/// Attempts since the last session: each coordinator is asked once before there is a pause.
+/// Attempts since the last pause: each coordinator is asked once before there is another one.
 struct Attempts {
+    addresses: usize,
     addresses_left: usize,
     redirects_left: usize,
 }
@@ -141,7 +142,7 @@ struct Attempts {
 impl Attempts {
     fn new(addresses: usize) -> Self {
         // The one that failed counts as asked.
-        Self { addresses_left: addresses.saturating_sub(1), redirects_left: REDIRECTS_MAX }
+        Self { addresses, addresses_left: addresses.saturating_sub(1), redirects_left: REDIRECTS_MAX }
     }
 
     /// True where the next attempt needs no pause.
@@ -150,8 +151,7 @@ impl Attempts {
         let more = *left > 0;
         *left = left.saturating_sub(1);
         if !more {
-            // After the pause all of them are asked again.
-            self.redirects_left = REDIRECTS_MAX;
+            *self = Self::new(self.addresses);
         }
         more
     }
@@ -184,5 +184,21 @@ impl Outbound {
     /// Sends as soon as there is room. False where the session has ended.
     pub async fn send(&self, message: FromAgent) -> bool {
         self.0.send(AgentMessage { message: Some(message) }).await.is_ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_coordinator_is_asked_once_and_leaders_are_followed_before_there_is_a_pause() {
+        let mut attempts = Attempts::new(3);
+        let mut next = |redirected| attempts.goes_on_at_once(redirected);
+        assert_eq!([next(false), next(false), next(false)], [true, true, false], "two others, then a pause");
+        assert_eq!([next(true), next(false), next(false), next(false)], [true, true, true, false]);
+        let mut circle = (0..20).map(|_| next(true));
+        assert!(circle.any(|at_once| !at_once), "standbys that name each other do not keep it busy");
+        assert!(!Attempts::new(1).goes_on_at_once(false));
     }
 }

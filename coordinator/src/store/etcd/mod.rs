@@ -3,7 +3,7 @@
 mod lease;
 mod members;
 
-use std::{future::Future, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -249,12 +249,12 @@ impl EtcdStore {
 }
 
 /// A read of one key or range.
-fn get(
+async fn get(
     mut client: Client,
     key: Vec<u8>,
     options: Option<GetOptions>,
-) -> impl Future<Output = Result<etcd_client::GetResponse, etcd_client::Error>> {
-    async move { client.get(key, options).await }
+) -> Result<etcd_client::GetResponse, etcd_client::Error> {
+    client.get(key, options).await
 }
 
 /// The first key after all that begin with `prefix`.
