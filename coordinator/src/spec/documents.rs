@@ -1,14 +1,18 @@
 //! From text to documents: several YAML documents, or JSON, in one manifest.
 
-use std::fmt;
+use std::{cell::Cell, fmt};
 
 use serde::{
-    Deserialize, Deserializer,
-    de::{Error as _, MapAccess, SeqAccess, Visitor},
+    Deserializer,
+    de::{DeserializeSeed, Error as _, MapAccess, SeqAccess, Visitor},
 };
 use serde_json::{Map, Number, Value};
 
+use super::depth;
 use crate::finding::Finding;
+
+/// Values in one manifest, each entry of a list or mapping counted.
+const NODES_MAX: usize = 200_000;
 
 /// One document of a manifest, or why it could not be read.
 pub(super) struct Source {
@@ -20,6 +24,9 @@ pub(super) struct Source {
 /// Reads the documents of a manifest, without the empty ones. Reading ends at the first syntax error,
 /// since what follows it cannot be told apart with certainty.
 pub(super) fn read(manifest: &str) -> Vec<Source> {
+    if let Err(finding) = depth::check(manifest) {
+        return vec![Source { index: 0, content: Err(finding) }];
+    }
     let sources = read_yaml(manifest);
     if manifest.trim_start().starts_with('{')
         && sources.iter().any(|source| source.content.is_err())
@@ -32,10 +39,11 @@ pub(super) fn read(manifest: &str) -> Vec<Source> {
 
 fn read_yaml(manifest: &str) -> Vec<Source> {
     let mut sources = Vec::new();
+    let nodes_left = Cell::new(NODES_MAX);
     for (index, document) in serde_norway::Deserializer::from_str(manifest).enumerate() {
-        match Node::deserialize(document) {
-            Ok(Node(Value::Null)) => {}
-            Ok(Node(value)) => sources.push(Source { index, content: Ok(value) }),
+        match (Node { left: &nodes_left }).deserialize(document) {
+            Ok(Value::Null) => {}
+            Ok(value) => sources.push(Source { index, content: Ok(value) }),
             Err(error) => {
                 sources.push(Source { index, content: Err(syntax_error(&error)) });
                 break;
@@ -70,17 +78,25 @@ fn syntax_error(error: &serde_norway::Error) -> Finding {
 
 /// A YAML node as JSON. Read by a visitor of our own and not through a YAML value, since the parser
 /// knows line and column only while it reads.
-struct Node(Value);
+#[derive(Clone, Copy)]
+struct Node<'a> {
+    /// Nodes that the manifest may still have: aliases multiply them.
+    left: &'a Cell<usize>,
+}
 
-impl<'de> Deserialize<'de> for Node {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_any(NodeVisitor).map(Node)
+impl<'de> DeserializeSeed<'de> for Node<'_> {
+    type Value = Value;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Value, D::Error> {
+        match self.left.get().checked_sub(1) {
+            Some(left) => self.left.set(left),
+            None => return Err(D::Error::custom(format!("more than {NODES_MAX} values, those of aliases included"))),
+        }
+        deserializer.deserialize_any(self)
     }
 }
 
-struct NodeVisitor;
-
-impl<'de> Visitor<'de> for NodeVisitor {
+impl<'de> Visitor<'de> for Node<'_> {
     type Value = Value;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -118,7 +134,7 @@ impl<'de> Visitor<'de> for NodeVisitor {
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut entries: A) -> Result<Value, A::Error> {
         let mut values = Vec::new();
-        while let Some(Node(value)) = entries.next_element()? {
+        while let Some(value) = entries.next_element_seed(self)? {
             values.push(value);
         }
         Ok(Value::Array(values))
@@ -127,9 +143,9 @@ impl<'de> Visitor<'de> for NodeVisitor {
     fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<Value, A::Error> {
         let mut object = Map::new();
         let mut merged = Vec::new();
-        while let Some(Node(key)) = entries.next_key()? {
+        while let Some(key) = entries.next_key_seed(self)? {
             let key = key_of(key).map_err(A::Error::custom)?;
-            let Node(value) = entries.next_value()?;
+            let value = entries.next_value_seed(self)?;
             if key == "<<" {
                 merged.extend(merge_sources(value).map_err(A::Error::custom)?);
             } else if object.insert(key.clone(), value).is_some() {
@@ -203,6 +219,17 @@ mod tests {
         assert!(error.message.contains("a.command"), "{error}");
         let error = one("a:\n  image: {user}/image:latest\n").unwrap_err();
         assert_eq!(error.position.map(|(line, _)| line), Some(2), "{error}");
+    }
+
+    #[test]
+    fn aliases_that_multiply_values_are_refused() {
+        let line = |n: usize, of: &str| format!("a{n}: &a{n} [{}]\n", [of].repeat(9).join(","));
+        let bomb = (1..9).fold(line(0, "x"), |text, n| text + &line(n, &format!("*a{}", n - 1)));
+        assert!(one(&bomb).is_err());
+        // The parser's own limit grows with the size of the text.
+        let padded = bomb + &format!("pad: [{}]\n", "1,".repeat(10_000));
+        let error = one(&padded).unwrap_err();
+        assert!(error.message.contains("values, those of aliases included"), "{error}");
     }
 
     #[test]

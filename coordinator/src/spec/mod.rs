@@ -26,6 +26,7 @@ mod auxiliary;
 mod chain;
 mod component;
 mod container;
+mod depth;
 mod documents;
 mod env;
 mod expand;
