@@ -33,9 +33,9 @@ impl LeaderRecord {
 
 /// What a campaign finds out while it lasts.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Standing {
+pub enum CampaignEvent {
     /// Another coordinator leads.
-    Standby(LeaderRecord),
+    OtherLeads(LeaderRecord),
     /// The store does not answer, and why.
     StoreUnavailable(String),
 }
@@ -53,11 +53,14 @@ impl Leadership {
         Arc::clone(&self.fenced) as _
     }
 
-    /// Resolves when leadership has ended, or may have; the fenced store then refuses all commits.
-    pub async fn lost(&self) {
+    /// Resolves when leadership has ended, or may have, and says why; the fenced store then refuses all commits.
+    pub async fn lost(&self) -> String {
         tokio::select! {
-            () = self.lease.lost() => self.fenced.give_up(),
-            () = self.fenced.lost() => {}
+            reason = self.lease.lost() => {
+                self.fenced.give_up(reason.clone());
+                reason
+            }
+            reason = self.fenced.lost() => reason,
         }
     }
 
@@ -75,14 +78,14 @@ pub async fn campaign(
     store: Arc<dyn Store>,
     candidate: &LeaderRecord,
     ttl: Duration,
-    report: impl Fn(Standing),
+    report: impl Fn(CampaignEvent),
 ) -> Result<Leadership, StoreError> {
     loop {
         match attempt(&store, candidate, ttl, &report).await {
             Ok(Some(leadership)) => return Ok(leadership),
             Ok(None) => {}
             Err(StoreError::Unavailable(reason)) => {
-                report(Standing::StoreUnavailable(reason));
+                report(CampaignEvent::StoreUnavailable(reason));
                 tokio::time::sleep(RETRY_PAUSE).await;
             }
             Err(error) => return Err(error),
@@ -95,7 +98,7 @@ async fn attempt(
     store: &Arc<dyn Store>,
     candidate: &LeaderRecord,
     ttl: Duration,
-    report: &impl Fn(Standing),
+    report: &impl Fn(CampaignEvent),
 ) -> Result<Option<Leadership>, StoreError> {
     if let Some(entry) = store.get(KEY).await? {
         if record_of(&entry) == *candidate {
@@ -130,7 +133,7 @@ async fn attempt(
 async fn wait_for_vacancy(
     store: &Arc<dyn Store>,
     candidate: &LeaderRecord,
-    report: &impl Fn(Standing),
+    report: &impl Fn(CampaignEvent),
 ) -> Result<(), StoreError> {
     let mut events: Option<Events> = None;
     let mut leader = None;
@@ -143,7 +146,7 @@ async fn wait_for_vacancy(
                 info!("waiting until the lease of this coordinator's former process has expired");
             } else {
                 info!(leader = %record.address, "another coordinator leads; standing by");
-                report(Standing::Standby(record.clone()));
+                report(CampaignEvent::OtherLeads(record.clone()));
             }
             leader = Some(record);
         }

@@ -29,7 +29,7 @@ use crate::{
     authority,
     config::{Config, Security, StoreConfig},
     fleet::{EvictHub, FleetService, LogHub, enrollment::EnrollmentService},
-    leader::{self, LeaderRecord},
+    leader::{self, CampaignEvent, LeaderRecord},
     reconcile::{Handle, Reconciler, record::Recorder, run::Setup, world::Settings},
     store::{Store, StoreError, embedded::EmbeddedStore, etcd::EtcdStore},
     values::{Values, ValuesError, Vault},
@@ -211,14 +211,14 @@ impl Coordinator {
     ) -> Result<(), CoordinatorError> {
         let candidate = LeaderRecord::of_this_process(self.config.advertised());
         loop {
-            let report = |standing| {
-                let role = match standing {
-                    leader::Standing::Standby(leader) => {
+            let report = |event| {
+                let role = match event {
+                    CampaignEvent::OtherLeads(leader) => {
                         self.switch.refuse_all();
                         self.former.forget();
                         Role::Standby(leader)
                     }
-                    leader::Standing::StoreUnavailable(reason) => {
+                    CampaignEvent::StoreUnavailable(reason) => {
                         warn!(reason, "the store does not answer; trying again");
                         Role::StoreUnavailable(reason)
                     }
@@ -283,20 +283,18 @@ impl Coordinator {
         self.standing.set_role(Role::Leading);
 
         let panicked = |error: tokio::task::JoinError| CoordinatorError::Panicked(error.to_string());
-        tokio::select! {
-            () = self.stopping.cancelled() => {
-                looping.await.map_err(panicked)?;
-                return Ok(Ended::Stopping);
-            }
+        let reason = tokio::select! {
             ended = &mut looping => {
+                // It ends by itself only where this process stops.
                 ended.map_err(panicked)?;
                 return Ok(Ended::Stopping);
             }
-            () = leadership.lost() => {}
-            () = self.watch_store(&store) => {}
-        }
+            reason = leadership.lost() => reason,
+            () = self.watch_store(&store) => unreachable!("the store is watched for ever"),
+        };
         // Reads go on, as of now; the sessions end, so that agents look for another leader.
-        warn!(cell = %config.cell, "leadership is lost: its lease could not be renewed, or another coordinator leads");
+        warn!(reason, "stepping down");
+        self.standing.set_role(Role::SteppedDown(reason));
         self.switch.suspend(Timestamp::now());
         ending.cancel();
         let reconciler = looping.await.map_err(panicked)?;

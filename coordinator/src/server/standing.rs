@@ -17,6 +17,8 @@ pub(crate) enum Role {
     TakingOver,
     /// It leads.
     Leading,
+    /// It led until now, and why it leads no longer.
+    SteppedDown(String),
 }
 
 /// The role, and what else must hold before `/readyz` says that the process can do its work.
@@ -82,6 +84,7 @@ impl Standing {
             (Role::Standby(leader), _) => Ok(format!("ok: standby, {} leads", leader.address)),
             (Role::Starting | Role::TakingOver, _) => Err("starting: the state is not loaded yet".to_owned()),
             (Role::StoreUnavailable(reason), _) => Err(reason.clone()),
+            (Role::SteppedDown(reason), _) => Err(format!("stepped down: {reason}")),
         }
     }
 }

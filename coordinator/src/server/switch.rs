@@ -70,6 +70,7 @@ impl Switch {
                 status
             }
             Role::StoreUnavailable(reason) => Status::unavailable(reason),
+            Role::SteppedDown(reason) => Status::unavailable(format!("the coordinator has stepped down: {reason}")),
             Role::Starting | Role::TakingOver | Role::Leading => {
                 Status::unavailable("the coordinator is starting; try again")
             }

@@ -1,6 +1,9 @@
 //! The leader's view of the store: its commits hold only while it leads, take place in order, and take place once.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
 
 use async_trait::async_trait;
 use tokio::{sync::Mutex, time::Instant};
@@ -32,6 +35,8 @@ pub struct Fenced {
     chain: Mutex<Chain>,
     /// Cancelled once the leader must step down: another one leads, or it is not known whether a commit took place.
     lost: CancellationToken,
+    /// Why.
+    reason: OnceLock<String>,
 }
 
 /// The leader's last commit.
@@ -53,17 +58,26 @@ impl Fenced {
             lease,
             chain: Mutex::default(),
             lost: CancellationToken::new(),
+            reason: OnceLock::new(),
         }
     }
 
-    /// Resolves once the leader must step down.
-    pub async fn lost(&self) {
+    /// Resolves once the leader must step down, and says why.
+    pub async fn lost(&self) -> String {
         self.lost.cancelled().await;
+        self.reason.get().cloned().unwrap_or_default()
     }
 
-    /// Refuses all further commits.
-    pub fn give_up(&self) {
+    /// Refuses all further commits, for this reason.
+    pub fn give_up(&self, reason: String) {
+        // The first reason counts.
+        let _ = self.reason.set(reason);
         self.lost.cancel();
+    }
+
+    fn fenced_off(&self) -> StoreError {
+        self.give_up("another coordinator leads".to_owned());
+        StoreError::Fenced
     }
 
     /// What commit `number` of this leader writes.
@@ -110,8 +124,7 @@ impl Store for Fenced {
                     return Ok(revision);
                 }
                 Err(StoreError::Conflict { key }) if key == self.leader_key => {
-                    self.lost.cancel();
-                    return Err(StoreError::Fenced);
+                    return Err(self.fenced_off());
                 }
                 Err(StoreError::Conflict { key }) if in_doubt || key == COMMIT_KEY => {
                     // An attempt before this one may have taken place.
@@ -120,13 +133,10 @@ impl Store for Fenced {
                             chain.revision = revision;
                             Ok(revision)
                         }
-                        Ok(None) if key == COMMIT_KEY => {
-                            self.lost.cancel();
-                            Err(StoreError::Fenced)
-                        }
+                        Ok(None) if key == COMMIT_KEY => Err(self.fenced_off()),
                         Ok(None) => Err(StoreError::Conflict { key }),
                         Err(error) => {
-                            self.lost.cancel();
+                            self.give_up(format!("it is not known whether a commit took place: {error}"));
                             Err(error)
                         }
                     };
@@ -143,7 +153,7 @@ impl Store for Fenced {
                 Err(error @ StoreError::Unavailable(_)) => {
                     // The commit may still take place. What is in memory may then differ from what is stored: the
                     // next leader, which may be this process, reads all of it.
-                    self.lost.cancel();
+                    self.give_up(format!("it is not known whether a commit took place: {error}"));
                     return Err(error);
                 }
                 Err(error) => return Err(error),

@@ -1,5 +1,7 @@
 //! The handle of a lease.
 
+use std::sync::{Arc, OnceLock};
+
 use futures::future::BoxFuture;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
@@ -12,13 +14,20 @@ pub struct Lease {
     lost: CancellationToken,
     _keep_alive: DropGuard,
     revoke: Revoke,
+    /// Why it could not be kept alive, where the store says.
+    reason: Arc<OnceLock<String>>,
 }
 
 impl Lease {
     /// `lost` is cancelled when the lease has ended; `keep_alive` ends with the handle; `revoke` ends
     /// the lease.
     pub(super) fn new(id: u64, lost: CancellationToken, keep_alive: CancellationToken, revoke: Revoke) -> Self {
-        Self { id, lost, _keep_alive: keep_alive.drop_guard(), revoke }
+        Self { id, lost, _keep_alive: keep_alive.drop_guard(), revoke, reason: Arc::default() }
+    }
+
+    /// The same, where the store sets `reason` before it cancels `lost`.
+    pub(super) fn with_reason(self, reason: Arc<OnceLock<String>>) -> Self {
+        Self { reason, ..self }
     }
 
     /// For [`super::Transaction::put_with_lease`].
@@ -26,9 +35,10 @@ impl Lease {
         self.id
     }
 
-    /// Resolves when the lease has ended, or may have: the store could not be asked in time.
-    pub async fn lost(&self) {
+    /// Resolves when the lease has ended, or may have: the store could not be asked in time. Says why.
+    pub async fn lost(&self) -> String {
         self.lost.cancelled().await;
+        self.reason.get().cloned().unwrap_or_else(|| "the lease has expired".to_owned())
     }
 
     /// Ends it now.

@@ -1,6 +1,9 @@
 //! Leases that any member may keep alive.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
 
 use etcd_client::Client;
 use futures::future::BoxFuture;
@@ -17,7 +20,9 @@ pub(super) async fn grant(members: &Arc<Members>, ttl: Duration) -> Result<Lease
     let granted = members.ask(|mut client| async move { client.lease_grant(seconds as i64, None).await }).await?;
     let id = granted.id();
     let (lost, keep_alive) = (CancellationToken::new(), CancellationToken::new());
-    let keeper = Keeper { members: Arc::clone(members), id, ttl: Duration::from_secs(seconds), lost: lost.clone() };
+    let reason = Arc::<OnceLock<String>>::default();
+    let ttl = Duration::from_secs(seconds);
+    let keeper = Keeper { members: Arc::clone(members), id, ttl, lost: lost.clone(), reason: Arc::clone(&reason) };
     tokio::spawn(keeper.run(asked, keep_alive.clone()));
     let (members, revoked) = (Arc::clone(members), lost.clone());
     let revoke = Box::new(move || {
@@ -31,7 +36,7 @@ pub(super) async fn grant(members: &Arc<Members>, ttl: Duration) -> Result<Lease
         };
         Box::pin(revoking) as BoxFuture<'static, ()>
     });
-    Ok(Lease::new(id as u64, lost, keep_alive, revoke))
+    Ok(Lease::new(id as u64, lost, keep_alive, revoke).with_reason(reason))
 }
 
 struct Keeper {
@@ -39,12 +44,14 @@ struct Keeper {
     id: i64,
     ttl: Duration,
     lost: CancellationToken,
+    reason: Arc<OnceLock<String>>,
 }
 
 impl Keeper {
     /// Keeps the lease alive until `dropped`. It counts as lost once it was not renewed for its whole time to live,
     /// counted from when the last renewal was asked for: etcd may have ended it by then.
     async fn run(self, mut renewed_at: Instant, dropped: CancellationToken) {
+        let mut failure = None;
         while renewed_at.elapsed() < self.ttl && !self.lost.is_cancelled() {
             let asked = Instant::now();
             let renewed = tokio::select! {
@@ -53,12 +60,14 @@ impl Keeper {
             };
             let pause = match renewed {
                 Ok(true) => {
+                    failure = None;
                     renewed_at = asked;
                     self.ttl / 4
                 }
                 Ok(false) => break,
                 Err(StoreError::Unavailable(reason)) => {
                     debug!(reason, lease = self.id, "cannot renew the lease; trying again");
+                    failure = Some(reason);
                     self.ttl / 20
                 }
                 Err(error) => {
@@ -70,6 +79,10 @@ impl Keeper {
                 () = dropped.cancelled() => return,
                 () = tokio::time::sleep(pause) => {}
             }
+        }
+        if let Some(failure) = failure {
+            // It is set once, here.
+            let _ = self.reason.set(failure);
         }
         self.lost.cancel();
     }
