@@ -21,6 +21,7 @@ mod server;
 pub mod simulate;
 pub mod spec;
 pub mod store;
+mod threads;
 pub mod values;
 
 pub use server::{CoordinatorError, run};

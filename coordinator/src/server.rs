@@ -32,6 +32,7 @@ use crate::{
     leader::{self, CampaignEvent, LeaderRecord},
     reconcile::{Handle, Reconciler, record::Recorder, run::Setup, world::Settings},
     store::{Store, StoreError, embedded::EmbeddedStore, etcd::EtcdStore},
+    threads::{self, ApiThreads, Parsing},
     values::{Values, ValuesError, Vault},
 };
 
@@ -93,6 +94,9 @@ pub enum CoordinatorError {
         /// As configured.
         interval: Duration,
     },
+    /// The system gives no threads.
+    #[error("cannot start threads: {0}")]
+    Threads(std::io::Error),
     /// An error in the program.
     #[error("internal error: {0}")]
     Panicked(String),
@@ -126,7 +130,8 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), Coor
             error!(%error, "status listener ended");
         }
     });
-    let switch = Switch::new(standing.clone());
+    let api = ApiThreads::start().map_err(CoordinatorError::Threads)?;
+    let switch = Switch::new(standing.clone(), api);
     let coordinator = Coordinator { switch, config, standing, former: Former::default(), stopping };
     let stopping = coordinator.stopping.clone();
     tokio::select! {
@@ -276,13 +281,13 @@ impl Coordinator {
         };
         vault.load(&store).await?;
         let reconciler = Reconciler::load(setup).await?;
-        let mut looping = tokio::spawn(reconciler.run(ending.clone()));
+        let mut looping = threads::spawn_loop(reconciler.run(ending.clone())).map_err(CoordinatorError::Threads)?;
         let services = services(config, &store, &vault, handle, access, authority, &ending).await;
         self.switch.lead(services.into_axum_router());
         self.former.forget();
         self.standing.set_role(Role::Leading);
 
-        let panicked = |error: tokio::task::JoinError| CoordinatorError::Panicked(error.to_string());
+        let panicked = |_| CoordinatorError::Panicked("the control loop panicked".to_owned());
         let reason = tokio::select! {
             ended = &mut looping => {
                 // It ends by itself only where this process stops.
@@ -406,6 +411,7 @@ async fn services(
         cell: config.cell.clone(),
         logs: Arc::clone(&logs),
         evictions: Arc::clone(&evictions),
+        parsing: Parsing::default(),
     };
     let fleet = FleetService::new(handle, logs, evictions, access, ending.clone());
     let mut routes = Routes::new(ControlServer::new(control)).add_service(FleetServer::new(fleet));

@@ -20,6 +20,7 @@ use crate::{
     reconcile::{CommandError, Handle, cached, commands::Change, meter::UsageRecord, view, world::World},
     spec,
     store::{Store, StoreError, StoreExt as _, Transaction},
+    threads::Parsing,
 };
 
 /// How long a join token may be used unless asked for otherwise, and at most.
@@ -51,6 +52,8 @@ pub struct ControlService {
     pub logs: Arc<LogHub>,
     /// Models that agents were asked to remove.
     pub evictions: Arc<EvictHub>,
+    /// Where manifests are parsed.
+    pub(crate) parsing: Parsing,
 }
 
 impl ControlService {
@@ -121,6 +124,19 @@ impl ControlService {
     }
 }
 
+/// The documents of a manifest, in the order in which they are applied.
+fn documents(request: &control::ApplyRequest, scaling: &Defaults, runtimes: &spec::Runtimes) -> Vec<spec::Document> {
+    let namespace = if request.namespace.is_empty() { "default" } else { &request.namespace };
+    let reading = Reading { namespace, strict: request.strict, scaling, runtimes };
+    let mut documents = manifest::read(&request.manifest, reading);
+    if request.strict {
+        all_or_nothing(&mut documents);
+    }
+    // Secrets first, so that a service finds those that stand after it.
+    documents.sort_by_key(|document| !matches!(document.object, Some(spec::Resource::Auxiliary(_))));
+    documents
+}
+
 #[tonic::async_trait]
 impl Control for ControlService {
     async fn apply(&self, request: Request<control::ApplyRequest>) -> Answer<control::ApplyResponse> {
@@ -132,18 +148,12 @@ impl Control for ControlService {
                 request.manifest.len()
             )));
         }
-        let namespace = if request.namespace.is_empty() { "default" } else { &request.namespace };
-        let runtimes = self.objects.runtimes().await?;
-        let reading = Reading { namespace, strict: request.strict, scaling: &self.scaling, runtimes: &runtimes };
-        let mut documents = manifest::read(&request.manifest, reading);
-        if request.strict {
-            all_or_nothing(&mut documents);
-        }
-        // Secrets first, so that a service finds those that stand after it.
-        documents.sort_by_key(|document| !matches!(document.object, Some(spec::Resource::Auxiliary(_))));
+        let (runtimes, scaling) = (self.objects.runtimes().await?, self.scaling.clone());
+        let dry_run = request.dry_run;
+        let documents = self.parsing.parse(move || documents(&request, &scaling, &runtimes)).await?;
         let mut results = Vec::new();
         for document in documents {
-            results.push(self.apply_document(document, request.dry_run).await?);
+            results.push(self.apply_document(document, dry_run).await?);
         }
         results.sort_by_key(|result| result.document);
         Ok(Response::new(control::ApplyResponse { results }))

@@ -17,6 +17,7 @@ use tonic::Status;
 use tower::{Service, ServiceExt as _};
 
 use super::standing::{Role, Standing};
+use crate::threads::ApiThreads;
 
 /// Path prefix of the calls that a former leader answers from memory.
 const CONTROL: &str = "/pilotlight.control.";
@@ -26,6 +27,8 @@ const CONTROL: &str = "/pilotlight.control.";
 pub(crate) struct Switch {
     target: Arc<ArcSwap<Target>>,
     standing: Standing,
+    /// Where calls of the control API are handled.
+    api: ApiThreads,
 }
 
 enum Target {
@@ -38,8 +41,8 @@ enum Target {
 }
 
 impl Switch {
-    pub(crate) fn new(standing: Standing) -> Self {
-        Self { target: Arc::new(ArcSwap::from_pointee(Target::Nowhere)), standing }
+    pub(crate) fn new(standing: Standing, api: ApiThreads) -> Self {
+        Self { target: Arc::new(ArcSwap::from_pointee(Target::Nowhere)), standing, api }
     }
 
     /// Calls go to these services.
@@ -98,8 +101,16 @@ impl Service<Request<Body>> for Switch {
                 return Box::pin(std::future::ready(Ok(refusal)));
             }
         };
+        let api = self.api.clone();
         Box::pin(async move {
-            let mut response = services.oneshot(request).await?;
+            let is_control = request.uri().path().starts_with(CONTROL);
+            let answering = services.oneshot(request);
+            let mut response = if is_control {
+                let answered = api.run(answering).await;
+                answered.unwrap_or_else(|| Ok(Status::internal("the call failed; see the log").into_http()))?
+            } else {
+                answering.await?
+            };
             if let Some(time) = time.and_then(|time| HeaderValue::from_str(&time.to_string()).ok()) {
                 response.headers_mut().insert(STATE_TIME_HEADER, time);
             }
