@@ -31,7 +31,7 @@ use crate::{
     fleet::{EvictHub, FleetService, LogHub, enrollment::EnrollmentService},
     leader::{self, CampaignEvent, LeaderRecord},
     reconcile::{Handle, Reconciler, record::Recorder, run::Setup, world::Settings},
-    store::{Store, StoreError, embedded::EmbeddedStore, etcd::EtcdStore},
+    store::{Store, StoreError, embedded::EmbeddedStore, etcd::EtcdStore, format},
     threads::{self, ApiThreads, Parsing},
     values::{Values, ValuesError, Vault},
 };
@@ -279,6 +279,7 @@ impl Coordinator {
             inputs,
             changes,
         };
+        format::claim(&store).await?;
         vault.load(&store).await?;
         let reconciler = Reconciler::load(setup).await?;
         let mut looping = threads::spawn_loop(reconciler.run(ending.clone())).map_err(CoordinatorError::Threads)?;
@@ -352,6 +353,14 @@ impl Coordinator {
         let Security::Mtls { ca, .. } = &self.config.security else { return Ok(None) };
         let ca = ca.as_ref().map(|(certificate, key)| (certificate.as_path(), key.as_path()));
         loop {
+            match format::check(store).await {
+                Ok(()) => {}
+                Err(StoreError::Unavailable(_)) => {
+                    self.answers(&**store).await;
+                    continue;
+                }
+                Err(error) => return Err(error.into()),
+            }
             match authority::open(store, &self.config.cell, ca).await {
                 Ok(authority) => return Ok(Some(Arc::new(authority))),
                 // Another coordinator has just made it; or the store is away again.

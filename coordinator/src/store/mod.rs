@@ -6,6 +6,7 @@
 pub mod embedded;
 pub mod etcd;
 mod fenced;
+pub mod format;
 mod lease;
 mod transaction;
 

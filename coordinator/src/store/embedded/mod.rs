@@ -1,7 +1,10 @@
 //! The embedded store: one ACID file (redb), for one machine and one process.
 
+mod file;
+
 use std::{
     ops::Bound,
+    panic::{AssertUnwindSafe, catch_unwind},
     path::Path,
     sync::{
         Arc,
@@ -13,9 +16,7 @@ use std::{
 use async_trait::async_trait;
 use bytes::Bytes;
 use futures::StreamExt as _;
-use redb::{
-    Database, DatabaseError, ReadableDatabase as _, ReadableTable as _, Table, TableDefinition, WriteTransaction,
-};
+use redb::{Database, ReadableDatabase as _, ReadableTable as _, Table, TableDefinition, WriteTransaction};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
@@ -23,6 +24,7 @@ use super::{
     Compare, Entry, Event, Events, Lease, Listing, OPERATIONS_MOST, Store, StoreError, Transaction, Write, by_revision,
     lease::Revoke,
 };
+use file::DatabaseFile;
 
 /// create revision, mod revision, version, lease (0: none), value.
 type Row = (u64, u64, u64, u64, &'static [u8]);
@@ -45,7 +47,7 @@ pub struct EmbeddedStore {
 
 #[derive(Debug)]
 struct File {
-    database: Database,
+    database: DatabaseFile,
     revision: watch::Sender<u64>,
     next_lease: AtomicU64,
     history: u64,
@@ -65,36 +67,42 @@ impl EmbeddedStore {
     /// # Errors
     /// As [`EmbeddedStore::open`].
     pub fn open_with_history(path: &Path, history: u64) -> Result<Self, StoreError> {
-        let database = Database::create(path).map_err(|error| {
-            let path = path.display();
-            StoreError::Open(match error {
-                DatabaseError::DatabaseAlreadyOpen => format!("{path}: in use by another coordinator"),
-                error => format!("{path}: {error}"),
-            })
-        })?;
+        Self::with_file(DatabaseFile::at(path)?, history)
+    }
+
+    fn with_file(database: DatabaseFile, history: u64) -> Result<Self, StoreError> {
+        let open = database.get()?;
         let file = File { database, revision: watch::Sender::new(0), next_lease: AtomicU64::new(1), history };
         let store = Self { file: Arc::new(file) };
-        let revision = store.end_leases(|_| true)?;
+        let revision = store.end_leases(&open, |_| true)?;
         store.file.revision.send_replace(revision);
         Ok(store)
     }
 
-    /// Runs on a thread that may block.
+    /// Runs on a thread that may block. Where it fails for the file's sake, the file is closed and opened again later.
     async fn blocking<T: Send + 'static>(
         &self,
-        work: impl FnOnce(&Self) -> Result<T, StoreError> + Send + 'static,
+        work: impl FnOnce(&Self, &Database) -> Result<T, StoreError> + Send + 'static,
     ) -> Result<T, StoreError> {
         let store = self.clone();
-        tokio::task::spawn_blocking(move || work(&store))
-            .await
-            .map_err(|error| StoreError::Unavailable(error.to_string()))?
+        let task = move || {
+            let database = store.file.database.get()?;
+            let working = || work(&store, &database);
+            let outcome = catch_unwind(AssertUnwindSafe(working))
+                .unwrap_or_else(|_| Err(StoreError::Unavailable("the store's file is damaged".to_owned())));
+            if let Err(StoreError::Unavailable(reason)) = &outcome {
+                store.file.database.failed(&database, reason);
+            }
+            outcome
+        };
+        tokio::task::spawn_blocking(task).await.map_err(|error| StoreError::Unavailable(error.to_string()))?
     }
 
-    fn write(&self, transaction: &Transaction) -> Result<u64, StoreError> {
+    fn write(&self, database: &Database, transaction: &Transaction) -> Result<u64, StoreError> {
         if transaction.operations() > OPERATIONS_MOST {
             return Err(StoreError::TooLarge(transaction.operations()));
         }
-        let write = self.file.database.begin_write().map_err(unavailable)?;
+        let write = database.begin_write().map_err(unavailable)?;
         let revision = {
             let data = write.open_table(DATA).map_err(unavailable)?;
             for compare in &transaction.compares {
@@ -143,9 +151,9 @@ impl EmbeddedStore {
     }
 
     /// Removes the keys of leases that have ended; returns the store's revision.
-    fn end_leases(&self, ended: impl Fn(u64) -> bool) -> Result<u64, StoreError> {
+    fn end_leases(&self, database: &Database, ended: impl Fn(u64) -> bool) -> Result<u64, StoreError> {
         let mut keys = Vec::new();
-        let write = self.file.database.begin_write().map_err(unavailable)?;
+        let write = database.begin_write().map_err(unavailable)?;
         {
             let data = write.open_table(DATA).map_err(unavailable)?;
             write.open_table(LOG).map_err(unavailable)?;
@@ -175,14 +183,15 @@ impl EmbeddedStore {
 
     async fn end_lease(&self, id: u64, lost: &CancellationToken) {
         lost.cancel();
-        if let Err(error) = self.blocking(move |store| store.end_leases(|lease| lease == id)).await {
+        if let Err(error) = self.blocking(move |store, database| store.end_leases(database, |lease| lease == id)).await
+        {
             // The next opening of the file removes them.
             tracing::warn!(%error, lease = id, "keys of a lease that has ended are still there");
         }
     }
 
-    fn read_list(&self, prefix: &str) -> Result<Listing, StoreError> {
-        let read = self.file.database.begin_read().map_err(unavailable)?;
+    fn read_list(database: &Database, prefix: &str) -> Result<Listing, StoreError> {
+        let read = database.begin_read().map_err(unavailable)?;
         let data = read.open_table(DATA).map_err(unavailable)?;
         let meta = read.open_table(META).map_err(unavailable)?;
         let revision = meta.get(REVISION).map_err(unavailable)?.map_or(0, |row| row.value());
@@ -197,8 +206,8 @@ impl EmbeddedStore {
         Ok(Listing { entries, revision })
     }
 
-    fn read_log(&self, prefix: &str, from: u64) -> Result<(Vec<Event>, u64), StoreError> {
-        let read = self.file.database.begin_read().map_err(unavailable)?;
+    fn read_log(database: &Database, prefix: &str, from: u64) -> Result<(Vec<Event>, u64), StoreError> {
+        let read = database.begin_read().map_err(unavailable)?;
         let meta = read.open_table(META).map_err(unavailable)?;
         let number = |key| Ok(meta.get(key).map_err(unavailable)?.map_or(0, |row| row.value()));
         let (latest, oldest) = (number(REVISION)?, number(OLDEST)?);
@@ -254,8 +263,8 @@ fn unavailable(error: impl std::fmt::Display) -> StoreError {
 impl Store for EmbeddedStore {
     async fn get(&self, key: &str) -> Result<Option<Entry>, StoreError> {
         let key = key.to_owned();
-        self.blocking(move |store| {
-            let read = store.file.database.begin_read().map_err(unavailable)?;
+        self.blocking(move |_, database| {
+            let read = database.begin_read().map_err(unavailable)?;
             let data = read.open_table(DATA).map_err(unavailable)?;
             let row = data.get(key.as_str()).map_err(unavailable)?;
             Ok(row.map(|row| entry(&key, row.value())))
@@ -265,18 +274,18 @@ impl Store for EmbeddedStore {
 
     async fn list(&self, prefix: &str) -> Result<Listing, StoreError> {
         let prefix = prefix.to_owned();
-        self.blocking(move |store| store.read_list(&prefix)).await
+        self.blocking(move |_, database| Self::read_list(database, &prefix)).await
     }
 
     async fn commit(&self, transaction: Transaction) -> Result<u64, StoreError> {
-        self.blocking(move |store| store.write(&transaction)).await
+        self.blocking(move |store, database| store.write(database, &transaction)).await
     }
 
     async fn watch(&self, prefix: &str, from_revision: u64) -> Result<Events, StoreError> {
         let prefix = prefix.to_owned();
         let first = prefix.clone();
         // An error at the start is the caller's answer, not the stream's first item.
-        self.blocking(move |store| store.read_log(&first, from_revision).map(drop)).await?;
+        self.blocking(move |_, database| Self::read_log(database, &first, from_revision).map(drop)).await?;
         let store = self.clone();
         let mut revisions = self.file.revision.subscribe();
         Ok(async_stream::try_stream! {
@@ -284,7 +293,7 @@ impl Store for EmbeddedStore {
             loop {
                 revisions.borrow_and_update();
                 let prefix = prefix.clone();
-                let (events, latest) = store.blocking(move |store| store.read_log(&prefix, next)).await?;
+                let (events, latest) = store.blocking(move |_, database| Self::read_log(database, &prefix, next)).await?;
                 for events in by_revision(events) {
                     yield events;
                 }
@@ -321,7 +330,7 @@ impl Store for EmbeddedStore {
     }
 
     async fn ping(&self) -> Result<(), StoreError> {
-        self.blocking(|store| store.file.database.begin_read().map(drop).map_err(unavailable)).await
+        self.blocking(|_, database| database.begin_read().map(drop).map_err(unavailable)).await
     }
 
     fn may_commit_late(&self) -> bool {
