@@ -106,6 +106,8 @@ pub struct Dev {
     pub gateway: Gateway,
     /// Port of the gateway.
     pub ingress: u16,
+    /// Port of `/metrics` and `/readyz`.
+    pub http: u16,
     /// Arguments it was started with.
     args: Vec<String>,
     process: Option<Process>,
@@ -131,7 +133,8 @@ impl Dev {
         ];
         args.extend(extra.iter().map(ToString::to_string));
         let operator = Operator { server: format!("http://127.0.0.1:{grpc}"), credentials: None };
-        let mut dev = Self { operator, gateway: Gateway::at(ingress), ingress, args, process: None, env, directory };
+        let gateway = Gateway::at(ingress);
+        let mut dev = Self { operator, gateway, ingress, http, args, process: None, env, directory };
         dev.restart().await;
         dev
     }
