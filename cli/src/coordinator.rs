@@ -29,7 +29,29 @@ pub struct Args {
     /// Directory for the embedded store and the first operator's credentials.
     #[arg(long, env = "PILOTLIGHT_DATA_DIR", default_value = "/var/lib/pilotlight/coordinator", value_name = "DIR")]
     data_dir: PathBuf,
-    /// etcd's addresses; without any, the embedded store is used.
+    #[command(flatten)]
+    etcd: EtcdArgs,
+    /// Names and addresses by which others reach this coordinator, for its certificate.
+    #[arg(long, env = "PILOTLIGHT_NAMES", value_delimiter = ',', default_value = "localhost,127.0.0.1")]
+    names: Vec<String>,
+    /// An authority of your own, PEM; else one is made and kept in the store.
+    #[arg(long, env = "PILOTLIGHT_CA_CERT", value_name = "FILE", requires = "ca_key")]
+    ca_cert: Option<PathBuf>,
+    /// Its key, PEM.
+    #[arg(long, env = "PILOTLIGHT_CA_KEY", value_name = "FILE", requires = "ca_cert")]
+    ca_key: Option<PathBuf>,
+    /// Key that secrets are sealed with: 32 random bytes in base64. Coordinators that share etcd need the
+    /// same; without it, secrets.key in the data directory is used, and made where missing.
+    #[arg(long, env = "PILOTLIGHT_SECRETS_KEY", value_name = "FILE")]
+    secrets_key: Option<PathBuf>,
+    #[command(flatten)]
+    serving: ServingArgs,
+}
+
+/// How to reach etcd.
+#[derive(Debug, clap::Args)]
+pub struct EtcdArgs {
+    /// etcd's addresses, those of all members; without any, the embedded store is used.
     #[arg(long, env = "PILOTLIGHT_ETCD_ENDPOINTS", value_delimiter = ',', value_name = "URL")]
     etcd_endpoints: Vec<String>,
     /// etcd user, where it asks for one.
@@ -47,21 +69,21 @@ pub struct Args {
     /// Its key, PEM.
     #[arg(long, env = "PILOTLIGHT_ETCD_KEY", value_name = "FILE", requires = "etcd_cert")]
     etcd_key: Option<PathBuf>,
-    /// Names and addresses by which others reach this coordinator, for its certificate.
-    #[arg(long, env = "PILOTLIGHT_NAMES", value_delimiter = ',', default_value = "localhost,127.0.0.1")]
-    names: Vec<String>,
-    /// An authority of your own, PEM; else one is made and kept in the store.
-    #[arg(long, env = "PILOTLIGHT_CA_CERT", value_name = "FILE", requires = "ca_key")]
-    ca_cert: Option<PathBuf>,
-    /// Its key, PEM.
-    #[arg(long, env = "PILOTLIGHT_CA_KEY", value_name = "FILE", requires = "ca_cert")]
-    ca_key: Option<PathBuf>,
-    /// Key that secrets are sealed with: 32 random bytes in base64. Coordinators that share etcd need the
-    /// same; without it, secrets.key in the data directory is used, and made where missing.
-    #[arg(long, env = "PILOTLIGHT_SECRETS_KEY", value_name = "FILE")]
-    secrets_key: Option<PathBuf>,
-    #[command(flatten)]
-    serving: ServingArgs,
+}
+
+impl EtcdArgs {
+    /// The store that these flags name.
+    pub fn store(self) -> StoreConfig {
+        if self.etcd_endpoints.is_empty() {
+            return StoreConfig::Embedded;
+        }
+        StoreConfig::Etcd(EtcdConfig {
+            endpoints: self.etcd_endpoints,
+            user: self.etcd_user.zip(self.etcd_password),
+            ca: self.etcd_ca,
+            identity: self.etcd_cert.zip(self.etcd_key),
+        })
+    }
 }
 
 /// What coordinators have in common, `dev` included.
@@ -124,23 +146,13 @@ pub async fn run(args: Args, stopping: CancellationToken) -> anyhow::Result<()> 
 }
 
 fn config(args: Args) -> Config {
-    let store = if args.etcd_endpoints.is_empty() {
-        StoreConfig::Embedded
-    } else {
-        StoreConfig::Etcd(EtcdConfig {
-            endpoints: args.etcd_endpoints,
-            user: args.etcd_user.zip(args.etcd_password),
-            ca: args.etcd_ca,
-            identity: args.etcd_cert.zip(args.etcd_key),
-        })
-    };
     Config {
         cell: args.cell,
         listen: args.listen,
         listen_http: args.listen_http,
         advertise: args.advertise,
         data_dir: args.data_dir,
-        store,
+        store: args.etcd.store(),
         security: Security::Mtls { names: args.names, ca: args.ca_cert.zip(args.ca_key) },
         secrets_key: args.secrets_key,
         ..args.serving.config(8080)

@@ -24,6 +24,7 @@ mod process;
 mod rollout;
 mod scaling;
 mod simulate;
+mod snapshot;
 mod table;
 mod token;
 mod version;
@@ -87,6 +88,9 @@ enum Command {
     /// Make join tokens for nodes.
     #[command(subcommand)]
     Token(token::Command),
+    /// Save, restore and verify copies of what is stored for a cell.
+    #[command(subcommand)]
+    Snapshot(Box<snapshot::Command>),
     /// Run a model server for the examples.
     #[command(subcommand)]
     ExampleServer(example_server::Command),
@@ -140,6 +144,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
         Command::Node(command) => process::ask(node::run(connection, command)),
         Command::Cache(command) => process::ask(cache::run(connection, command)),
         Command::Token(command) => process::ask(token::run(connection, command)),
+        Command::Snapshot(command) => process::ask(snapshot::run(*command)),
         Command::Version(args) => process::ask(version::run(connection, args)),
         Command::Completions { shell } => {
             let mut script = Vec::new();

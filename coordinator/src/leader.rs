@@ -8,7 +8,7 @@ use tracing::{debug, info};
 
 use crate::store::{COMMIT_KEY, Entry, Event, Events, Fenced, Lease, Store, StoreError, Transaction};
 
-const KEY: &str = "leader";
+pub(crate) const KEY: &str = "leader";
 /// Longest time between two looks at the leader's key. A watch tells sooner, unless it hangs on a frozen etcd member.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 /// Pause before a campaign tries again after the store did not answer.

@@ -148,6 +148,11 @@ impl Cluster {
         .await
     }
 
+    /// URL of an etcd member.
+    pub fn etcd_url(&self, index: usize) -> String {
+        format!("http://127.0.0.1:{}", self.etcd[index].http)
+    }
+
     /// Index of the coordinator that leads.
     pub async fn leader(&self) -> usize {
         eventually("a coordinator leads", || async {

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{Store, StoreError, Transaction};
+use super::{Store, StoreError, Transaction, snapshot};
 
 /// Version of the records that this coordinator reads and writes.
 pub const FORMAT_VERSION: u32 = 1;
@@ -28,6 +28,7 @@ pub async fn claim(store: &Arc<dyn Store>) -> Result<(), StoreError> {
 }
 
 async fn read(store: &Arc<dyn Store>) -> Result<Option<u32>, StoreError> {
+    snapshot::check_complete(store).await?;
     let Some(entry) = store.get(KEY).await? else { return Ok(None) };
     let text = String::from_utf8_lossy(&entry.value);
     match text.trim().parse::<u32>() {

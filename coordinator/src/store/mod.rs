@@ -8,6 +8,7 @@ pub mod etcd;
 mod fenced;
 pub mod format;
 mod lease;
+pub mod snapshot;
 mod transaction;
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};

@@ -105,7 +105,7 @@ impl DatabaseFile {
 fn refuse_empty(path: &Path) -> Result<(), StoreError> {
     match fs::metadata(path) {
         Ok(metadata) if metadata.len() == 0 => Err(StoreError::Open(format!(
-            "{}: is empty, so it was truncated; restore a copy of it, or remove it to begin with an empty cell and a new \
+            "{}: is empty, so it was truncated; restore a snapshot (docs/backup.md), or remove it to begin with an empty cell and a new \
              certificate authority",
             path.display()
         ))),
@@ -125,13 +125,15 @@ fn open(path: &Path) -> Result<Database, StoreError> {
             Err(StoreError::Open(format!("{shown}: in use by another coordinator")))
         }
         Ok(Err(error)) => Err(StoreError::Open(format!("{shown}: {error}{}", advice(&error)))),
-        Err(_) => Err(StoreError::Open(format!("{shown}: is damaged; restore a copy of it"))),
+        Err(_) => Err(StoreError::Open(format!("{shown}: is damaged; restore a snapshot (docs/backup.md)"))),
     }
 }
 
 fn advice(error: &DatabaseError) -> &'static str {
     match error {
-        DatabaseError::Storage(redb::StorageError::Corrupted(_)) => "; the file is damaged, restore a copy of it",
+        DatabaseError::Storage(redb::StorageError::Corrupted(_)) => {
+            "; the file is damaged, restore a snapshot (docs/backup.md)"
+        }
         _ => "",
     }
 }
