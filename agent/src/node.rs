@@ -101,6 +101,7 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), Agen
     if matches!(config.security, Security::Plaintext) && !config.listen_peer.ip().is_loopback() {
         return Err(AgentError::PlaintextOffLoopback { what: "listen-peer", address: config.listen_peer });
     }
+    pilotlight_identity::private_dir(&config.data_dir)?;
     let mut inventory = inventory::discover(&config)?;
     let ingress = listen("listen-ingress", config.listen_ingress).await?;
     let peers = listen("listen-peer", config.listen_peer).await?;

@@ -33,6 +33,7 @@ pub struct Args {
 /// Runs both until stopped, or until one of them fails.
 pub async fn run(args: Args, stopping: CancellationToken) -> anyhow::Result<()> {
     let data_dir = std::path::absolute(&args.data_dir).context("data-dir")?;
+    pilotlight_identity::private_dir(&data_dir)?;
     let ingress = args.listen_ingress;
     let coordinator = pilotlight_coordinator::config::Config {
         listen: args.listen,

@@ -10,6 +10,7 @@ mod credentials;
 mod handshakes;
 mod live;
 mod member;
+mod private;
 mod token;
 mod transport;
 
@@ -18,6 +19,7 @@ pub use authority::{Authority, NODE_LIFETIME, new_csr};
 pub use credentials::Credentials;
 pub use live::LiveIdentity;
 pub use member::{Member, Role, check_label};
+pub use private::{private_dir, private_file};
 pub use token::{JoinToken, TokenRecord};
 pub use transport::{Trust, channel, connect_tls, member_of, peer_of};
 

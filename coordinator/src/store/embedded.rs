@@ -72,6 +72,7 @@ impl EmbeddedStore {
                 error => format!("{path}: {error}"),
             })
         })?;
+        pilotlight_identity::private_file(path).map_err(|error| StoreError::Open(error.to_string()))?;
         let file = File { database, revision: watch::Sender::new(0), next_lease: AtomicU64::new(1), history };
         let store = Self { file: Arc::new(file) };
         let revision = store.end_leases(|_| true)?;
