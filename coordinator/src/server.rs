@@ -29,8 +29,6 @@ use crate::{
 const LEADER_TTL: Duration = Duration::from_secs(5);
 /// Pause before an etcd that does not answer at the start is asked again.
 const STORE_PAUSE: Duration = Duration::from_secs(1);
-/// File below the data directory for the key that secrets are sealed with.
-const SECRETS_KEY: &str = "secrets.key";
 
 /// Why a coordinator could not start or go on.
 #[derive(Debug, thiserror::Error)]
@@ -41,9 +39,6 @@ pub enum CoordinatorError {
     /// Autoscaler settings are out of range.
     #[error("{0}")]
     Scaling(String),
-    /// The data directory cannot be made.
-    #[error("data-dir: {0}: {1}")]
-    DataDir(std::path::PathBuf, std::io::Error),
     /// An address cannot be listened on.
     #[error("{what}: cannot listen on {address}: {error}")]
     Listen {
@@ -83,8 +78,7 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), Coor
         return Err(CoordinatorError::PlaintextOffLoopback(config.listen));
     }
     config.scaling.validate().map_err(|wrong| CoordinatorError::Scaling(wrong.join("; ")))?;
-    std::fs::create_dir_all(&config.data_dir)
-        .map_err(|error| CoordinatorError::DataDir(config.data_dir.clone(), error))?;
+    pilotlight_identity::private_dir(&config.data_dir)?;
     let listener = listen("listen", config.listen).await?;
     let http = listen("listen-http", config.listen_http).await?;
     let metrics = pilotlight_telemetry::Metrics::new("pilotlight-coordinator", env!("CARGO_PKG_VERSION"));
@@ -125,18 +119,15 @@ async fn lead(
 ) -> Result<(), CoordinatorError> {
     // Whatever ends the loop ends the server, and the other way round.
     let ending = stopping.child_token();
+    let vault = Arc::new(Vault::open(config.secrets_key.as_deref(), &config.data_dir)?);
     let (access, authority) = match &config.security {
         Security::Plaintext => (Access::Open, None),
         Security::Mtls { ca, .. } => {
             let ca = ca.as_ref().map(|(certificate, key)| (certificate.as_path(), key.as_path()));
-            (Access::Certified, Some(Arc::new(authority::open(&store, &config.cell, ca).await?)))
+            (Access::Certified, Some(Arc::new(authority::open(&store, &config.cell, ca, &vault).await?)))
         }
     };
     let (handle, inputs, changes) = Handle::new();
-    let vault = Arc::new(match &config.secrets_key {
-        Some(file) => Vault::with_key_file(file, false)?,
-        None => Vault::with_key_file(&config.data_dir.join(SECRETS_KEY), true)?,
-    });
     let recorder = match &config.record {
         Some(path) => Recorder::create(path).map_err(CoordinatorError::Record)?,
         None => Recorder::default(),
