@@ -92,7 +92,7 @@ pub(crate) fn own_identity(
     authority: &Authority,
     names: &[String],
 ) -> Result<Arc<LiveIdentity>, CoordinatorError> {
-    let operator = Member::operator("admin", Role::Admin)?;
+    let operator = Member::operator("admin", Role::Admin, None)?;
     let issued = authority.issue(&operator, &[], COORDINATOR_LIFETIME)?;
     let directory = config.data_dir.join(OPERATOR_DIR);
     issued.save(&directory)?;

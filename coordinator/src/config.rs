@@ -74,6 +74,8 @@ pub struct EtcdConfig {
 pub enum Security {
     /// Anyone on this machine, in plaintext. Refused on an address that is not loopback.
     Plaintext,
+    /// In plaintext, whoever presents this bearer token. Refused on an address that is not loopback.
+    Token(String),
     /// Mutual TLS.
     Mtls {
         /// Names and addresses by which agents and operators reach this coordinator, for its certificate.

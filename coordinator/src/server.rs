@@ -2,7 +2,7 @@
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
-use pilotlight_identity::Authority;
+use pilotlight_identity::{Authority, Revocations};
 use pilotlight_proto::{
     FILE_DESCRIPTOR_SET,
     control::v1::control_server::ControlServer,
@@ -11,15 +11,21 @@ use pilotlight_proto::{
 use tokio::net::TcpListener;
 use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
-use tonic::{service::Routes, transport::Server};
+use tonic::{
+    service::{Routes, interceptor::InterceptedService},
+    transport::Server,
+};
 use tracing::{error, info, warn};
 
 use crate::{
-    api::{ControlService, Objects, access::Access},
+    api::{
+        ControlService, Objects,
+        access::{Access, CellMembers},
+    },
     authority,
     config::{Config, Security, StoreConfig},
-    fleet::{EvictHub, FleetService, LogHub, enrollment::EnrollmentService},
-    leader,
+    fleet::{EvictHub, FleetService, LiveSessions, LogHub, enrollment::EnrollmentService},
+    leader, members,
     reconcile::{Handle, Reconciler, record::Recorder, run::Setup, world::Settings},
     store::{Store, StoreError, embedded::EmbeddedStore, etcd::EtcdStore},
     values::{Values, ValuesError, Vault},
@@ -74,7 +80,7 @@ pub enum CoordinatorError {
 /// # Errors
 /// A setting cannot be used, the store cannot be opened, or leadership is lost.
 pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), CoordinatorError> {
-    if matches!(config.security, Security::Plaintext) && !config.listen.ip().is_loopback() {
+    if matches!(config.security, Security::Plaintext | Security::Token(_)) && !config.listen.ip().is_loopback() {
         return Err(CoordinatorError::PlaintextOffLoopback(config.listen));
     }
     config.scaling.validate().map_err(|wrong| CoordinatorError::Scaling(wrong.join("; ")))?;
@@ -120,11 +126,18 @@ async fn lead(
     // Whatever ends the loop ends the server, and the other way round.
     let ending = stopping.child_token();
     let vault = Arc::new(Vault::open(config.secrets_key.as_deref(), &config.data_dir)?);
+    let revocations: Arc<Revocations> = Arc::default();
     let (access, authority) = match &config.security {
         Security::Plaintext => (Access::Open, None),
+        Security::Token(token) => (Access::Token(token.as_str().into()), None),
         Security::Mtls { ca, .. } => {
             let ca = ca.as_ref().map(|(certificate, key)| (certificate.as_path(), key.as_path()));
-            (Access::Certified, Some(Arc::new(authority::open(&store, &config.cell, ca, &vault).await?)))
+            members::load(&store, &revocations).await?;
+            let members = CellMembers { cell: config.cell.clone(), revocations: Arc::clone(&revocations) };
+            (
+                Access::Certified(Arc::new(members)),
+                Some(Arc::new(authority::open(&store, &config.cell, ca, &vault).await?)),
+            )
         }
     };
     let (handle, inputs, changes) = Handle::new();
@@ -146,7 +159,10 @@ async fn lead(
     let looping = tokio::spawn(reconciler.run(ending.clone()));
     leading.cancel();
 
-    let services = services(config, &store, &vault, handle, access, authority.clone(), &ending).await;
+    if authority.is_some() {
+        tokio::spawn(members::follow(Arc::clone(&store), Arc::clone(&revocations), ending.clone()));
+    }
+    let services = services(config, &store, &vault, handle, access, authority.clone(), &revocations, &ending).await;
     let server = Server::builder()
         .http2_keepalive_interval(Some(Duration::from_secs(10)))
         .trace_fn(|request| tracing::debug_span!("grpc", path = request.uri().path()))
@@ -155,7 +171,11 @@ async fn lead(
         match (&config.security, authority) {
             (Security::Mtls { names, .. }, Some(authority)) => {
                 let live = authority::own_identity(config, &authority, names)?;
-                let incoming = pilotlight_identity::accept_tls(listener, live.server_config_optional_client(&[b"h2"])?);
+                let incoming = pilotlight_identity::accept_tls(
+                    listener,
+                    live.server_config_optional_client(&[b"h2"])?,
+                    revocations,
+                );
                 server.serve_with_incoming_shutdown(incoming, ending.cancelled()).await?;
             }
             _ => {
@@ -176,6 +196,7 @@ async fn lead(
     outcome
 }
 
+#[expect(clippy::too_many_arguments, reason = "each is needed, and this is called once")]
 async fn services(
     config: &Config,
     store: &Arc<dyn Store>,
@@ -183,28 +204,38 @@ async fn services(
     handle: Handle,
     access: Access,
     authority: Option<Arc<Authority>>,
+    revocations: &Arc<Revocations>,
     ending: &CancellationToken,
 ) -> Routes {
+    let sessions: Arc<LiveSessions> = Arc::default();
     let (logs, evictions) = (Arc::new(LogHub::default()), Arc::new(EvictHub::default()));
     let control = ControlService {
         handle: handle.clone(),
         store: Arc::clone(store),
         objects: Objects::new(Arc::clone(store), Arc::clone(vault), handle.clone()),
         authority: authority.clone(),
-        access,
+        access: access.clone(),
         scaling: config.scaling.clone(),
         cell: config.cell.clone(),
         logs: Arc::clone(&logs),
         evictions: Arc::clone(&evictions),
     };
-    let fleet = FleetService::new(handle, logs, evictions, access, ending.clone());
+    let fleet = FleetService::new(
+        handle,
+        logs,
+        evictions,
+        access.clone(),
+        Arc::clone(&sessions),
+        Arc::clone(revocations),
+        ending.clone(),
+    );
     let (health, health_service) = tonic_health::server::health_reporter();
     health.set_serving::<ControlServer<ControlService>>().await;
     health.set_serving::<FleetServer<FleetService>>().await;
     let mut routes =
         Routes::new(health_service).add_service(ControlServer::new(control)).add_service(FleetServer::new(fleet));
     if let Some(authority) = authority {
-        let enrollment = EnrollmentService::new(authority, Arc::clone(store), access);
+        let enrollment = EnrollmentService::new(authority, Arc::clone(store), access.clone(), sessions);
         routes = routes.add_service(EnrollmentServer::new(enrollment));
     }
     let reflection = tonic_reflection::server::Builder::configure()
@@ -212,7 +243,7 @@ async fn services(
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
         .build_v1();
     match reflection {
-        Ok(reflection) => routes.add_service(reflection),
+        Ok(reflection) => routes.add_service(InterceptedService::new(reflection, access)),
         Err(error) => {
             error!(%error, "no gRPC reflection");
             routes

@@ -11,6 +11,7 @@ mod handshakes;
 mod live;
 mod member;
 mod private;
+mod revocations;
 mod token;
 mod transport;
 
@@ -18,10 +19,11 @@ pub use accept::{TlsConnection, accept_tls};
 pub use authority::{Authority, NODE_LIFETIME, new_csr};
 pub use credentials::Credentials;
 pub use live::LiveIdentity;
-pub use member::{Member, Role, check_label};
+pub use member::{Member, MemberCertificate, Role, check_label};
 pub use private::{private_dir, private_file};
-pub use token::{JoinToken, TokenRecord};
-pub use transport::{Trust, channel, connect_tls, member_of, peer_of};
+pub use revocations::{Revocable, RevocationList, Revocations, Revoked};
+pub use token::{JoinToken, TokenRecord, check_pattern};
+pub use transport::{BearerToken, Channel, Trust, channel, connect_node, connect_tls, member_of, peer_of};
 
 /// Why an identity cannot be made, read or used.
 #[derive(Debug, thiserror::Error)]
@@ -51,6 +53,12 @@ pub enum IdentityError {
     /// A join token cannot be read.
     #[error("join token: {0}; expected plt1.<id>.<secret>.<pin> as printed by `pilotlight token create`")]
     Token(&'static str),
+    /// A pattern of node names cannot match any.
+    #[error("node pattern {0:?}: expected 1 to 63 of a-z, 0-9, '-', '*' (any characters) and '?' (one character)")]
+    Pattern(String),
+    /// A bearer token holds characters that no token has.
+    #[error("token: it must consist of visible ASCII characters")]
+    BearerToken,
     /// A certificate names no member of a cell.
     #[error("certificate: {0}")]
     Member(String),
