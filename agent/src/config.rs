@@ -62,6 +62,8 @@ pub enum RuntimeChoice {
 pub enum Security {
     /// Not at all; for `dev`, where the coordinator is on this machine's loopback.
     Plaintext,
+    /// In plaintext with this bearer token; for `dev`.
+    Token(String),
     /// A certificate kept in `data_dir`; got with the token where there is none yet.
     Mtls {
         /// As printed by `pilotlight token create`.

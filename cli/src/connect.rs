@@ -2,11 +2,10 @@
 
 use std::path::PathBuf;
 
-use pilotlight_identity::{Credentials, LiveIdentity, Trust};
+use pilotlight_identity::{Channel, Credentials, LiveIdentity, Trust};
 use pilotlight_proto::control::v1::control_client::ControlClient;
-use tonic::transport::Channel;
 
-use crate::failure::Failure;
+use crate::{dev_token, failure::Failure};
 
 /// Where the coordinator is, and who is asking.
 #[derive(Debug, clap::Args)]
@@ -17,6 +16,9 @@ pub struct ConnectionArgs {
     /// Directory with cert.pem, key.pem and ca.pem, for https.
     #[arg(long, global = true, env = "PILOTLIGHT_CREDENTIALS", value_name = "DIR")]
     credentials: Option<PathBuf>,
+    /// File with the token of `pilotlight dev` [default: that of the dev that runs at the server's address].
+    #[arg(long, global = true, env = "PILOTLIGHT_TOKEN_FILE", value_name = "FILE")]
+    token_file: Option<PathBuf>,
 }
 
 /// A client of the control API.
@@ -33,7 +35,7 @@ impl ConnectionArgs {
                 let credentials = Credentials::load(directory).map_err(anyhow::Error::from)?;
                 Trust::Cell(LiveIdentity::new(&credentials).map_err(anyhow::Error::from)?)
             }
-            None => Trust::Plaintext,
+            None => dev_token::trust(&self.server, self.token_file.as_deref())?,
         };
         let channel = pilotlight_identity::channel(&self.server, &trust).map_err(anyhow::Error::from)?;
         Ok(ControlClient::new(channel).max_decoding_message_size(ANSWER_MOST))

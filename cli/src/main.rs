@@ -10,6 +10,7 @@ mod coordinator;
 mod delete;
 mod describe;
 mod dev;
+mod dev_token;
 mod diff;
 mod dry_run;
 mod example_server;
@@ -26,6 +27,7 @@ mod scaling;
 mod simulate;
 mod table;
 mod token;
+mod user;
 mod version;
 
 use std::process::ExitCode;
@@ -84,9 +86,12 @@ enum Command {
     /// Look at the models on the nodes' disks; warm, pin and evict them.
     #[command(subcommand)]
     Cache(cache::Command),
-    /// Make join tokens for nodes.
+    /// Make, list and revoke join tokens for nodes.
     #[command(subcommand)]
     Token(token::Command),
+    /// Create and revoke credentials of operators.
+    #[command(subcommand)]
+    User(user::Command),
     /// Run a model server for the examples.
     #[command(subcommand)]
     ExampleServer(example_server::Command),
@@ -140,6 +145,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
         Command::Node(command) => process::ask(node::run(connection, command)),
         Command::Cache(command) => process::ask(cache::run(connection, command)),
         Command::Token(command) => process::ask(token::run(connection, command)),
+        Command::User(command) => process::ask(user::run(connection, command)),
         Command::Version(args) => process::ask(version::run(connection, args)),
         Command::Completions { shell } => {
             let mut script = Vec::new();

@@ -22,7 +22,7 @@ pub use live::LiveIdentity;
 pub use member::{Member, MemberCertificate, Role, check_label};
 pub use private::{private_dir, private_file};
 pub use revocations::{Revocable, RevocationList, Revocations, Revoked};
-pub use token::{JoinToken, TokenRecord, check_pattern};
+pub use token::{JoinToken, TokenRecord, check_pattern, random_token};
 pub use transport::{BearerToken, Channel, Trust, channel, connect_node, connect_tls, member_of, peer_of};
 
 /// Why an identity cannot be made, read or used.
@@ -56,6 +56,9 @@ pub enum IdentityError {
     /// A pattern of node names cannot match any.
     #[error("node pattern {0:?}: expected 1 to 63 of a-z, 0-9, '-', '*' (any characters) and '?' (one character)")]
     Pattern(String),
+    /// The system has no randomness.
+    #[error("the system has no randomness")]
+    Randomness,
     /// A bearer token holds characters that no token has.
     #[error("token: it must consist of visible ASCII characters")]
     BearerToken,

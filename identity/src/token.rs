@@ -41,6 +41,16 @@ pub struct TokenRecord {
     pub created_at: i64,
 }
 
+/// A new bearer token: 32 random bytes in URL-safe base64.
+///
+/// # Errors
+/// The system has no randomness.
+pub fn random_token() -> Result<String, IdentityError> {
+    let mut bytes = [0; 32];
+    SystemRandom::new().fill(&mut bytes).map_err(|_| IdentityError::Randomness)?;
+    Ok(URL_SAFE_NO_PAD.encode(bytes))
+}
+
 impl JoinToken {
     /// Makes a token for an authority's cell, and what to keep of it.
     ///

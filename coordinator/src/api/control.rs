@@ -133,7 +133,7 @@ impl Control for ControlService {
         let reading = Reading { namespace, strict: request.strict, scaling: &self.scaling, runtimes: &runtimes };
         let mut documents = manifest::read(&request.manifest, reading);
         for document in documents.iter().filter(|document| document.object.is_some()) {
-            caller.check_namespace(&document.namespace)?;
+            caller.check_namespace(namespace_of(document))?;
         }
         if request.strict {
             all_or_nothing(&mut documents);
@@ -180,7 +180,12 @@ impl Control for ControlService {
         &self,
         request: Request<control::DeleteObjectRequest>,
     ) -> Answer<control::DeleteObjectResponse> {
-        let caller = self.access.in_namespace(&request, Role::Operator, &request.get_ref().namespace)?;
+        let namespace = match request.get_ref().kind.as_str() {
+            // It is the whole cell's, whatever namespace is named.
+            "ClusterServingRuntime" => "",
+            _ => &request.get_ref().namespace,
+        };
+        let caller = self.access.in_namespace(&request, Role::Operator, namespace)?;
         let control::DeleteObjectRequest { kind, namespace, name } = request.into_inner();
         let object = format!("{kind}/{namespace}/{name}");
         audited(&caller, "delete", &object, self.objects.delete(&kind, &namespace, &name)).await?;
@@ -467,6 +472,14 @@ fn watch(
                 }
             }
         }
+    }
+}
+
+/// The namespace that a document changes; empty if it changes the whole cell.
+fn namespace_of(document: &spec::Document) -> &str {
+    match &document.object {
+        Some(spec::Resource::ServingRuntime(runtime)) => runtime.namespace.as_deref().unwrap_or_default(),
+        _ => &document.namespace,
     }
 }
 
