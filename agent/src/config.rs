@@ -37,6 +37,8 @@ pub struct Config {
     pub cache_budget: Option<u64>,
     /// Bytes of main memory that models without requests may fill, asleep or in the page cache; `None`: half of it.
     pub warm_memory: Option<u64>,
+    /// Whether models may be fetched from loopback, link-local and unspecified addresses.
+    pub allow_local_storage: bool,
     /// True: replicas end with the agent (as `dev` wants it). False: they outlive it and are adopted.
     pub stop_replicas_on_exit: bool,
     /// What replicas run as.
@@ -111,6 +113,7 @@ impl Default for Config {
             fetch_stall: crate::models::STALL,
             cache_budget: None,
             warm_memory: None,
+            allow_local_storage: false,
             stop_replicas_on_exit: false,
             runtime: RuntimeChoice::default(),
             docker: DockerSettings::default(),

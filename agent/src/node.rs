@@ -146,6 +146,7 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), Agen
     let models = Models::open(path.clone(), config.docker.claims.clone(), config.fetch_stall, config.cache_budget)
         .map_err(|error| AgentError::Models { path, error })?
         .with_peers(Arc::clone(&data_path) as _);
+    let models = if config.allow_local_storage { models } else { models.refusing_local_storage() };
     let models = match runtime.images() {
         Some(images) => models.with_images(images),
         None => models,
@@ -197,6 +198,9 @@ async fn runtime(
     inventory: &mut fleet::Inventory,
 ) -> Result<Arc<dyn Runtime>, AgentError> {
     let process = ProcessRuntime::new(&config.data_dir, own_binary);
+    if config.runtime != RuntimeChoice::Docker && rustix::process::geteuid().is_root() {
+        warn!("replicas that are processes run as root: whoever may apply a manifest runs commands as root here");
+    }
     let (runtime, names): (Arc<dyn Runtime>, _) = match (config.runtime, engine(config, inventory).await) {
         (RuntimeChoice::Process, _) | (RuntimeChoice::Auto, Ok(None)) => (Arc::new(process), vec!["process"]),
         (_, Err(error)) => return Err(error.into()),

@@ -89,6 +89,10 @@ pub struct NodeArgs {
     /// Ask again for a part of a model of which no byte comes for this long, 1s to 1h.
     #[arg(long, env = "PILOTLIGHT_FETCH_STALL", default_value = "30s", value_parser = stall, value_name = "DURATION")]
     fetch_stall: std::time::Duration,
+    /// Fetch models from loopback, link-local and unspecified addresses, too, such as a store on this machine. Whoever
+    /// may apply a manifest then reaches this machine's own services and its cloud's metadata.
+    #[arg(long, env = "PILOTLIGHT_ALLOW_LOCAL_STORAGE")]
+    allow_local_storage: bool,
     /// Bytes that fetched models and pulled container images may take on disk, such as 500GiB; those that no
     /// replica uses go to make room, what nobody asked to keep first, the one used longest ago before others.
     /// Default: no limit but the disk's.
@@ -168,6 +172,7 @@ impl NodeArgs {
                 registry_config: self.registry_config,
                 ..DockerSettings::default()
             },
+            allow_local_storage: self.allow_local_storage,
             fetch_stall: self.fetch_stall,
             cache_budget: self.cache_budget.map(|budget| budget.as_u64()),
             warm_memory: self.warm_memory.map(|budget| budget.as_u64()),

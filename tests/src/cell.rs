@@ -123,6 +123,8 @@ impl Dev {
             format!("--listen=127.0.0.1:{grpc}"),
             format!("--listen-http=127.0.0.1:{http}"),
             format!("--listen-ingress=127.0.0.1:{ingress}"),
+            // Stories have their stores on loopback.
+            "--allow-local-storage".to_owned(),
         ];
         args.extend(extra.iter().map(ToString::to_string));
         let operator = Operator { server: format!("http://127.0.0.1:{grpc}"), credentials: None };
@@ -313,6 +315,8 @@ impl Cell {
             "agent".to_owned(),
             // Stories are about processes, wherever they run; containers have a suite of their own.
             "--runtime=process".to_owned(),
+            // Stories have their stores on loopback.
+            "--allow-local-storage".to_owned(),
             format!("--node-name={name}"),
             format!("--coordinator=https://127.0.0.1:{}", self.grpc),
             format!("--token={}", self.token()),
