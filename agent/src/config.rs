@@ -2,7 +2,10 @@
 
 use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf};
 
-use crate::{gateway::ClientSettings, runtime::DockerSettings};
+use crate::{
+    gateway::ClientSettings,
+    runtime::{DockerSettings, RunAs},
+};
 
 /// Settings of one agent process.
 #[derive(Debug, Clone)]
@@ -37,6 +40,8 @@ pub struct Config {
     pub cache_budget: Option<u64>,
     /// Bytes of main memory that models without requests may fill, asleep or in the page cache; `None`: half of it.
     pub warm_memory: Option<u64>,
+    /// The user that replicas which are processes run as; `None` is the agent's own.
+    pub run_as: Option<RunAs>,
     /// Whether models may be fetched from loopback, link-local and unspecified addresses.
     pub allow_local_storage: bool,
     /// True: replicas end with the agent (as `dev` wants it). False: they outlive it and are adopted.
@@ -113,6 +118,7 @@ impl Default for Config {
             fetch_stall: crate::models::STALL,
             cache_budget: None,
             warm_memory: None,
+            run_as: None,
             allow_local_storage: false,
             stop_replicas_on_exit: false,
             runtime: RuntimeChoice::default(),

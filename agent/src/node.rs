@@ -35,7 +35,7 @@ use crate::{
     inventory::{self, InventoryError},
     models::{Models, Shelf},
     reconcile::Reconciler,
-    runtime::{AnyRuntime, DockerRuntime, EndedLogs, ProcessRuntime, Runtime, RuntimeError, logs},
+    runtime::{AnyRuntime, DockerRuntime, EndedLogs, ProcessRuntime, RunAs, Runtime, RuntimeError, logs},
     session::{Outbound, Session, Told},
 };
 
@@ -73,6 +73,9 @@ pub enum AgentError {
         /// Why.
         error: io::Error,
     },
+    /// Only root can start processes of other users.
+    #[error("run-as: only an agent that runs as root can run replicas as another user")]
+    RunAs,
     /// The agent's own program cannot be found.
     #[error("cannot find the running program: {0}")]
     OwnBinary(io::Error),
@@ -104,7 +107,7 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), Agen
     if !matches!(config.security, Security::Mtls { .. }) && !config.listen_peer.ip().is_loopback() {
         return Err(AgentError::PlaintextOffLoopback { what: "listen-peer", address: config.listen_peer });
     }
-    pilotlight_identity::private_dir(&config.data_dir)?;
+    make_data_dir(&config)?;
     let mut inventory = inventory::discover(&config)?;
     let ingress = listen("listen-ingress", config.listen_ingress).await?;
     let peers = listen("listen-peer", config.listen_peer).await?;
@@ -191,15 +194,35 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), Agen
     Ok(())
 }
 
+/// Creates the data directory, which only its owner may read. Replicas that run as another user may pass through it to
+/// the models, and read nothing else.
+fn make_data_dir(config: &Config) -> Result<(), AgentError> {
+    let Some(run_as) = &config.run_as else {
+        return Ok(pilotlight_identity::private_dir(&config.data_dir)?);
+    };
+    if !run_as.is_permitted() {
+        return Err(AgentError::RunAs);
+    }
+    pilotlight_identity::passable_dir(&config.data_dir)?;
+    for secret in ["replicas", "ended-logs", "identity"] {
+        pilotlight_identity::private_dir(&config.data_dir.join(secret))?;
+    }
+    Ok(())
+}
+
 /// The runtime that the configuration asks for; the inventory gets to know what it can run.
 async fn runtime(
     config: &Config,
     own_binary: PathBuf,
     inventory: &mut fleet::Inventory,
 ) -> Result<Arc<dyn Runtime>, AgentError> {
-    let process = ProcessRuntime::new(&config.data_dir, own_binary);
-    if config.runtime != RuntimeChoice::Docker && rustix::process::geteuid().is_root() {
-        warn!("replicas that are processes run as root: whoever may apply a manifest runs commands as root here");
+    let process = ProcessRuntime::new(&config.data_dir, own_binary).with_run_as(config.run_as.clone());
+    let is_root = config.run_as.as_ref().map_or(rustix::process::geteuid().is_root(), RunAs::is_root);
+    if config.runtime != RuntimeChoice::Docker && is_root {
+        warn!(
+            "replicas that are processes run as root: whoever may apply a manifest runs commands as root here; \
+             --run-as names another user"
+        );
     }
     let (runtime, names): (Arc<dyn Runtime>, _) = match (config.runtime, engine(config, inventory).await) {
         (RuntimeChoice::Process, _) | (RuntimeChoice::Auto, Ok(None)) => (Arc::new(process), vec!["process"]),

@@ -33,7 +33,11 @@ pub struct Args {
 /// Runs both until stopped, or until one of them fails.
 pub async fn run(args: Args, stopping: CancellationToken) -> anyhow::Result<()> {
     let data_dir = std::path::absolute(&args.data_dir).context("data-dir")?;
-    pilotlight_identity::private_dir(&data_dir)?;
+    if args.node.runs_as_another_user() {
+        pilotlight_identity::passable_dir(&data_dir)?;
+    } else {
+        pilotlight_identity::private_dir(&data_dir)?;
+    }
     let (token, _record) = dev_token::create(&data_dir, args.listen)?;
     let ingress = args.listen_ingress;
     let coordinator = pilotlight_coordinator::config::Config {

@@ -20,7 +20,7 @@ pub use authority::{Authority, NODE_LIFETIME, new_csr};
 pub use credentials::Credentials;
 pub use live::LiveIdentity;
 pub use member::{Member, MemberCertificate, Role, check_label};
-pub use private::{private_dir, private_file};
+pub use private::{passable_dir, private_dir, private_file};
 pub use revocations::{Revocable, RevocationList, Revocations, Revoked};
 pub use token::{JoinToken, TokenRecord, check_pattern, random_token};
 pub use transport::{BearerToken, Channel, Trust, channel, connect_node, connect_tls, member_of, peer_of};

@@ -13,6 +13,8 @@ use crate::IdentityError;
 
 /// Mode of a directory with secrets below it.
 const DIRECTORY_MODE: u32 = 0o700;
+/// Mode of a directory that others may pass through.
+const PASSABLE_MODE: u32 = 0o711;
 /// Mode of a file with secrets.
 const FILE_MODE: u32 = 0o600;
 
@@ -24,6 +26,19 @@ pub fn private_dir(path: &Path) -> Result<(), IdentityError> {
     let create = || {
         DirBuilder::new().recursive(true).mode(DIRECTORY_MODE).create(path)?;
         tighten(path, DIRECTORY_MODE)
+    };
+    create().map_err(|error| IdentityError::File { path: path.to_owned(), error })
+}
+
+/// Creates a directory with mode 0711: others reach what they know the name of, and list nothing.
+///
+/// # Errors
+/// As [`private_dir`].
+pub fn passable_dir(path: &Path) -> Result<(), IdentityError> {
+    let create = || {
+        DirBuilder::new().recursive(true).mode(PASSABLE_MODE).create(path)?;
+        // Whatever the umask is, and whatever the mode was before.
+        set_permissions(path, Permissions::from_mode(PASSABLE_MODE))
     };
     create().map_err(|error| IdentityError::File { path: path.to_owned(), error })
 }

@@ -2,6 +2,7 @@
 
 use std::{os::unix::fs::PermissionsExt as _, path::Path, time::Duration};
 
+use futures::FutureExt as _;
 use pilotlight_identity::{Credentials, JoinToken, LiveIdentity, Trust, channel, new_csr};
 use pilotlight_proto::{
     control::v1::{GetVersionRequest, ListNodesRequest, control_client::ControlClient},
@@ -15,7 +16,11 @@ use pilotlight_tests::{
     eventually,
     process::{output, pilotlight},
 };
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tonic::{Code, Status, Streaming};
+
+/// What an HTTP/2 client sends first, with empty settings.
+const HTTP2_PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
 
 /// An agent as an attacker would write one: it joins and opens a session, and nothing else.
 struct Intruder {
@@ -128,13 +133,22 @@ async fn a_revoked_node_loses_its_session_its_renewal_and_its_peers() {
     let member = pilotlight_identity::Member::node("gpu-2").unwrap();
     let mut open =
         pilotlight_identity::connect_tls(&peer, &member, std::sync::Arc::clone(&client)).await.expect("a good peer");
+    open.write_all(HTTP2_PREFACE).await.unwrap();
+    let bystander = intruder.join(&token(&cell, &["--node", "gpu-3"]), "gpu-3").await.unwrap();
+    let bystander = LiveIdentity::new(&bystander).unwrap().client_config(&[b"h2"]).unwrap();
+    let mut other = pilotlight_identity::connect_tls(&peer, &member, bystander.into()).await.expect("a good peer");
+    other.write_all(HTTP2_PREFACE).await.unwrap();
 
     cell.operator.must(&["node", "revoke", "gpu-1"]);
     let ended = async { while let Ok(Some(_)) = session.message().await {} };
     tokio::time::timeout(Duration::from_secs(60), ended).await.expect("the session ends");
     // The peer may have sent its settings before.
-    let closed = async { while tokio::io::AsyncReadExt::read(&mut open, &mut [0; 1024]).await.is_ok_and(|n| n > 0) {} };
+    let closed = async { while open.read(&mut [0; 1024]).await.is_ok_and(|n| n > 0) {} };
     tokio::time::timeout(Duration::from_secs(60), closed).await.expect("the peer's connection ends");
+    let mut buffer = [0; 1024];
+    while let Some(read) = other.read(&mut buffer).now_or_never() {
+        assert!(read.unwrap() > 0, "another node's connection was closed, too");
+    }
     let refused = intruder.session(&credentials, "gpu-1").await.unwrap_err();
     assert_eq!(refused.code(), Code::PermissionDenied);
     assert!(refused.message().contains("was revoked"), "{refused}");
@@ -238,9 +252,9 @@ async fn only_their_owner_may_read_keys_state_and_tokens() {
 #[tokio::test(flavor = "multi_thread")]
 async fn dev_answers_only_those_who_can_read_its_token() {
     let dev = Dev::start(&[], vec![]).await;
-    let refused =
-        ControlClient::new(channel(&dev.operator.server, &Trust::Plaintext).unwrap()).get_version(GetVersionRequest {});
-    assert_eq!(refused.await.unwrap_err().code(), Code::Unauthenticated);
+    let stranger = channel(&dev.operator.server, &Trust::Plaintext).unwrap();
+    let refused = ControlClient::new(stranger).get_version(GetVersionRequest {}).await.unwrap_err();
+    assert_eq!(refused.code(), Code::Unauthenticated);
     // As another user would call it: without this user's state directory.
     let elsewhere = tempfile::tempdir().unwrap();
     let run = |arguments: &[&str]| {
@@ -260,4 +274,55 @@ async fn dev_answers_only_those_who_can_read_its_token() {
         (dev.operator.run(&["get", "nodes"]).code == 0).then_some(())
     })
     .await;
+}
+
+/// A service that shows as whom it runs, and starts only if it can read its model.
+fn reader(store: u16) -> String {
+    let program = pilotlight().display();
+    format!(
+        r#"
+apiVersion: serving.kserve.io/v1alpha1
+kind: ClusterServingRuntime
+metadata: {{name: reader}}
+spec:
+  supportedModelFormats: [{{name: sklearn, version: "1", autoSelect: true}}]
+  containers:
+    - name: kserve-container
+      command: [sh, -c, 'echo "uid $(id -u) groups $(id -G)"; cat "$PILOTLIGHT_MODEL_DIR"/* && exec {program} example-server iris']
+---
+apiVersion: serving.kserve.io/v1beta1
+kind: InferenceService
+metadata: {{name: reader}}
+spec:
+  predictor:
+    minReplicas: 1
+    model: {{modelFormat: {{name: sklearn}}, runtime: reader, storageUri: "http://127.0.0.1:{store}/weights"}}
+"#
+    )
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn replicas_run_as_the_user_that_the_agent_names_and_read_their_models() {
+    let nobody = nix::unistd::User::from_name("nobody").unwrap().expect("every system has this user");
+    if !nix::unistd::geteuid().is_root() {
+        let directory = tempfile::tempdir().unwrap();
+        let data = format!("--data-dir={}", directory.path().display());
+        let ended = output(pilotlight(), ["dev", &data, "--run-as=nobody", "--listen=127.0.0.1:0"]);
+        assert!(String::from_utf8_lossy(&ended.stderr).contains("run-as"), "only root may");
+        return;
+    }
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let router = axum::Router::new().route("/weights", axum::routing::get(|| async { "weights" }));
+    tokio::spawn(async move { axum::serve(listener, router).await });
+    let directory = tempfile::tempdir().unwrap();
+    // The story's own directory, which other users would not have in their way.
+    std::fs::set_permissions(directory.path(), std::fs::Permissions::from_mode(0o711)).unwrap();
+    let dev = Dev::start_in(directory, &["--run-as", "nobody"], vec![]).await;
+    let applied = dev.operator.apply(&reader(port), &[]);
+    assert_eq!(applied.code, 0, "{}", applied.err);
+    dev.operator.replicas_are("reader", 1, "Ready").await;
+    let logs = dev.operator.must(&["logs", "reader"]);
+    assert!(logs.contains(&format!("uid {} groups {}", nobody.uid, nobody.gid)), "{logs}");
+    assert_private(&dev.data().join("agent/replicas"), &[]);
 }

@@ -85,6 +85,7 @@ impl Resolve for RemoteResolver {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::models::{clients::Clients, source};
 
     #[test]
     fn loopback_link_local_and_unspecified_addresses_are_refused_however_they_are_written() {
@@ -106,6 +107,21 @@ mod tests {
         for remote in ["http://10.0.0.1/m", "https://example.com/m", "http://[2001:db8::1]/m", "minio:9000"] {
             assert_eq!(check(remote), Ok(()), "{remote}");
         }
+    }
+
+    #[tokio::test]
+    async fn storage_on_this_machine_is_refused_wherever_its_address_comes_from() {
+        let clients = Clients::refusing_local();
+        let refused = |uri: &str, credentials: &[(&str, &str)]| {
+            let credentials = credentials.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+            source::open(uri, &credentials.collect(), &clients).err().map(|error| error.to_string()).unwrap_or_default()
+        };
+        assert!(refused("http://169.254.169.254/m", &[]).contains("--allow-local-storage"));
+        let by_secret = refused("s3://bucket/m", &[("AWS_ENDPOINT_URL", "http://127.0.0.1:9000")]);
+        assert!(by_secret.contains("AWS_ENDPOINT_URL") && by_secret.contains("--allow-local-storage"), "{by_secret}");
+        let by_name = source::open("http://localhost:1/m", &source::Credentials::new(), &clients).unwrap();
+        let error = by_name.list().await.unwrap_err().to_string();
+        assert!(error.contains("--allow-local-storage"), "{error}");
     }
 
     #[tokio::test]
