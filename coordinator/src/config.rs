@@ -39,7 +39,7 @@ pub struct Config {
     /// What becomes of a service's last replica once nobody needs it, unless its annotations say.
     pub idle_replicas: IdleReplicas,
     /// File with the key that secrets are sealed with, 32 bytes in base64; all coordinators of a cell need
-    /// the same. `None`: `secrets.key` below `data_dir`, made where missing.
+    /// the same. `None`: systemd's credential `secrets.key`, else `secrets.key` below `data_dir`, made if missing.
     pub secrets_key: Option<PathBuf>,
     /// Where to write what the autoscaler observes and decides, as JSON lines, for `pilotlight simulate`.
     pub record: Option<PathBuf>,

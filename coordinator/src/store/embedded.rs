@@ -2,6 +2,7 @@
 
 use std::{
     ops::Bound,
+    os::unix::fs::PermissionsExt as _,
     path::Path,
     sync::{
         Arc,
@@ -65,6 +66,8 @@ impl EmbeddedStore {
     /// # Errors
     /// As [`EmbeddedStore::open`].
     pub fn open_with_history(path: &Path, history: u64) -> Result<Self, StoreError> {
+        let is_new = !path.exists();
+        pilotlight_identity::private_file(path).map_err(|error| StoreError::Open(error.to_string()))?;
         let database = Database::create(path).map_err(|error| {
             let path = path.display();
             StoreError::Open(match error {
@@ -72,7 +75,10 @@ impl EmbeddedStore {
                 error => format!("{path}: {error}"),
             })
         })?;
-        pilotlight_identity::private_file(path).map_err(|error| StoreError::Open(error.to_string()))?;
+        if is_new {
+            let mode = std::fs::Permissions::from_mode(0o600);
+            std::fs::set_permissions(path, mode).map_err(|error| StoreError::Open(error.to_string()))?;
+        }
         let file = File { database, revision: watch::Sender::new(0), next_lease: AtomicU64::new(1), history };
         let store = Self { file: Arc::new(file) };
         let revision = store.end_leases(|_| true)?;
