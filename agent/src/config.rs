@@ -2,7 +2,10 @@
 
 use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf};
 
-use crate::{gateway::ClientSettings, runtime::DockerSettings};
+use crate::{
+    gateway::ClientSettings,
+    runtime::{DockerSettings, RunAs},
+};
 
 /// Settings of one agent process.
 #[derive(Debug, Clone)]
@@ -37,6 +40,10 @@ pub struct Config {
     pub cache_budget: Option<u64>,
     /// Bytes of main memory that models without requests may fill, asleep or in the page cache; `None`: half of it.
     pub warm_memory: Option<u64>,
+    /// The user that replicas which are processes run as; `None` is the agent's own.
+    pub run_as: Option<RunAs>,
+    /// Whether models may be fetched from loopback, link-local and unspecified addresses.
+    pub allow_local_storage: bool,
     /// True: replicas end with the agent (as `dev` wants it). False: they outlive it and are adopted.
     pub stop_replicas_on_exit: bool,
     /// What replicas run as.
@@ -62,6 +69,8 @@ pub enum RuntimeChoice {
 pub enum Security {
     /// Not at all; for `dev`, where the coordinator is on this machine's loopback.
     Plaintext,
+    /// In plaintext with this bearer token; for `dev`.
+    Token(String),
     /// A certificate kept in `data_dir`; got with the token where there is none yet.
     Mtls {
         /// As printed by `pilotlight token create`.
@@ -109,6 +118,8 @@ impl Default for Config {
             fetch_stall: crate::models::STALL,
             cache_budget: None,
             warm_memory: None,
+            run_as: None,
+            allow_local_storage: false,
             stop_replicas_on_exit: false,
             runtime: RuntimeChoice::default(),
             docker: DockerSettings::default(),

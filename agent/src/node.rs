@@ -11,7 +11,10 @@ use std::{
 
 use async_trait::async_trait;
 use futures::StreamExt as _;
-use pilotlight_identity::{Coordinators, Credentials, IdentityError, JoinToken, LiveIdentity, Member, Trust, new_csr};
+use pilotlight_identity::{
+    Coordinators, Credentials, IdentityError, JoinToken, LiveIdentity, Member, RevocationList, Revocations,
+    TlsConnection, Trust, new_csr,
+};
 use pilotlight_proto::fleet::v1::{
     self as fleet, JoinRequest, RenewRequest, agent_message::Message as FromAgent,
     coordinator_message::Message as ToAgent, enrollment_client::EnrollmentClient,
@@ -32,7 +35,7 @@ use crate::{
     inventory::{self, InventoryError},
     models::{Models, Shelf},
     reconcile::Reconciler,
-    runtime::{AnyRuntime, DockerRuntime, EndedLogs, ProcessRuntime, Runtime, RuntimeError, logs},
+    runtime::{AnyRuntime, DockerRuntime, EndedLogs, ProcessRuntime, RunAs, Runtime, RuntimeError, logs},
     session::{Outbound, Session, Told},
 };
 
@@ -70,6 +73,9 @@ pub enum AgentError {
         /// Why.
         error: io::Error,
     },
+    /// Only root can start processes of other users.
+    #[error("run-as: only an agent that runs as root can run replicas as another user")]
+    RunAs,
     /// The agent's own program cannot be found.
     #[error("cannot find the running program: {0}")]
     OwnBinary(io::Error),
@@ -98,9 +104,10 @@ pub enum AgentError {
 /// A setting cannot be used, or the node may not join.
 pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), AgentError> {
     pilotlight_identity::check_label(&config.node_name)?;
-    if matches!(config.security, Security::Plaintext) && !config.listen_peer.ip().is_loopback() {
+    if !matches!(config.security, Security::Mtls { .. }) && !config.listen_peer.ip().is_loopback() {
         return Err(AgentError::PlaintextOffLoopback { what: "listen-peer", address: config.listen_peer });
     }
+    make_data_dir(&config)?;
     let mut inventory = inventory::discover(&config)?;
     let ingress = listen("listen-ingress", config.listen_ingress).await?;
     let peers = listen("listen-peer", config.listen_peer).await?;
@@ -109,7 +116,12 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), Agen
     let ingress_address = ingress.local_addr().unwrap_or(config.listen_ingress);
     let peer_address = peers.local_addr().unwrap_or(config.listen_peer);
     let identity = identity(&config).await?;
-    let trust = identity.clone().map_or(Trust::Plaintext, Trust::Cell);
+    let trust = match (&config.security, &identity) {
+        (Security::Token(token), _) => Trust::Bearer(token.clone()),
+        (_, Some(identity)) => Trust::Cell(Arc::clone(identity)),
+        (_, None) => Trust::Plaintext,
+    };
+    let revocations: Arc<Revocations> = Arc::default();
     let coordinators = Arc::new(Coordinators::new(&config.coordinators, trust)?);
 
     let metrics = Metrics::new("pilotlight-agent", env!("CARGO_PKG_VERSION"));
@@ -124,7 +136,7 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), Agen
     let data_path = DataPath::new(Setup {
         node: config.node_name.clone(),
         max_request_body: config.max_request_body,
-        connect: connector(identity.clone())?,
+        connect: connector(identity.clone(), &revocations)?,
         demands,
         metrics: gateway_metrics,
         clients: ClientSettings { max_connections, ..config.clients.clone() },
@@ -137,6 +149,7 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), Agen
     let models = Models::open(path.clone(), config.docker.claims.clone(), config.fetch_stall, config.cache_budget)
         .map_err(|error| AgentError::Models { path, error })?
         .with_peers(Arc::clone(&data_path) as _);
+    let models = if config.allow_local_storage { models } else { models.refusing_local_storage() };
     let models = match runtime.images() {
         Some(images) => models.with_images(images),
         None => models,
@@ -153,12 +166,12 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), Agen
     if let Some(identity) = &identity {
         tokio::spawn(renew(config.clone(), Arc::clone(&coordinators), Arc::clone(identity), stopping.clone()));
     }
-    serve_peers(&data_path, identity.as_ref(), peers, models, &stopping)?;
+    serve_peers(&data_path, identity.as_ref(), &revocations, peers, models, &stopping)?;
 
     let (_inventory, inventory) = watch::channel(inventory);
     let (path, replicas) = (Arc::clone(&data_path), Arc::clone(&reconciler));
     let ended_logs = EndedLogs::new(&config.data_dir);
-    let told = Node { data_path: path, reconciler: replicas, shelf, ended_logs, logs: Mutex::default() };
+    let told = Node { data_path: path, reconciler: replicas, shelf, ended_logs, revocations, logs: Mutex::default() };
     let session = Session {
         coordinators,
         hello: hello(&config, ingress_address, peer_address),
@@ -181,13 +194,36 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), Agen
     Ok(())
 }
 
+/// Creates the data directory, which only its owner may read. Replicas that run as another user may pass through it to
+/// the models, and read nothing else.
+fn make_data_dir(config: &Config) -> Result<(), AgentError> {
+    let Some(run_as) = &config.run_as else {
+        return Ok(pilotlight_identity::private_dir(&config.data_dir)?);
+    };
+    if !run_as.is_permitted() {
+        return Err(AgentError::RunAs);
+    }
+    pilotlight_identity::passable_dir(&config.data_dir)?;
+    for secret in ["replicas", "ended-logs", "identity"] {
+        pilotlight_identity::private_dir(&config.data_dir.join(secret))?;
+    }
+    Ok(())
+}
+
 /// The runtime that the configuration asks for; the inventory gets to know what it can run.
 async fn runtime(
     config: &Config,
     own_binary: PathBuf,
     inventory: &mut fleet::Inventory,
 ) -> Result<Arc<dyn Runtime>, AgentError> {
-    let process = ProcessRuntime::new(&config.data_dir, own_binary);
+    let process = ProcessRuntime::new(&config.data_dir, own_binary).with_run_as(config.run_as.clone());
+    let is_root = config.run_as.as_ref().map_or(rustix::process::geteuid().is_root(), RunAs::is_root);
+    if config.runtime != RuntimeChoice::Docker && is_root {
+        warn!(
+            "replicas that are processes run as root: whoever may apply a manifest runs commands as root here; \
+             --run-as names another user"
+        );
+    }
     let (runtime, names): (Arc<dyn Runtime>, _) = match (config.runtime, engine(config, inventory).await) {
         (RuntimeChoice::Process, _) | (RuntimeChoice::Auto, Ok(None)) => (Arc::new(process), vec!["process"]),
         (_, Err(error)) => return Err(error.into()),
@@ -248,6 +284,7 @@ async fn serve_http(listener: TcpListener, router: axum::Router, stopping: Cance
 fn serve_peers(
     data_path: &Arc<DataPath>,
     identity: Option<&Arc<LiveIdentity>>,
+    revocations: &Arc<Revocations>,
     listener: TcpListener,
     models: Models,
     stopping: &CancellationToken,
@@ -255,12 +292,12 @@ fn serve_peers(
     let (path, stopping) = (Arc::clone(data_path), stopping.clone());
     match identity {
         Some(identity) => {
-            let accepted = pilotlight_identity::accept_tls(listener, identity.server_config(&[b"h2"])?);
-            // Operators hold certificates of the cell, too, but only nodes speak for gateways.
-            let nodes = accepted.filter(|stream| {
-                let node =
-                    stream.as_ref().is_ok_and(|s| matches!(pilotlight_identity::member_of(s), Ok(Member::Node(_))));
-                std::future::ready(node)
+            let config = identity.server_config(&[b"h2"])?;
+            let accepted = pilotlight_identity::accept_tls(listener, config, Arc::clone(revocations));
+            let revocations = Arc::clone(revocations);
+            let nodes = accepted.filter(move |stream| {
+                let accepted = stream.as_ref().is_ok_and(|stream| is_good_node(stream, &revocations));
+                std::future::ready(accepted)
             });
             tokio::spawn(async move { path.serve_peers(nodes, models, stopping).await });
         }
@@ -270,6 +307,14 @@ fn serve_peers(
         }
     }
     Ok(())
+}
+
+/// Returns `true` if the peer is a node whose certificate is not revoked. Operators hold certificates of the cell, too,
+/// but only nodes speak for gateways.
+fn is_good_node(stream: &TlsConnection, revocations: &Revocations) -> bool {
+    pilotlight_identity::member_of(stream).is_ok_and(|certificate| {
+        matches!(certificate.member, Member::Node(_)) && revocations.revoked_at(&certificate).is_none()
+    })
 }
 
 /// The node's certificate: kept from before, or got by the token.
@@ -375,22 +420,29 @@ async fn care_for_logs(reconciler: Arc<Reconciler>, stopping: CancellationToken)
     }
 }
 
-fn connector(identity: Option<Arc<LiveIdentity>>) -> Result<Arc<dyn Connect>, AgentError> {
+fn connector(
+    identity: Option<Arc<LiveIdentity>>,
+    revocations: &Arc<Revocations>,
+) -> Result<Arc<dyn Connect>, AgentError> {
     Ok(match identity {
-        Some(identity) => Arc::new(TlsConnect { config: Arc::new(identity.client_config(&[b"h2"])?) }),
+        Some(identity) => {
+            let config = Arc::new(identity.client_config(&[b"h2"])?);
+            Arc::new(TlsConnect { config, revocations: Arc::clone(revocations) })
+        }
         None => Arc::new(PlainConnect),
     })
 }
 
 struct TlsConnect {
     config: Arc<rustls::ClientConfig>,
+    revocations: Arc<Revocations>,
 }
 
 #[async_trait]
 impl Connect for TlsConnect {
     async fn connect(&self, node: &str, address: &str) -> io::Result<Box<dyn PeerStream>> {
-        let member = Member::node(node).map_err(io::Error::other)?;
-        let stream = pilotlight_identity::connect_tls(address, &member, Arc::clone(&self.config)).await?;
+        let config = Arc::clone(&self.config);
+        let stream = pilotlight_identity::connect_node(address, node, config, &self.revocations).await?;
         Ok(Box::new(stream))
     }
 }
@@ -411,6 +463,8 @@ struct Node {
     shelf: Shelf,
     /// Output of replicas that have ended.
     ended_logs: EndedLogs,
+    /// Nodes whose connections are refused and closed.
+    revocations: Arc<Revocations>,
     /// Log requests that are being answered.
     logs: Mutex<HashMap<u64, CancellationToken>>,
 }
@@ -432,6 +486,7 @@ impl Told for Node {
             ToAgent::EvictModel(request) => {
                 tokio::spawn(evict(self.shelf.clone(), request, say.clone()));
             }
+            ToAgent::Revocations(list) => self.revocations.replace(revocation_list(list)),
             ToAgent::Welcome(_) => {}
         }
     }
@@ -439,6 +494,11 @@ impl Told for Node {
     fn report(&self) -> fleet::QueueReport {
         self.data_path.report()
     }
+}
+
+fn revocation_list(list: fleet::Revocations) -> RevocationList {
+    let revoked = list.revocations.into_iter();
+    revoked.map(|one| (one.subject, one.issued_until.map_or(i64::MAX, |until| until.seconds))).collect()
 }
 
 impl Node {

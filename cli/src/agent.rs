@@ -5,7 +5,7 @@ use std::{net::SocketAddr, path::PathBuf};
 use bytesize::ByteSize;
 use pilotlight_agent::{
     config::{Config, InventorySource, RuntimeChoice, Security},
-    runtime::{DockerSettings, GpuMode},
+    runtime::{DockerSettings, GpuMode, RunAs},
 };
 use tokio_util::sync::CancellationToken;
 
@@ -96,6 +96,14 @@ pub struct NodeArgs {
     /// Ask again for a part of a model of which no byte comes for this long, 1s to 1h.
     #[arg(long, env = "PILOTLIGHT_FETCH_STALL", default_value = "30s", value_parser = stall, value_name = "DURATION")]
     fetch_stall: std::time::Duration,
+    /// User that replicas which are processes run as, by name or number; only root can use another one than its own.
+    /// Default: the agent's own user.
+    #[arg(long, env = "PILOTLIGHT_RUN_AS", value_name = "USER[:GROUP]")]
+    run_as: Option<RunAs>,
+    /// Fetch models from loopback, link-local and unspecified addresses, too, such as a store on this machine. Whoever
+    /// may apply a manifest then reaches this machine's own services and its cloud's metadata.
+    #[arg(long, env = "PILOTLIGHT_ALLOW_LOCAL_STORAGE")]
+    allow_local_storage: bool,
     /// Bytes that fetched models and pulled container images may take on disk, such as 500GiB; those that no
     /// replica uses go to make room, what nobody asked to keep first, the one used longest ago before others.
     /// Default: no limit but the disk's.
@@ -148,6 +156,11 @@ fn cache_budget(text: &str) -> Result<ByteSize, String> {
 }
 
 impl NodeArgs {
+    /// Returns `true` if replicas run as another user, who must reach the models.
+    pub fn runs_as_another_user(&self) -> bool {
+        self.run_as.is_some()
+    }
+
     /// Fills in what these flags say; `otherwise` is the inventory where none is pretended.
     pub fn fill(self, config: Config, otherwise: InventorySource) -> Config {
         let inventory = match (self.simulate_gpus_file, self.simulate_gpus) {
@@ -175,6 +188,8 @@ impl NodeArgs {
                 registry_config: self.registry_config,
                 ..DockerSettings::default()
             },
+            run_as: self.run_as,
+            allow_local_storage: self.allow_local_storage,
             fetch_stall: self.fetch_stall,
             cache_budget: self.cache_budget.map(|budget| budget.as_u64()),
             warm_memory: self.warm_memory.map(|budget| budget.as_u64()),

@@ -10,13 +10,13 @@ use std::{
     time::Duration,
 };
 
-use pilotlight_identity::{Coordinators, Credentials, LiveIdentity, STATE_TIME_HEADER, Trust};
+use pilotlight_identity::{Channel, Coordinators, Credentials, LiveIdentity, STATE_TIME_HEADER, Trust};
 use pilotlight_proto::control::v1::{GetVersionRequest, control_client::ControlClient};
 use tokio::{sync::OnceCell, time::Instant};
-use tonic::{Code, Status, body::Body, transport::Channel};
+use tonic::{Code, Status, body::Body, service::interceptor::ResponseBody};
 use tower::{BoxError, Service, ServiceExt as _};
 
-use crate::failure::Failure;
+use crate::{dev_token, failure::Failure};
 
 /// Where the coordinator is, and who is asking.
 #[derive(Debug, clap::Args)]
@@ -35,6 +35,9 @@ pub struct ConnectionArgs {
     /// Directory with cert.pem, key.pem and ca.pem, for https.
     #[arg(long, global = true, env = "PILOTLIGHT_CREDENTIALS", value_name = "DIR")]
     credentials: Option<PathBuf>,
+    /// File with the token of `pilotlight dev` [default: that of the dev that runs at the server's address].
+    #[arg(long, global = true, env = "PILOTLIGHT_TOKEN_FILE", value_name = "FILE")]
+    token_file: Option<PathBuf>,
 }
 
 /// A client of the control API.
@@ -57,7 +60,8 @@ impl ConnectionArgs {
                 let credentials = Credentials::load(directory).map_err(anyhow::Error::from)?;
                 Trust::Cell(LiveIdentity::new(&credentials).map_err(anyhow::Error::from)?)
             }
-            None => Trust::Plaintext,
+            // `dev` has one coordinator.
+            None => dev_token::trust(&self.server[0], self.token_file.as_deref())?,
         };
         let coordinators = Coordinators::new(&self.server, trust).map_err(anyhow::Error::from)?;
         let channel = ToLeader { coordinators: Arc::new(coordinators), leader: Arc::default() };
@@ -116,9 +120,9 @@ impl ToLeader {
 }
 
 impl Service<http::Request<Body>> for ToLeader {
-    type Response = http::Response<Body>;
+    type Response = http::Response<ResponseBody<Body>>;
     type Error = BoxError;
-    type Future = Pin<Box<dyn Future<Output = Result<http::Response<Body>, BoxError>> + Send>>;
+    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, BoxError>> + Send>>;
 
     fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
         Poll::Ready(Ok(()))

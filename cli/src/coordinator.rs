@@ -40,8 +40,9 @@ pub struct Args {
     /// Its key, PEM.
     #[arg(long, env = "PILOTLIGHT_CA_KEY", value_name = "FILE", requires = "ca_cert")]
     ca_key: Option<PathBuf>,
-    /// Key that secrets are sealed with: 32 random bytes in base64. Coordinators that share etcd need the
-    /// same; without it, secrets.key in the data directory is used, and made where missing.
+    /// Key that secrets and the authority's key are sealed with: 32 random bytes in base64. Coordinators that share
+    /// etcd need the same. Default: systemd's credential secrets.key, else secrets.key in the data directory, which is
+    /// made if missing.
     #[arg(long, env = "PILOTLIGHT_SECRETS_KEY", value_name = "FILE")]
     secrets_key: Option<PathBuf>,
     #[command(flatten)]

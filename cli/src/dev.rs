@@ -1,4 +1,4 @@
-//! `pilotlight dev`: coordinator and agent in one process, on loopback, in plaintext.
+//! `pilotlight dev`: coordinator and agent in one process, on loopback, in plaintext, for the user who started it.
 
 use std::{net::SocketAddr, path::PathBuf};
 
@@ -7,7 +7,7 @@ use pilotlight_agent::{config::InventorySource, gateway::ClientSettings};
 use pilotlight_coordinator::config::{Security, StoreConfig};
 use tokio_util::sync::CancellationToken;
 
-use crate::{agent::NodeArgs, coordinator::ServingArgs, output};
+use crate::{agent::NodeArgs, coordinator::ServingArgs, dev_token, output};
 
 /// Settings of `dev`.
 #[derive(Debug, clap::Args)]
@@ -33,20 +33,26 @@ pub struct Args {
 /// Runs both until stopped, or until one of them fails.
 pub async fn run(args: Args, stopping: CancellationToken) -> anyhow::Result<()> {
     let data_dir = std::path::absolute(&args.data_dir).context("data-dir")?;
+    if args.node.runs_as_another_user() {
+        pilotlight_identity::passable_dir(&data_dir)?;
+    } else {
+        pilotlight_identity::private_dir(&data_dir)?;
+    }
+    let (token, _record) = dev_token::create(&data_dir, args.listen)?;
     let ingress = args.listen_ingress;
     let coordinator = pilotlight_coordinator::config::Config {
         listen: args.listen,
         listen_http: args.listen_http,
         data_dir: data_dir.join("coordinator"),
         store: StoreConfig::Embedded,
-        security: Security::Plaintext,
+        security: Security::Token(token.clone()),
         ..args.serving.config(ingress.port())
     };
     let any_port = SocketAddr::from(([127, 0, 0, 1], 0));
     let agent = pilotlight_agent::config::Config {
         node_name: "dev".to_owned(),
         coordinators: vec![format!("http://{}", args.listen)],
-        security: pilotlight_agent::config::Security::Plaintext,
+        security: pilotlight_agent::config::Security::Token(token),
         data_dir: data_dir.join("agent"),
         listen_ingress: ingress,
         listen_peer: any_port,

@@ -10,6 +10,7 @@ mod coordinator;
 mod delete;
 mod describe;
 mod dev;
+mod dev_token;
 mod diff;
 mod dry_run;
 mod example_server;
@@ -27,6 +28,7 @@ mod simulate;
 mod snapshot;
 mod table;
 mod token;
+mod user;
 mod version;
 
 use std::process::ExitCode;
@@ -85,12 +87,15 @@ enum Command {
     /// Look at the models on the nodes' disks; warm, pin and evict them.
     #[command(subcommand)]
     Cache(cache::Command),
-    /// Make join tokens for nodes.
+    /// Make, list and revoke join tokens for nodes.
     #[command(subcommand)]
     Token(token::Command),
     /// Save, restore and verify copies of what is stored for a cell.
     #[command(subcommand)]
     Snapshot(Box<snapshot::Command>),
+    /// Create and revoke credentials of operators.
+    #[command(subcommand)]
+    User(user::Command),
     /// Run a model server for the examples.
     #[command(subcommand)]
     ExampleServer(example_server::Command),
@@ -145,6 +150,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
         Command::Cache(command) => process::ask(cache::run(connection, command)),
         Command::Token(command) => process::ask(token::run(connection, command)),
         Command::Snapshot(command) => process::ask(snapshot::run(*command)),
+        Command::User(command) => process::ask(user::run(connection, command)),
         Command::Version(args) => process::ask(version::run(connection, args)),
         Command::Completions { shell } => {
             let mut script = Vec::new();

@@ -2,12 +2,15 @@
 
 use std::time::Duration;
 
-use pilotlight_proto::control::v1::{ListNodesRequest, Node, NodeAvailability, SetNodeAvailabilityRequest};
+use pilotlight_proto::control::v1::{
+    Join, ListJoinsRequest, ListNodesRequest, Node, NodeAvailability, RevokeNodeRequest, SetNodeAvailabilityRequest,
+};
 
 use crate::{
     connect::{Client, ConnectionArgs},
     failure::Failure,
-    output,
+    output, table,
+    table::Table,
 };
 
 /// Between looks at a node that drains.
@@ -37,6 +40,17 @@ pub enum Command {
         /// Node name.
         name: String,
     },
+    /// Show when nodes joined, by which token and from where.
+    Joins {
+        /// Node name [default: all nodes].
+        name: Option<String>,
+    },
+    /// Refuse all certificates that a node holds now; its session and its peer connections end. To let it join again,
+    /// make a token with `token create --node NAME --replace`.
+    Revoke {
+        /// Node name.
+        name: String,
+    },
 }
 
 /// Carries out a command.
@@ -46,6 +60,14 @@ pub async fn run(connection: ConnectionArgs, command: Command) -> Result<(), Fai
         Command::Cordon { name } => (name, NodeAvailability::Cordoned, "cordoned"),
         Command::Drain { name, .. } => (name, NodeAvailability::Draining, "draining"),
         Command::Uncordon { name } => (name, NodeAvailability::Open, "uncordoned"),
+        Command::Joins { name } => {
+            let request = ListJoinsRequest { node: name.clone().unwrap_or_default() };
+            return output::print(&joins(client.list_joins(request).await?.into_inner().joins));
+        }
+        Command::Revoke { name } => {
+            client.revoke_node(RevokeNodeRequest { name: name.clone() }).await?;
+            return output::print(&format!("node/{name} revoked\n"));
+        }
     };
     let request = SetNodeAvailabilityRequest { name: name.clone(), availability: availability.into() };
     client.set_node_availability(request).await?;
@@ -54,6 +76,17 @@ pub async fn run(connection: ConnectionArgs, command: Command) -> Result<(), Fai
         Command::Drain { name, no_wait: false } => wait_until_empty(client, name).await,
         _ => Ok(()),
     }
+}
+
+fn joins(joins: Vec<Join>) -> String {
+    let mut table =
+        Table::new(&["NODE", "TIME", "TOKEN", "TOKEN-CREATED-BY", "FROM", "REPLACED", "CERTIFICATE-SHA256"]);
+    for join in joins {
+        let (time, replaced) = (table::moment(join.time), join.replaced.to_string());
+        let by = join.token_created_by;
+        table.row([join.node, time, join.token_id, by, join.remote_address, replaced, join.certificate_sha256]);
+    }
+    table.text()
 }
 
 /// Says how many replicas are left whenever that changes.

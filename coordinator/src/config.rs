@@ -42,7 +42,7 @@ pub struct Config {
     /// What becomes of a service's last replica once nobody needs it, unless its annotations say.
     pub idle_replicas: IdleReplicas,
     /// File with the key that secrets are sealed with, 32 bytes in base64; all coordinators of a cell need
-    /// the same. `None`: `secrets.key` below `data_dir`, made where missing.
+    /// the same. `None`: systemd's credential `secrets.key`, else `secrets.key` below `data_dir`, made if missing.
     pub secrets_key: Option<PathBuf>,
     /// Where to write what the autoscaler observes and decides, as JSON lines, for `pilotlight simulate`.
     pub record: Option<PathBuf>,
@@ -77,6 +77,8 @@ pub struct EtcdConfig {
 pub enum Security {
     /// Anyone on this machine, in plaintext. Refused on an address that is not loopback.
     Plaintext,
+    /// In plaintext, whoever presents this bearer token. Refused on an address that is not loopback.
+    Token(String),
     /// Mutual TLS.
     Mtls {
         /// Names and addresses by which agents and operators reach this coordinator, for its certificate.
@@ -92,7 +94,7 @@ impl Config {
         let port = self.listen.port();
         match (&self.advertise, &self.security) {
             (Some(url), _) => url.clone(),
-            (None, Security::Plaintext) => format!("http://{}", self.listen),
+            (None, Security::Plaintext | Security::Token(_)) => format!("http://{}", self.listen),
             (None, Security::Mtls { names, .. }) => match names.first() {
                 Some(name) => format!("https://{name}:{port}"),
                 None => format!("https://{}", self.listen),

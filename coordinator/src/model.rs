@@ -378,6 +378,12 @@ pub mod keys {
     pub const MODELS: &str = "models/";
     /// The cell's certificate authority.
     pub const AUTHORITY: &str = "authority";
+    /// How nodes joined.
+    pub const JOINS: &str = "joins/";
+    /// Operators who were given certificates.
+    pub const USERS: &str = "users/";
+    /// Certificates that are refused before they expire.
+    pub const REVOCATIONS: &str = "revocations/";
 
     /// One runtime; `None` is the cluster's, and no namespace can be called so.
     pub fn runtime(namespace: Option<&str>, name: &str) -> String {
@@ -414,5 +420,17 @@ pub mod keys {
     /// One join token.
     pub fn token(id: &str) -> String {
         format!("{TOKENS}{id}")
+    }
+    /// How nodes joined under one name.
+    pub fn joins(node: &str) -> String {
+        format!("{JOINS}{node}")
+    }
+    /// One user.
+    pub fn user(name: &str) -> String {
+        format!("{USERS}{name}")
+    }
+    /// Revoked certificates of one member.
+    pub fn revocation(subject: &str) -> String {
+        format!("{REVOCATIONS}{subject}")
     }
 }

@@ -10,7 +10,7 @@ use std::{
 };
 
 use jiff::Timestamp;
-use pilotlight_identity::{Authority, LiveIdentity};
+use pilotlight_identity::{Authority, LiveIdentity, Revocations};
 use pilotlight_proto::{
     FILE_DESCRIPTOR_SET,
     control::v1::control_server::ControlServer,
@@ -21,15 +21,22 @@ use switch::Switch;
 use tokio::net::TcpListener;
 use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::{CancellationToken, DropGuard};
-use tonic::{service::Routes, transport::Server};
+use tonic::{
+    service::{Routes, interceptor::InterceptedService},
+    transport::Server,
+};
 use tracing::{error, info, warn};
 
 use crate::{
-    api::{ControlService, Objects, access::Access},
+    api::{
+        ControlService, Objects,
+        access::{Access, CellMembers},
+    },
     authority,
     config::{Config, Security, StoreConfig},
-    fleet::{EvictHub, FleetService, LogHub, enrollment::EnrollmentService},
+    fleet::{EvictHub, FleetService, LiveSessions, LogHub, enrollment::EnrollmentService},
     leader::{self, CampaignEvent, LeaderRecord},
+    members,
     reconcile::{Handle, Reconciler, record::Recorder, run::Setup, world::Settings},
     store::{Store, StoreError, embedded::EmbeddedStore, etcd::EtcdStore, format},
     threads::{self, ApiThreads, Parsing},
@@ -46,8 +53,6 @@ const STORE_CHECK_INTERVAL: Duration = Duration::from_secs(2);
 const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 /// Time to tell the store that this process leads no longer.
 const RESIGN_TIMEOUT: Duration = Duration::from_secs(1);
-/// File below the data directory for the key that secrets are sealed with.
-const SECRETS_KEY: &str = "secrets.key";
 
 /// Why a coordinator could not start or go on.
 #[derive(Debug, thiserror::Error)]
@@ -58,9 +63,6 @@ pub enum CoordinatorError {
     /// Autoscaler settings are out of range.
     #[error("{0}")]
     Scaling(String),
-    /// The data directory cannot be made.
-    #[error("data-dir: {0}: {1}")]
-    DataDir(std::path::PathBuf, std::io::Error),
     /// An address cannot be listened on.
     #[error("{what}: cannot listen on {address}: {error}")]
     Listen {
@@ -108,15 +110,14 @@ pub enum CoordinatorError {
 /// A setting cannot be used, or the store holds what this version cannot read. A store that does not answer is no
 /// error: the coordinator steps down, and comes back with the store.
 pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), CoordinatorError> {
-    if matches!(config.security, Security::Plaintext) && !config.listen.ip().is_loopback() {
+    if matches!(config.security, Security::Plaintext | Security::Token(_)) && !config.listen.ip().is_loopback() {
         return Err(CoordinatorError::PlaintextOffLoopback(config.listen));
     }
     config.scaling.validate().map_err(|wrong| CoordinatorError::Scaling(wrong.join("; ")))?;
     if config.node_lease < config.report_interval * 3 {
         return Err(CoordinatorError::ShortLease { lease: config.node_lease, interval: config.report_interval });
     }
-    std::fs::create_dir_all(&config.data_dir)
-        .map_err(|error| CoordinatorError::DataDir(config.data_dir.clone(), error))?;
+    pilotlight_identity::private_dir(&config.data_dir)?;
     let listener = listen("listen", config.listen).await?;
     let http = listen("listen-http", config.listen_http).await?;
     let metrics = pilotlight_telemetry::Metrics::new("pilotlight-coordinator", env!("CARGO_PKG_VERSION"));
@@ -132,7 +133,16 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), Coor
     });
     let api = ApiThreads::start().map_err(CoordinatorError::Threads)?;
     let switch = Switch::new(standing.clone(), api);
-    let coordinator = Coordinator { switch, config, standing, former: Former::default(), stopping };
+    let vault = Arc::new(Vault::open(config.secrets_key.as_deref(), &config.data_dir)?);
+    let coordinator = Coordinator {
+        switch,
+        config,
+        standing,
+        vault,
+        revocations: Arc::default(),
+        former: Former::default(),
+        stopping,
+    };
     let stopping = coordinator.stopping.clone();
     tokio::select! {
         outcome = coordinator.serve(listener) => outcome,
@@ -146,6 +156,8 @@ struct Coordinator {
     config: Config,
     standing: Standing,
     switch: Switch,
+    vault: Arc<Vault>,
+    revocations: Arc<Revocations>,
     former: Former,
     stopping: CancellationToken,
 }
@@ -192,8 +204,13 @@ impl Coordinator {
                 _ => None,
             },
             self.switch.clone(),
+            Arc::clone(&self.revocations),
             self.stopping.clone(),
         ));
+        if authority.is_some() {
+            let (store, revocations) = (Arc::clone(&store), Arc::clone(&self.revocations));
+            tokio::spawn(members::follow(store, revocations, self.stopping.clone()));
+        }
         self.standing.set_serves();
         let mut turns = std::pin::pin!(self.take_turns(&store, authority));
         tokio::select! {
@@ -258,14 +275,19 @@ impl Coordinator {
         authority: Option<Arc<Authority>>,
     ) -> Result<Ended, CoordinatorError> {
         let (config, store) = (&self.config, leadership.fenced());
-        let access = if authority.is_some() { Access::Certified } else { Access::Open };
+        let access = match &config.security {
+            Security::Plaintext => Access::Open,
+            Security::Token(token) => Access::Token(token.as_str().into()),
+            Security::Mtls { .. } => {
+                members::load(&store, &self.revocations).await?;
+                let members = CellMembers { cell: config.cell.clone(), revocations: Arc::clone(&self.revocations) };
+                Access::Certified(Arc::new(members))
+            }
+        };
         // Whatever ends the loop ends the sessions, and the other way round.
         let ending = self.stopping.child_token();
         let (handle, inputs, changes) = Handle::new();
-        let vault = Arc::new(match &config.secrets_key {
-            Some(file) => Vault::with_key_file(file, false)?,
-            None => Vault::with_key_file(&config.data_dir.join(SECRETS_KEY), true)?,
-        });
+        let vault = &self.vault;
         let recorder = match &config.record {
             Some(path) => Recorder::append(path).map_err(CoordinatorError::Record)?,
             None => Recorder::default(),
@@ -283,7 +305,7 @@ impl Coordinator {
         vault.load(&store).await?;
         let reconciler = Reconciler::load(setup).await?;
         let mut looping = threads::spawn_loop(reconciler.run(ending.clone())).map_err(CoordinatorError::Threads)?;
-        let services = services(config, &store, &vault, handle, access, authority, &ending).await;
+        let services = services(config, &store, vault, handle, access, authority, &self.revocations, &ending).await;
         self.switch.lead(services.into_axum_router());
         self.former.forget();
         self.standing.set_role(Role::Leading);
@@ -361,7 +383,7 @@ impl Coordinator {
                 }
                 Err(error) => return Err(error.into()),
             }
-            match authority::open(store, &self.config.cell, ca).await {
+            match authority::open(store, &self.config.cell, ca, &self.vault).await {
                 Ok(authority) => return Ok(Some(Arc::new(authority))),
                 // Another coordinator has just made it; or the store is away again.
                 Err(CoordinatorError::Store(StoreError::Conflict { .. })) => {}
@@ -377,6 +399,7 @@ async fn serve_grpc(
     listener: TcpListener,
     identity: Option<Arc<LiveIdentity>>,
     switch: Switch,
+    revocations: Arc<Revocations>,
     stopping: CancellationToken,
 ) -> Result<(), CoordinatorError> {
     let (health, health_service) = tonic_health::server::health_reporter();
@@ -389,7 +412,8 @@ async fn serve_grpc(
         .add_routes(Routes::from(router));
     match identity {
         Some(identity) => {
-            let incoming = pilotlight_identity::accept_tls(listener, identity.server_config_optional_client(&[b"h2"])?);
+            let tls = identity.server_config_optional_client(&[b"h2"])?;
+            let incoming = pilotlight_identity::accept_tls(listener, tls, revocations);
             server.serve_with_incoming_shutdown(incoming, stopping.cancelled_owned()).await?;
         }
         None => {
@@ -400,6 +424,7 @@ async fn serve_grpc(
     Ok(())
 }
 
+#[expect(clippy::too_many_arguments, reason = "each is needed, and this is called once")]
 async fn services(
     config: &Config,
     store: &Arc<dyn Store>,
@@ -407,25 +432,35 @@ async fn services(
     handle: Handle,
     access: Access,
     authority: Option<Arc<Authority>>,
+    revocations: &Arc<Revocations>,
     ending: &CancellationToken,
 ) -> Routes {
+    let sessions: Arc<LiveSessions> = Arc::default();
     let (logs, evictions) = (Arc::new(LogHub::default()), Arc::new(EvictHub::default()));
     let control = ControlService {
         handle: handle.clone(),
         store: Arc::clone(store),
         objects: Objects::new(Arc::clone(store), Arc::clone(vault), handle.clone()),
         authority: authority.clone(),
-        access,
+        access: access.clone(),
         scaling: config.scaling.clone(),
         cell: config.cell.clone(),
         logs: Arc::clone(&logs),
         evictions: Arc::clone(&evictions),
         parsing: Parsing::default(),
     };
-    let fleet = FleetService::new(handle, logs, evictions, access, ending.clone());
+    let fleet = FleetService::new(
+        handle,
+        logs,
+        evictions,
+        access.clone(),
+        Arc::clone(&sessions),
+        Arc::clone(revocations),
+        ending.clone(),
+    );
     let mut routes = Routes::new(ControlServer::new(control)).add_service(FleetServer::new(fleet));
     if let Some(authority) = authority {
-        let enrollment = EnrollmentService::new(authority, Arc::clone(store), access);
+        let enrollment = EnrollmentService::new(authority, Arc::clone(store), access.clone(), sessions);
         routes = routes.add_service(EnrollmentServer::new(enrollment));
     }
     let reflection = tonic_reflection::server::Builder::configure()
@@ -433,7 +468,7 @@ async fn services(
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
         .build_v1();
     match reflection {
-        Ok(reflection) => routes.add_service(reflection),
+        Ok(reflection) => routes.add_service(InterceptedService::new(reflection, access)),
         Err(error) => {
             error!(%error, "no gRPC reflection");
             routes

@@ -94,7 +94,23 @@ impl fmt::Debug for Values {
     }
 }
 
+/// Name of the key file, below the data directory or below systemd's credentials directory.
+const KEY_FILE: &str = "secrets.key";
+
 impl Vault {
+    /// No values yet, with the key in `given`; else with systemd's credential `secrets.key`; else with `secrets.key`
+    /// below `data_dir`, which is made if it is missing.
+    ///
+    /// # Errors
+    /// As [`Vault::with_key_file`].
+    pub fn open(given: Option<&Path>, data_dir: &Path) -> Result<Self, ValuesError> {
+        let credentials = std::env::var_os("CREDENTIALS_DIRECTORY").map(PathBuf::from);
+        match given.map(Path::to_owned).or_else(|| credential(credentials.as_deref())) {
+            Some(file) => Self::with_key_file(&file, false),
+            None => Self::with_key_file(&data_dir.join(KEY_FILE), true),
+        }
+    }
+
     /// No values yet, with the key in `file`; a missing file is made where `make` says so.
     ///
     /// # Errors
@@ -103,6 +119,9 @@ impl Vault {
         let failed = |reason: String| ValuesError::KeyFile { path: file.to_owned(), reason };
         if make && !file.exists() {
             write_new_key(file).map_err(|error| failed(error.to_string()))?;
+        }
+        if make {
+            pilotlight_identity::private_file(file).map_err(|error| failed(error.to_string()))?;
         }
         let text = std::fs::read_to_string(file).map_err(|error| failed(error.to_string()))?;
         let bytes = STANDARD.decode(text.trim()).ok().filter(|bytes| bytes.len() == KEY_BYTES);
@@ -134,37 +153,53 @@ impl Vault {
     /// # Errors
     /// There is no randomness to be had.
     pub fn seal(&self, object: &Auxiliary) -> Result<SealedRecord, ValuesError> {
-        let mut nonce = [0; NONCE_LEN];
-        SystemRandom::new().fill(&mut nonce).map_err(|_| ValuesError::Sealing)?;
         let mut record = SealedRecord {
             kind: object.kind,
             namespace: object.namespace.clone(),
             name: object.name.clone(),
             sealed: String::new(),
         };
-        let mut bytes = serde_json::to_vec(&object.data).map_err(|_| ValuesError::Sealing)?;
-        let place = Aad::from(record.key());
-        self.key
-            .seal_in_place_append_tag(Nonce::assume_unique_for_key(nonce), place, &mut bytes)
-            .map_err(|_| ValuesError::Sealing)?;
-        record.sealed = STANDARD.encode([&nonce[..], &bytes].concat());
+        let bytes = serde_json::to_vec(&object.data).map_err(|_| ValuesError::Sealing)?;
+        record.sealed = self.seal_bytes(&record.key(), bytes)?;
         Ok(record)
     }
 
-    fn unseal(&self, record: &SealedRecord) -> Result<Auxiliary, ValuesError> {
-        let failed = || ValuesError::Sealed(record.key());
-        let mut bytes = STANDARD.decode(&record.sealed).map_err(|_| failed())?;
+    /// Seals bytes for the store, bound to the key that they are stored under; nonce and ciphertext in base64.
+    ///
+    /// # Errors
+    /// The system has no randomness.
+    pub fn seal_bytes(&self, place: &str, mut bytes: Vec<u8>) -> Result<String, ValuesError> {
+        let mut nonce = [0; NONCE_LEN];
+        SystemRandom::new().fill(&mut nonce).map_err(|_| ValuesError::Sealing)?;
+        self.key
+            .seal_in_place_append_tag(Nonce::assume_unique_for_key(nonce), Aad::from(place), &mut bytes)
+            .map_err(|_| ValuesError::Sealing)?;
+        Ok(STANDARD.encode([&nonce[..], &bytes].concat()))
+    }
+
+    /// Opens what [`Vault::seal_bytes`] returned.
+    ///
+    /// # Errors
+    /// It was sealed with another key or for another place, or was changed since.
+    pub fn unseal_bytes(&self, place: &str, sealed: &str) -> Result<Vec<u8>, ValuesError> {
+        let failed = || ValuesError::Sealed(place.to_owned());
+        let mut bytes = STANDARD.decode(sealed).map_err(|_| failed())?;
         if bytes.len() < NONCE_LEN {
             return Err(failed());
         }
         let mut sealed = bytes.split_off(NONCE_LEN);
         let nonce = Nonce::try_assume_unique_for_key(&bytes).map_err(|_| failed())?;
-        let opened = self.key.open_in_place(nonce, Aad::from(record.key()), &mut sealed).map_err(|_| failed())?;
+        let opened = self.key.open_in_place(nonce, Aad::from(place), &mut sealed).map_err(|_| failed())?;
+        Ok(opened.to_vec())
+    }
+
+    fn unseal(&self, record: &SealedRecord) -> Result<Auxiliary, ValuesError> {
+        let opened = self.unseal_bytes(&record.key(), &record.sealed)?;
         Ok(Auxiliary {
             kind: record.kind,
             namespace: record.namespace.clone(),
             name: record.name.clone(),
-            data: serde_json::from_slice(opened).map_err(|_| failed())?,
+            data: serde_json::from_slice(&opened).map_err(|_| ValuesError::Sealed(record.key()))?,
         })
     }
 }
@@ -232,6 +267,11 @@ impl Values {
     }
 }
 
+/// The key file that systemd's `LoadCredential=` or `SetCredential=` provides, if it does.
+fn credential(directory: Option<&Path>) -> Option<PathBuf> {
+    directory.map(|directory| directory.join(KEY_FILE)).filter(|file| file.exists())
+}
+
 fn is_variable(key: &str) -> bool {
     !key.starts_with(|sign: char| sign.is_ascii_digit())
         && key.chars().all(|sign| sign.is_ascii_alphanumeric() || "_.-".contains(sign))
@@ -284,6 +324,15 @@ mod tests {
         assert!(other.unseal(&record).is_err(), "another key");
         let short = SealedRecord { sealed: "AA==".into(), ..record };
         assert!(again.unseal(&short).is_err(), "cut short");
+    }
+
+    #[test]
+    fn the_key_comes_from_a_systemd_credential_if_there_is_one() {
+        let directory = tempfile::tempdir().unwrap();
+        assert_eq!(credential(Some(directory.path())), None, "no such credential");
+        assert_eq!(credential(None), None, "not started by systemd");
+        std::fs::write(directory.path().join("secrets.key"), "").unwrap();
+        assert_eq!(credential(Some(directory.path())), Some(directory.path().join("secrets.key")));
     }
 
     #[test]

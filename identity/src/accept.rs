@@ -26,6 +26,8 @@ use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use tonic::transport::server::{Connected, TcpConnectInfo, TlsConnectInfo};
 use tracing::{debug, warn};
 
+use crate::{Revocations, revocations::Revoked, transport::first};
+
 /// A client must complete its TLS handshake within this time.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// After the handshake a client must send its first bytes within this time.
@@ -41,7 +43,14 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// Accepts TLS connections. Handshakes run as tasks of their own: a slow or failing one delays nobody else and ends
 /// nothing. Errors of the listener are logged, and the oldest handshakes are given up.
-pub fn accept_tls(listener: TcpListener, config: ServerConfig) -> impl Stream<Item = io::Result<TlsConnection>> {
+///
+/// A connection whose client's certificate is revoked while it is open is closed. One whose certificate is revoked
+/// already is handed on: the caller refuses it in words that the client can read.
+pub fn accept_tls(
+    listener: TcpListener,
+    config: ServerConfig,
+    revocations: Arc<Revocations>,
+) -> impl Stream<Item = io::Result<TlsConnection>> {
     let acceptor = TlsAcceptor::from(Arc::new(config));
     let accept_log = RateLimit::default();
     async_stream::stream! {
@@ -62,7 +71,7 @@ pub fn accept_tls(listener: TcpListener, config: ServerConfig) -> impl Stream<It
                 },
                 Some(ended) = handshakes.running.join_next() => {
                     if let Ok(Some(stream)) = ended {
-                        yield Ok(unauthenticated.watch(stream));
+                        yield Ok(unauthenticated.watch(stream, &revocations));
                     }
                 }
             }
@@ -127,7 +136,9 @@ async fn handshake(acceptor: TlsAcceptor, stream: TcpStream, peer: SocketAddr) -
 struct Unauthenticated(VecDeque<oneshot::Sender<()>>);
 
 impl Unauthenticated {
-    fn watch(&mut self, stream: TlsStream<TcpStream>) -> TlsConnection {
+    fn watch(&mut self, stream: TlsStream<TcpStream>, revocations: &Revocations) -> TlsConnection {
+        let certificate = first(stream.get_ref().1.peer_certificates()).ok();
+        let revoked = certificate.and_then(|certificate| revocations.watch(&certificate));
         let is_authenticated = stream.get_ref().1.peer_certificates().is_some_and(|chain| !chain.is_empty());
         let evicted = (!is_authenticated).then(|| {
             self.0.retain(|connection| !connection.is_closed());
@@ -140,7 +151,7 @@ impl Unauthenticated {
         });
         let accepted = Instant::now();
         let first_bytes = Box::pin(tokio::time::sleep_until(accepted + FIRST_BYTES_TIMEOUT));
-        TlsConnection { stream, accepted, has_read: false, deadline: Some(first_bytes), evicted }
+        TlsConnection { stream, accepted, has_read: false, deadline: Some(first_bytes), evicted, revoked }
     }
 }
 
@@ -154,6 +165,8 @@ pub struct TlsConnection {
     deadline: Option<Pin<Box<Sleep>>>,
     /// Only for a client without a certificate.
     evicted: Option<oneshot::Receiver<()>>,
+    /// Resolves once the client's certificate is revoked.
+    revoked: Option<Revoked>,
 }
 
 impl TlsConnection {
@@ -162,6 +175,11 @@ impl TlsConnection {
     }
 
     fn poll_closed(&mut self, cx: &mut Context<'_>) -> Poll<io::Error> {
+        if let Some(revoked) = &mut self.revoked
+            && revoked.poll_revoked(cx).is_ready()
+        {
+            return Poll::Ready(Revoked::error());
+        }
         if let Some(evicted) = &mut self.evicted
             && Pin::new(evicted).poll(cx).is_ready()
         {

@@ -18,7 +18,7 @@ pub const NODE_LIFETIME: Duration = Duration::from_secs(24 * 3600);
 /// Life of an authority.
 const AUTHORITY_LIFETIME: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 /// Certificates are valid from a little before now, for clocks that lag.
-const CLOCK_SKEW: Duration = Duration::from_secs(300);
+pub(crate) const CLOCK_SKEW: Duration = Duration::from_secs(300);
 
 /// Signs the certificates of one cell.
 #[derive(Debug)]

@@ -8,9 +8,9 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
-use tonic::{Code, Status, transport::Channel};
+use tonic::{Code, Status};
 
-use crate::{IdentityError, Trust, channel};
+use crate::{Channel, IdentityError, Trust, channel};
 
 /// Metadata of a standby's answers: URL of the coordinator that leads.
 pub const LEADER_HEADER: &str = "pilotlight-leader";

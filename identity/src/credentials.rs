@@ -64,12 +64,12 @@ impl Credentials {
             let path = path.to_owned();
             move |error| IdentityError::File { path, error }
         };
-        fs::create_dir_all(directory).map_err(failed(directory))?;
+        crate::private_dir(directory)?;
         // The certificate goes last: whoever finds one finds the key that belongs to it.
         let files = [
-            (FILES[2], &self.ca_pem, 0o644),
+            (FILES[2], &self.ca_pem, 0o600),
             (FILES[1], &self.key_pem, 0o600),
-            (FILES[0], &self.certificate_pem, 0o644),
+            (FILES[0], &self.certificate_pem, 0o600),
         ];
         for (name, text, mode) in files {
             let path = directory.join(name);

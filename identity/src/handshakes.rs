@@ -27,9 +27,10 @@ async fn serve(config: ServerConfig) -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     tokio::spawn(async move {
-        let mut connections = std::pin::pin!(accept_tls(listener, config));
+        let mut connections = std::pin::pin!(accept_tls(listener, config, Default::default()));
         while let Some(Ok(mut stream)) = connections.next().await {
-            let caller = member_of(&stream).map_or_else(|error| error.to_string(), |member| member.to_string());
+            let caller =
+                member_of(&stream).map_or_else(|error| error.to_string(), |certificate| certificate.member.to_string());
             // The client may have hung up: it decides, not the server.
             let _ = stream.write_all(caller.as_bytes()).await;
             let _ = stream.shutdown().await;
@@ -132,7 +133,7 @@ fn a_request_gets_only_the_names_that_the_signer_sets() {
     let credentials =
         Credentials { certificate_pem, key_pem: key.serialize_pem(), ca_pem: authority.certificate_pem().to_owned() };
     let chain = credentials.chain().unwrap();
-    assert_eq!(Member::from_certificate(&chain[0]).unwrap(), node("b"));
+    assert_eq!(MemberCertificate::from_der(&chain[0]).unwrap().member, node("b"));
     assert!(!String::from_utf8_lossy(&chain[0]).contains("coordinator."));
     assert!(authority.check_csr("nonsense").is_err());
 }
@@ -211,7 +212,7 @@ async fn listen_only(authority: &Authority) -> SocketAddr {
     let address = listener.local_addr().unwrap();
     let config = live(authority, &Member::Coordinator).server_config_optional_client(&[]).unwrap();
     tokio::spawn(async move {
-        let mut connections = std::pin::pin!(accept_tls(listener, config));
+        let mut connections = std::pin::pin!(accept_tls(listener, config, Default::default()));
         while let Some(Ok(mut stream)) = connections.next().await {
             tokio::spawn(async move { stream.read_to_end(&mut Vec::new()).await });
         }

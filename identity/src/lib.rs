@@ -11,6 +11,8 @@ mod credentials;
 mod handshakes;
 mod live;
 mod member;
+mod private;
+mod revocations;
 mod token;
 mod transport;
 
@@ -19,9 +21,11 @@ pub use authority::{Authority, NODE_LIFETIME, new_csr};
 pub use coordinators::{Coordinators, LEADER_HEADER, STATE_TIME_HEADER};
 pub use credentials::Credentials;
 pub use live::LiveIdentity;
-pub use member::{Member, Role, check_label};
-pub use token::{JoinToken, TokenRecord};
-pub use transport::{Trust, channel, connect_tls, member_of, peer_of};
+pub use member::{Member, MemberCertificate, Role, check_label};
+pub use private::{passable_dir, private_dir, private_file};
+pub use revocations::{Revocable, RevocationList, Revocations, Revoked};
+pub use token::{JoinToken, TokenRecord, check_pattern, random_token};
+pub use transport::{BearerToken, Channel, Trust, channel, connect_node, connect_tls, member_of, peer_of};
 
 /// Why an identity cannot be made, read or used.
 #[derive(Debug, thiserror::Error)]
@@ -51,6 +55,15 @@ pub enum IdentityError {
     /// A join token cannot be read.
     #[error("join token: {0}; expected plt1.<id>.<secret>.<pin> as printed by `pilotlight token create`")]
     Token(&'static str),
+    /// A pattern of node names cannot match any.
+    #[error("node pattern {0:?}: expected 1 to 63 of a-z, 0-9, '-', '*' (any characters) and '?' (one character)")]
+    Pattern(String),
+    /// The system has no randomness.
+    #[error("the system has no randomness")]
+    Randomness,
+    /// A bearer token holds characters that no token has.
+    #[error("token: it must consist of visible ASCII characters")]
+    BearerToken,
     /// A certificate names no member of a cell.
     #[error("certificate: {0}")]
     Member(String),

@@ -2,10 +2,10 @@
 
 use std::fmt;
 
-use rustls::pki_types::CertificateDer;
+use rustls::pki_types::{CertificateDer, pem::PemObject as _};
 use x509_parser::{extensions::GeneralName, prelude::FromDer as _, prelude::X509Certificate};
 
-use crate::IdentityError;
+use crate::{IdentityError, authority};
 
 /// Suffix of the DNS names that TLS verifies. They are never looked up.
 const DNS_SUFFIX: &str = "pilotlight.internal";
@@ -23,7 +23,61 @@ pub enum Member {
         name: String,
         /// What it may do.
         role: Role,
+        /// The one namespace that it may see and change; `None` is all, and what belongs to none.
+        namespace: Option<String>,
     },
+}
+
+/// What a member's certificate says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MemberCertificate {
+    /// Whom it is for.
+    pub member: Member,
+    /// The cell that it is for.
+    pub cell: String,
+    /// When it was issued, seconds since the Unix epoch.
+    pub issued_at: i64,
+    /// SHA-256 of the certificate, hexadecimal.
+    pub fingerprint: String,
+}
+
+impl MemberCertificate {
+    /// Reads a certificate. The chain must have been verified before.
+    ///
+    /// # Errors
+    /// The certificate cannot be read or names no member of a cell.
+    pub fn from_der(der: &CertificateDer<'_>) -> Result<Self, IdentityError> {
+        let (_, certificate) =
+            X509Certificate::from_der(der).map_err(|error| IdentityError::Member(error.to_string()))?;
+        let names = certificate
+            .subject_alternative_name()
+            .map_err(|error| IdentityError::Member(error.to_string()))?
+            .map(|extension| extension.value.general_names.as_slice())
+            .unwrap_or_default();
+        let uri = names.iter().find_map(|name| match name {
+            GeneralName::URI(uri) => Some(*uri),
+            _ => None,
+        });
+        let (cell, member) = uri.and_then(Member::from_uri).ok_or_else(|| {
+            IdentityError::Member(format!("it names no member of a cell (URI {})", uri.unwrap_or("missing")))
+        })?;
+        let issued_at = certificate.validity().not_before.timestamp() + authority::CLOCK_SKEW.as_secs() as i64;
+        Ok(Self { member, cell, issued_at, fingerprint: fingerprint(der) })
+    }
+
+    /// Reads the first certificate of PEM text.
+    ///
+    /// # Errors
+    /// The text is not PEM, or as [`MemberCertificate::from_der`].
+    pub fn from_pem(pem: &str) -> Result<Self, IdentityError> {
+        let der =
+            CertificateDer::from_pem_slice(pem.as_bytes()).map_err(|error| IdentityError::Member(error.to_string()))?;
+        Self::from_der(&der)
+    }
+}
+
+fn fingerprint(der: &CertificateDer<'_>) -> String {
+    authority::pin(der).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// What an operator may do; a higher role may do all that a lower one may.
@@ -47,13 +101,14 @@ impl Member {
         Ok(Self::Node(name.to_owned()))
     }
 
-    /// An operator.
+    /// An operator, of one namespace or of all.
     ///
     /// # Errors
-    /// The name is not a DNS label.
-    pub fn operator(name: &str, role: Role) -> Result<Self, IdentityError> {
+    /// The name or the namespace is not a DNS label.
+    pub fn operator(name: &str, role: Role, namespace: Option<&str>) -> Result<Self, IdentityError> {
         check_label(name)?;
-        Ok(Self::Operator { name: name.to_owned(), role })
+        namespace.map(check_label).transpose()?;
+        Ok(Self::Operator { name: name.to_owned(), role, namespace: namespace.map(str::to_owned) })
     }
 
     /// The DNS name that TLS verifies.
@@ -70,45 +125,40 @@ impl Member {
         let path = match self {
             Self::Coordinator => "coordinator".to_owned(),
             Self::Node(name) => format!("node/{name}"),
-            Self::Operator { name, role } => format!("operator/{role}/{name}"),
+            Self::Operator { name, role, namespace: None } => format!("operator/{role}/{name}"),
+            Self::Operator { name, role, namespace: Some(namespace) } => format!("operator/{role}/{name}/{namespace}"),
         };
         format!("spiffe://{cell}.{DNS_SUFFIX}/{path}")
     }
 
-    /// Reads the member from a certificate. The chain must have been verified before.
-    ///
-    /// # Errors
-    /// The certificate cannot be read or has no such URI.
-    pub fn from_certificate(der: &CertificateDer<'_>) -> Result<Self, IdentityError> {
-        let (_, certificate) =
-            X509Certificate::from_der(der).map_err(|error| IdentityError::Member(error.to_string()))?;
-        let names = certificate
-            .subject_alternative_name()
-            .map_err(|error| IdentityError::Member(error.to_string()))?
-            .map(|extension| extension.value.general_names.as_slice())
-            .unwrap_or_default();
-        let uri = names.iter().find_map(|name| match name {
-            GeneralName::URI(uri) => Some(*uri),
-            _ => None,
-        });
-        uri.and_then(Self::from_uri).ok_or_else(|| {
-            IdentityError::Member(format!("it names no member of a cell (URI {})", uri.unwrap_or("missing")))
-        })
+    /// By which name certificates of this member are revoked, whatever its role; `None` for a coordinator.
+    pub fn subject(&self) -> Option<String> {
+        match self {
+            Self::Coordinator => None,
+            Self::Node(name) => Some(format!("node/{name}")),
+            Self::Operator { name, .. } => Some(format!("operator/{name}")),
+        }
     }
 
-    fn from_uri(uri: &str) -> Option<Self> {
-        let (_cell, path) = uri.strip_prefix("spiffe://")?.split_once(&format!(".{DNS_SUFFIX}/"))?;
-        match path.split('/').collect::<Vec<_>>()[..] {
-            ["coordinator"] => Some(Self::Coordinator),
-            ["node", name] => Self::node(name).ok(),
-            ["operator", role, name] => Self::operator(name, Role::from_name(role)?).ok(),
-            _ => None,
-        }
+    /// The cell and the member that a URI names.
+    fn from_uri(uri: &str) -> Option<(String, Self)> {
+        let (cell, path) = uri.strip_prefix("spiffe://")?.split_once(&format!(".{DNS_SUFFIX}/"))?;
+        let member = match path.split('/').collect::<Vec<_>>()[..] {
+            ["coordinator"] => Self::Coordinator,
+            ["node", name] => Self::node(name).ok()?,
+            ["operator", role, name] => Self::operator(name, Role::from_name(role)?, None).ok()?,
+            ["operator", role, name, namespace] => {
+                Self::operator(name, Role::from_name(role)?, Some(namespace)).ok()?
+            }
+            _ => return None,
+        };
+        Some((cell.to_owned(), member))
     }
 }
 
 impl Role {
-    fn from_name(name: &str) -> Option<Self> {
+    /// The role of this name, if there is one.
+    pub fn from_name(name: &str) -> Option<Self> {
         [Self::Viewer, Self::Operator, Self::Admin].into_iter().find(|role| role.to_string() == name)
     }
 }
@@ -128,7 +178,10 @@ impl fmt::Display for Member {
         match self {
             Self::Coordinator => f.write_str("the coordinator"),
             Self::Node(name) => write!(f, "node {name}"),
-            Self::Operator { name, role } => write!(f, "{role} {name}"),
+            Self::Operator { name, role, namespace: None } => write!(f, "{role} {name}"),
+            Self::Operator { name, role, namespace: Some(namespace) } => {
+                write!(f, "{role} {name} of namespace {namespace}")
+            }
         }
     }
 }
@@ -157,11 +210,11 @@ mod tests {
         let members = [
             Member::Coordinator,
             Member::node("gpu-1").unwrap(),
-            Member::operator("ada", Role::Admin).unwrap(),
-            Member::operator("bob", Role::Viewer).unwrap(),
+            Member::operator("ada", Role::Admin, None).unwrap(),
+            Member::operator("bob", Role::Viewer, Some("team-a")).unwrap(),
         ];
         for member in members {
-            assert_eq!(Member::from_uri(&member.uri("main")), Some(member));
+            assert_eq!(Member::from_uri(&member.uri("main")), Some(("main".to_owned(), member)));
         }
         for bad in [
             "https://main.pilotlight.internal/coordinator",

@@ -27,6 +27,28 @@ pub struct TokenRecord {
     pub secret_sha256: String,
     /// Seconds since the Unix epoch after which the token is void.
     pub expires_at: i64,
+    /// Names of nodes that may join by it: a name, or a pattern with `*` and `?`; `None` is any name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node: Option<String>,
+    /// Whether a node may join under a name that is known already.
+    #[serde(default)]
+    pub replace: bool,
+    /// Name of the user who created it.
+    #[serde(default)]
+    pub created_by: String,
+    /// When it was created, seconds since the Unix epoch.
+    #[serde(default)]
+    pub created_at: i64,
+}
+
+/// A new bearer token: 32 random bytes in URL-safe base64.
+///
+/// # Errors
+/// The system has no randomness.
+pub fn random_token() -> Result<String, IdentityError> {
+    let mut bytes = [0; 32];
+    SystemRandom::new().fill(&mut bytes).map_err(|_| IdentityError::Randomness)?;
+    Ok(URL_SAFE_NO_PAD.encode(bytes))
 }
 
 impl JoinToken {
@@ -40,7 +62,15 @@ impl JoinToken {
         let filled = random.fill(&mut id).and_then(|()| random.fill(&mut secret));
         filled.map_err(|_| IdentityError::Token("the system has no randomness"))?;
         let token = Self { id: URL_SAFE_NO_PAD.encode(id), secret, pin: authority.pin() };
-        let record = TokenRecord { id: token.id.clone(), secret_sha256: token.secret_sha256(), expires_at };
+        let record = TokenRecord {
+            id: token.id.clone(),
+            secret_sha256: token.secret_sha256(),
+            expires_at,
+            node: None,
+            replace: false,
+            created_by: String::new(),
+            created_at: 0,
+        };
         Ok((token, record))
     }
 
@@ -65,6 +95,44 @@ impl TokenRecord {
         // Hashes are compared, so that how long it takes says nothing about the secret.
         now < self.expires_at && self.id == token.id && self.secret_sha256 == token.secret_sha256()
     }
+
+    /// Returns `true` if a node of this name may join by the token.
+    pub fn covers(&self, node: &str) -> bool {
+        self.node.as_ref().is_none_or(|pattern| matches(pattern.as_bytes(), node.as_bytes()))
+    }
+}
+
+/// Checks that a pattern can match names of nodes.
+///
+/// # Errors
+/// It is empty or too long, or holds a character that no name has.
+pub fn check_pattern(pattern: &str) -> Result<(), IdentityError> {
+    let allowed = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || b"-*?".contains(&byte);
+    let good = (1..=63).contains(&pattern.len()) && pattern.bytes().all(allowed);
+    if good { Ok(()) } else { Err(IdentityError::Pattern(pattern.to_owned())) }
+}
+
+/// `*` matches any characters, `?` one. Linear in memory, at most |pattern| × |name| steps.
+fn matches(pattern: &[u8], name: &[u8]) -> bool {
+    let (mut at, mut matched, mut star) = (0, 0, None);
+    while matched < name.len() {
+        match pattern.get(at) {
+            Some(b'*') => {
+                star = Some((at, matched));
+                at += 1;
+            }
+            Some(&byte) if byte == b'?' || byte == name[matched] => (at, matched) = (at + 1, matched + 1),
+            // Let the last star match one character more.
+            _ => match &mut star {
+                Some((star_at, star_matched)) => {
+                    *star_matched += 1;
+                    (at, matched) = (*star_at + 1, *star_matched);
+                }
+                None => return false,
+            },
+        }
+    }
+    pattern[at..].iter().all(|byte| *byte == b'*')
 }
 
 impl fmt::Display for JoinToken {
@@ -117,6 +185,19 @@ mod tests {
         let forged = JoinToken { secret: [7; 24], ..token.clone() };
         assert!(!record.admits(&forged, 99));
         assert!(!format!("{token:?}{record:?}").contains(&URL_SAFE_NO_PAD.encode(token.secret)));
+    }
+
+    #[test]
+    fn a_token_covers_the_names_that_its_pattern_matches() {
+        let authority = Authority::generate("main").unwrap();
+        let (_, any) = JoinToken::generate(&authority, 100).unwrap();
+        let covers = |pattern: &str, node| TokenRecord { node: Some(pattern.into()), ..any.clone() }.covers(node);
+        assert!(any.covers("gpu-7"));
+        assert!(covers("gpu-7", "gpu-7") && !covers("gpu-7", "gpu-70") && !covers("gpu-7", "xgpu-7"));
+        assert!(covers("gpu-*", "gpu-") && covers("gpu-*", "gpu-77") && !covers("gpu-*", "cpu-1"));
+        assert!(covers("*-a-*-b", "x-a-y-a-z-b") && !covers("*-a-*-b", "x-a-b"));
+        assert!(covers("gpu-?", "gpu-7") && !covers("gpu-?", "gpu-77"));
+        assert!(check_pattern("gpu-*").is_ok() && check_pattern("").is_err() && check_pattern("GPU").is_err());
     }
 
     #[test]

@@ -15,12 +15,17 @@ use rustls::{
 use tokio::net::TcpStream;
 use tokio_rustls::{TlsConnector, client};
 use tonic::{
-    Request,
-    transport::{Channel, Endpoint, Uri, server::TcpConnectInfo, server::TlsConnectInfo},
+    Request, Status,
+    metadata::{Ascii, MetadataValue},
+    service::{Interceptor, interceptor::InterceptedService},
+    transport::{self, Endpoint, Uri, server::TcpConnectInfo, server::TlsConnectInfo},
 };
 use tower::service_fn;
 
-use crate::{IdentityError, LiveIdentity, Member, accept::TlsConnection, authority, live::provider};
+use crate::{
+    IdentityError, LiveIdentity, Member, MemberCertificate, Revocable, Revocations, accept::TlsConnection, authority,
+    live::provider,
+};
 
 const CONNECT_WITHIN: Duration = Duration::from_secs(5);
 const HANDSHAKE_WITHIN: Duration = Duration::from_secs(10);
@@ -28,15 +33,61 @@ const HANDSHAKE_WITHIN: Duration = Duration::from_secs(10);
 /// is well below the lease of a node, so that nodes find a new leader before it holds them for lost.
 const KEEP_ALIVE: Duration = Duration::from_secs(5);
 
+/// A gRPC channel that presents a bearer token if it has one.
+pub type Channel = InterceptedService<transport::Channel, BearerToken>;
+
+/// Adds a bearer token to each call, if there is one.
+#[derive(Clone)]
+pub struct BearerToken(Option<MetadataValue<Ascii>>);
+
+impl std::fmt::Debug for BearerToken {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("BearerToken").field(&self.0.is_some()).finish()
+    }
+}
+
+impl BearerToken {
+    fn new(trust: &Trust) -> Result<Self, IdentityError> {
+        let Trust::Bearer(token) = trust else { return Ok(Self(None)) };
+        // The value must not appear in logs.
+        let mut value: MetadataValue<Ascii> =
+            format!("Bearer {token}").parse().map_err(|_| IdentityError::BearerToken)?;
+        value.set_sensitive(true);
+        Ok(Self(Some(value)))
+    }
+}
+
+impl Interceptor for BearerToken {
+    fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
+        if let Some(value) = &self.0 {
+            request.metadata_mut().insert("authorization", value.clone());
+        }
+        Ok(request)
+    }
+}
+
 /// Whom a connection trusts, and what it shows of itself.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub enum Trust {
     /// Nobody and nothing: plaintext.
     Plaintext,
+    /// Plaintext on this machine's loopback, with this token in each call. For `dev`.
+    Bearer(String),
     /// The cell's authority; shows the member's certificate.
     Cell(Arc<LiveIdentity>),
     /// Only an authority with this SHA-256; shows nothing. For joining.
     Pinned([u8; 32]),
+}
+
+impl std::fmt::Debug for Trust {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Plaintext => "Plaintext",
+            Self::Bearer(_) => "Bearer",
+            Self::Cell(_) => "Cell",
+            Self::Pinned(_) => "Pinned",
+        })
+    }
 }
 
 /// A gRPC channel to the coordinator at `address`. Connects when it is first used, and again as needed.
@@ -46,7 +97,8 @@ pub enum Trust {
 pub fn channel(address: &str, trust: &Trust) -> Result<Channel, IdentityError> {
     let bad = |reason: &str| IdentityError::Address { address: address.to_owned(), reason: reason.to_owned() };
     let uri: Uri = address.parse().map_err(|error: http::uri::InvalidUri| bad(&error.to_string()))?;
-    let plaintext = matches!(trust, Trust::Plaintext);
+    let plaintext = matches!(trust, Trust::Plaintext | Trust::Bearer(_));
+    let bearer = BearerToken::new(trust)?;
     match uri.scheme_str() {
         Some("http") if plaintext => {}
         Some("https") if !plaintext => {}
@@ -68,15 +120,18 @@ pub fn channel(address: &str, trust: &Trust) -> Result<Channel, IdentityError> {
         .keep_alive_while_idle(true)
         .tcp_nodelay(true);
     let config = match trust {
-        Trust::Plaintext => return Ok(endpoint.connect_lazy()),
+        Trust::Plaintext | Trust::Bearer(_) => {
+            return Ok(InterceptedService::new(endpoint.connect_lazy(), bearer));
+        }
         Trust::Cell(identity) => identity.client_config(&[b"h2"])?,
         Trust::Pinned(pin) => pinned_config(*pin)?,
     };
     let config = Arc::new(config);
-    Ok(endpoint.connect_with_connector_lazy(service_fn(move |_: Uri| {
+    let channel = endpoint.connect_with_connector_lazy(service_fn(move |_: Uri| {
         let (config, authority) = (Arc::clone(&config), authority.clone());
         async move { connect_tls(&authority, &Member::Coordinator, config).await.map(TokioIo::new) }
-    })))
+    }));
+    Ok(InterceptedService::new(channel, bearer))
 }
 
 /// Connects to `address` (host:port), where `member` must be.
@@ -99,27 +154,47 @@ pub async fn connect_tls(
         .map_err(|_| io::Error::new(io::ErrorKind::TimedOut, format!("{address}: no TLS handshake within 10 s")))?
 }
 
-/// The member at the other end of a gRPC call.
+/// Connects to a node as [`connect_tls`] does. The connection is refused if the node's certificate is revoked, and
+/// closed once it is.
+///
+/// # Errors
+/// As [`connect_tls`], or the certificate is revoked.
+pub async fn connect_node(
+    address: &str,
+    node: &str,
+    config: Arc<ClientConfig>,
+    revocations: &Revocations,
+) -> io::Result<Revocable<client::TlsStream<TcpStream>>> {
+    let member = Member::node(node).map_err(io::Error::other)?;
+    let stream = connect_tls(address, &member, config).await?;
+    let certificate = first(stream.get_ref().1.peer_certificates()).map_err(io::Error::other)?;
+    let revoked = revocations.watch(&certificate).ok_or_else(|| {
+        io::Error::new(io::ErrorKind::PermissionDenied, format!("the certificate of node {node} is revoked"))
+    })?;
+    Ok(Revocable::new(stream, revoked))
+}
+
+/// The certificate of the member at the other end of a gRPC call.
 ///
 /// # Errors
 /// There was no certificate, or it names no member.
-pub fn peer_of<T>(request: &Request<T>) -> Result<Member, IdentityError> {
+pub fn peer_of<T>(request: &Request<T>) -> Result<MemberCertificate, IdentityError> {
     let info = request.extensions().get::<TlsConnectInfo<TcpConnectInfo>>();
     let certificates = info.and_then(TlsConnectInfo::peer_certs);
     first(certificates.as_ref().map(|certificates| certificates.as_slice()))
 }
 
-/// The member at the other end of an accepted connection.
+/// The certificate of the member at the other end of an accepted connection.
 ///
 /// # Errors
 /// There was no certificate, or it names no member.
-pub fn member_of(connection: &TlsConnection) -> Result<Member, IdentityError> {
+pub fn member_of(connection: &TlsConnection) -> Result<MemberCertificate, IdentityError> {
     first(connection.peer_certificates())
 }
 
-fn first(certificates: Option<&[CertificateDer<'_>]>) -> Result<Member, IdentityError> {
+pub(crate) fn first(certificates: Option<&[CertificateDer<'_>]>) -> Result<MemberCertificate, IdentityError> {
     let certificate = certificates.and_then(<[_]>::first);
-    Member::from_certificate(certificate.ok_or_else(|| IdentityError::Member("none was presented".into()))?)
+    MemberCertificate::from_der(certificate.ok_or_else(|| IdentityError::Member("none was presented".into()))?)
 }
 
 pub(crate) fn pinned_config(pin: [u8; 32]) -> Result<ClientConfig, IdentityError> {

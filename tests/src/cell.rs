@@ -130,6 +130,8 @@ impl Dev {
             format!("--listen=127.0.0.1:{grpc}"),
             format!("--listen-http=127.0.0.1:{http}"),
             format!("--listen-ingress=127.0.0.1:{ingress}"),
+            // Stories have their stores on loopback.
+            "--allow-local-storage".to_owned(),
         ];
         args.extend(extra.iter().map(ToString::to_string));
         let operator = Operator { server: format!("http://127.0.0.1:{grpc}"), credentials: None };
@@ -363,6 +365,8 @@ impl Agent {
             "agent".to_owned(),
             // Stories are about processes, wherever they run; containers have a suite of their own.
             "--runtime=process".to_owned(),
+            // Stories have their stores on loopback.
+            "--allow-local-storage".to_owned(),
             format!("--node-name={name}"),
             format!("--coordinator={coordinators}"),
             format!("--token={}", operator.token()),

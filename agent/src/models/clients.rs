@@ -11,24 +11,49 @@ use object_store::{
     client::{HttpClient, HttpConnector, HttpError, HttpRequest, HttpResponse, HttpService, ReqwestConnector},
 };
 
-use super::source::CONNECT_WITHIN;
+use super::{
+    local_addresses::{self, RemoteResolver},
+    source::CONNECT_WITHIN,
+};
 
 /// Makes the client when it is first needed. Cheap to clone.
 #[derive(Debug, Clone, Default)]
-pub struct Clients(Arc<Mutex<Option<reqwest::Client>>>);
+pub struct Clients {
+    client: Arc<Mutex<Option<reqwest::Client>>>,
+    /// Whether addresses of this machine are refused.
+    refuses_local: bool,
+}
 
 impl Clients {
+    /// Refuses loopback, link-local and unspecified addresses, also after redirects.
+    pub(super) fn refusing_local() -> Self {
+        Self { refuses_local: true, ..Self::default() }
+    }
+
+    /// Checks that an address may be fetched from, as far as it names no host that must be resolved.
+    ///
+    /// # Errors
+    /// It is this machine's, and that is refused.
+    pub(super) fn check(&self, url: &str) -> Result<(), String> {
+        if self.refuses_local { local_addresses::check(url) } else { Ok(()) }
+    }
+
     /// The client: it waits for a connection for [`CONNECT_WITHIN`], and for answers as long as they take.
     ///
     /// # Errors
     /// There can be none, such as without any root certificate.
     pub(super) fn get(&self) -> reqwest::Result<reqwest::Client> {
-        let mut client = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut client = self.client.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(client) = &*client {
             return Ok(client.clone());
         }
         install_crypto_provider();
         let builder = reqwest::Client::builder().connect_timeout(CONNECT_WITHIN).http1_only();
+        let builder = if self.refuses_local {
+            builder.dns_resolver(Arc::new(RemoteResolver)).redirect(local_addresses::redirects())
+        } else {
+            builder
+        };
         Ok(client.insert(builder.user_agent(concat!("pilotlight/", env!("CARGO_PKG_VERSION"))).build()?).clone())
     }
 

@@ -19,6 +19,7 @@ mod hashing;
 mod image_tests;
 mod landing;
 pub mod lend;
+mod local_addresses;
 mod naming;
 mod part;
 pub mod peers;
@@ -211,6 +212,12 @@ impl Models {
     #[must_use]
     pub fn with_peers(self, ask: Arc<dyn Ask>) -> Self {
         Self { ask: Some(ask), ..self }
+    }
+
+    /// Refuses to fetch from loopback, link-local and unspecified addresses.
+    #[must_use]
+    pub fn refusing_local_storage(self) -> Self {
+        Self { clients: Clients::refusing_local(), ..self }
     }
 
     /// Keeps a container engine's images within the budget, too. Must be called in a runtime.

@@ -59,6 +59,13 @@ pub fn open(uri: &str, credentials: &Credentials, clients: &Clients) -> Result<A
         return Err(bad("is no address; expected s3://, gs://, https://, http://, hf:// or pvc://".to_owned()));
     };
     let (first, path) = rest.split_once('/').unwrap_or((rest, ""));
+    if scheme.starts_with("http") {
+        clients.check(uri).map_err(bad)?;
+    }
+    // Whoever may apply a manifest may name an endpoint in a secret, too.
+    for (name, endpoint) in credentials.iter().filter(|(name, _)| name.to_ascii_uppercase().contains("ENDPOINT")) {
+        clients.check(endpoint).map_err(|reason| bad(format!("{name}: {reason}")))?;
+    }
     let client = || clients.get().map_err(|error| bad(format!("no client: {error}")));
     let opened = |store: object_store::Result<_>| store.map_err(|error| bad(error.to_string()));
     match scheme {

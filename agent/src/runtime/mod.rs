@@ -8,6 +8,7 @@ pub mod logs;
 mod mounts;
 pub mod probe;
 pub mod process;
+mod run_as;
 mod sockets;
 mod state;
 mod variables;
@@ -29,6 +30,7 @@ pub use auto::AnyRuntime;
 pub use docker::{DockerRuntime, DockerSettings, GpuMode};
 pub use ended_logs::{EndedLog, EndedLogs};
 pub use process::ProcessRuntime;
+pub use run_as::RunAs;
 pub use state::SleepMark;
 
 /// A replica that runs.

@@ -26,7 +26,9 @@ use super::{
     Exit, Mount, Running, Runtime, RuntimeError, SleepMark,
     expand::expand,
     mounts::rewrite,
-    resolved, sockets,
+    resolved,
+    run_as::RunAs,
+    sockets,
     state::{Directories, LOG, ReplicaState},
     unix_now,
     variables::{variables, visible_devices},
@@ -50,6 +52,8 @@ pub struct ProcessRuntime {
     directories: Directories,
     /// What `pilotlight` means as a command.
     own_binary: PathBuf,
+    /// The user that replicas run as; `None` is the agent's own.
+    run_as: Option<RunAs>,
     /// Ends of this process's children.
     exits: Mutex<HashMap<u32, watch::Receiver<Option<Exit>>>>,
 }
@@ -57,7 +61,13 @@ pub struct ProcessRuntime {
 impl ProcessRuntime {
     /// Keeps records and output below `data_dir`; `own_binary` is run where a command is `pilotlight`.
     pub fn new(data_dir: &Path, own_binary: PathBuf) -> Self {
-        Self { directories: Directories::new(data_dir), own_binary, exits: Mutex::default() }
+        Self { directories: Directories::new(data_dir), own_binary, run_as: None, exits: Mutex::default() }
+    }
+
+    /// Runs replicas as another user.
+    #[must_use]
+    pub fn with_run_as(self, run_as: Option<RunAs>) -> Self {
+        Self { run_as, ..self }
     }
 
     fn command(&self, assignment: &ReplicaAssignment, mounts: &[Mount], port: u16) -> Result<Command, RuntimeError> {
@@ -87,6 +97,9 @@ impl ProcessRuntime {
         let program = if program == "pilotlight" { self.own_binary.clone() } else { PathBuf::from(program) };
         let mut command = Command::new(program);
         command.args(words).env_clear().envs(passed_on()).envs(variables).stdin(Stdio::null());
+        if let Some(run_as) = &self.run_as {
+            run_as.apply(&mut command);
+        }
         if !container.working_dir.is_empty() {
             command.current_dir(&container.working_dir);
         }

@@ -8,7 +8,7 @@ mod reports;
 
 use std::{sync::Arc, time::Duration};
 
-use pilotlight_identity::Coordinators;
+use pilotlight_identity::{Channel, Coordinators};
 use pilotlight_proto::fleet::v1::{
     self as fleet, AgentMessage, agent_message::Message as FromAgent, coordinator_message::Message as ToAgent,
     fleet_client::FleetClient,
@@ -16,7 +16,7 @@ use pilotlight_proto::fleet::v1::{
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
-use tonic::{Status, transport::Channel};
+use tonic::Status;
 use tracing::{info, warn};
 
 use backoff::Backoff;

@@ -4,13 +4,12 @@ use std::{collections::BTreeMap, pin::Pin, sync::Arc, time::Duration};
 
 use async_stream::try_stream;
 use futures::Stream;
-use jiff::Timestamp;
-use pilotlight_identity::{Authority, JoinToken, Role};
+use pilotlight_identity::{Authority, Role};
 use pilotlight_proto::control::v1::{self as control, control_server::Control};
 use tokio::sync::broadcast::error::RecvError;
 use tonic::{Request, Response, Status};
 
-use super::{access::Access, cache, logs, objects::Objects};
+use super::{access::Access, audit::audited, cache, logs, objects::Objects};
 use crate::{
     autoscaler::Defaults,
     finding::Finding,
@@ -19,13 +18,10 @@ use crate::{
     model::{Availability, keys},
     reconcile::{CommandError, Handle, cached, commands::Change, meter::UsageRecord, view, world::World},
     spec,
-    store::{Store, StoreError, StoreExt as _, Transaction},
+    store::{Store, StoreError, StoreExt as _},
     threads::Parsing,
 };
 
-/// How long a join token may be used unless asked for otherwise, and at most.
-const TOKEN_LIFE: Duration = Duration::from_secs(3600);
-const TOKEN_LIFE_MOST: Duration = Duration::from_secs(24 * 3600);
 /// Largest manifest taken, bytes; etcd's own limit for a value is 1.5 MiB.
 const MANIFEST_MOST: usize = 1 << 20;
 
@@ -140,7 +136,7 @@ fn documents(request: &control::ApplyRequest, scaling: &Defaults, runtimes: &spe
 #[tonic::async_trait]
 impl Control for ControlService {
     async fn apply(&self, request: Request<control::ApplyRequest>) -> Answer<control::ApplyResponse> {
-        self.access.operator(&request, Role::Operator)?;
+        let caller = self.access.any_scope(&request, Role::Operator)?;
         let request = request.into_inner();
         if request.manifest.len() > MANIFEST_MOST {
             return Err(Status::invalid_argument(format!(
@@ -151,23 +147,29 @@ impl Control for ControlService {
         let (runtimes, scaling) = (self.objects.runtimes().await?, self.scaling.clone());
         let dry_run = request.dry_run;
         let documents = self.parsing.parse(move || documents(&request, &scaling, &runtimes)).await?;
+        for document in documents.iter().filter(|document| document.object.is_some()) {
+            caller.check_namespace(namespace_of(document))?;
+        }
         let mut results = Vec::new();
         for document in documents {
-            results.push(self.apply_document(document, dry_run).await?);
+            let object = format!("{}/{}/{}", document.kind, document.namespace, document.name);
+            let apply = self.apply_document(document, dry_run);
+            let result = if dry_run { apply.await? } else { audited(&caller, "apply", &object, apply).await? };
+            results.push(result);
         }
         results.sort_by_key(|result| result.document);
         Ok(Response::new(control::ApplyResponse { results }))
     }
 
     async fn get(&self, request: Request<control::GetRequest>) -> Answer<control::GetResponse> {
-        self.access.operator(&request, Role::Viewer)?;
+        self.access.in_namespace(&request, Role::Viewer, &request.get_ref().namespace)?;
         let request = request.into_inner();
         let service = self.look(&request.namespace, &request.name, view::service).await?;
         Ok(Response::new(control::GetResponse { service: Some(service) }))
     }
 
     async fn list(&self, request: Request<control::ListRequest>) -> Answer<control::ListResponse> {
-        self.access.operator(&request, Role::Viewer)?;
+        self.access.in_namespace(&request, Role::Viewer, &request.get_ref().namespace)?;
         let services = services(&self.handle, request.into_inner().namespace, String::new()).await?;
         Ok(Response::new(control::ListResponse { services }))
     }
@@ -176,7 +178,7 @@ impl Control for ControlService {
         &self,
         request: Request<control::ListObjectsRequest>,
     ) -> Answer<control::ListObjectsResponse> {
-        self.access.operator(&request, Role::Viewer)?;
+        self.access.in_namespace(&request, Role::Viewer, &request.get_ref().namespace)?;
         let request = request.into_inner();
         let mut objects = self.objects.list().await?;
         objects.retain(|object| asked(&request.kind, &object.kind));
@@ -188,29 +190,37 @@ impl Control for ControlService {
         &self,
         request: Request<control::DeleteObjectRequest>,
     ) -> Answer<control::DeleteObjectResponse> {
-        self.access.operator(&request, Role::Operator)?;
+        let namespace = match request.get_ref().kind.as_str() {
+            // It is the whole cell's, whatever namespace is named.
+            "ClusterServingRuntime" => "",
+            _ => &request.get_ref().namespace,
+        };
+        let caller = self.access.in_namespace(&request, Role::Operator, namespace)?;
         let control::DeleteObjectRequest { kind, namespace, name } = request.into_inner();
-        self.objects.delete(&kind, &namespace, &name).await?;
+        let object = format!("{kind}/{namespace}/{name}");
+        audited(&caller, "delete", &object, self.objects.delete(&kind, &namespace, &name)).await?;
         Ok(Response::new(control::DeleteObjectResponse {}))
     }
 
     type WatchStream = Streamed<control::WatchResponse>;
 
     async fn watch(&self, request: Request<control::WatchRequest>) -> Answer<Self::WatchStream> {
-        self.access.operator(&request, Role::Viewer)?;
+        self.access.in_namespace(&request, Role::Viewer, &request.get_ref().namespace)?;
         let control::WatchRequest { namespace, name } = request.into_inner();
         Ok(Response::new(Box::pin(watch(self.handle.clone(), namespace, name))))
     }
 
     async fn delete(&self, request: Request<control::DeleteRequest>) -> Answer<control::DeleteResponse> {
-        self.access.operator(&request, Role::Operator)?;
+        let caller = self.access.in_namespace(&request, Role::Operator, &request.get_ref().namespace)?;
         let request = request.into_inner();
-        self.handle.delete(format!("{}/{}", request.namespace, request.name)).await.map_err(status)?;
+        let key = format!("{}/{}", request.namespace, request.name);
+        let object = format!("InferenceService/{key}");
+        audited(&caller, "delete", &object, async { self.handle.delete(key).await.map_err(status) }).await?;
         Ok(Response::new(control::DeleteResponse {}))
     }
 
     async fn describe(&self, request: Request<control::DescribeRequest>) -> Answer<control::DescribeResponse> {
-        self.access.operator(&request, Role::Viewer)?;
+        self.access.in_namespace(&request, Role::Viewer, &request.get_ref().namespace)?;
         let request = request.into_inner();
         Ok(Response::new(self.look(&request.namespace, &request.name, view::describe).await?))
     }
@@ -233,25 +243,29 @@ impl Control for ControlService {
     }
 
     async fn warm_model(&self, request: Request<control::WarmModelRequest>) -> Answer<control::WarmModelResponse> {
-        self.access.operator(&request, Role::Operator)?;
-        cache::warm(&self.handle, request.into_inner()).await.map(Response::new)
+        let caller = self.access.operator(&request, Role::Operator)?;
+        let object = request.get_ref().uri.clone();
+        audited(&caller, "warm", &object, cache::warm(&self.handle, request.into_inner())).await.map(Response::new)
     }
 
     async fn pin_model(&self, request: Request<control::PinModelRequest>) -> Answer<control::PinModelResponse> {
-        self.access.operator(&request, Role::Operator)?;
-        cache::pin(&self.handle, request.into_inner()).await.map(Response::new)
+        let caller = self.access.operator(&request, Role::Operator)?;
+        let object = request.get_ref().uri.clone();
+        audited(&caller, "pin", &object, cache::pin(&self.handle, request.into_inner())).await.map(Response::new)
     }
 
     async fn evict_model(&self, request: Request<control::EvictModelRequest>) -> Answer<control::EvictModelResponse> {
-        self.access.operator(&request, Role::Operator)?;
-        cache::evict(&self.handle, &self.evictions, request.into_inner()).await.map(Response::new)
+        let caller = self.access.operator(&request, Role::Operator)?;
+        let object = request.get_ref().uri.clone();
+        let evict = cache::evict(&self.handle, &self.evictions, request.into_inner());
+        audited(&caller, "evict", &object, evict).await.map(Response::new)
     }
 
     async fn set_node_availability(
         &self,
         request: Request<control::SetNodeAvailabilityRequest>,
     ) -> Answer<control::SetNodeAvailabilityResponse> {
-        self.access.operator(&request, Role::Operator)?;
+        let caller = self.access.operator(&request, Role::Operator)?;
         let request = request.into_inner();
         let availability = match request.availability() {
             control::NodeAvailability::Open => Availability::Open,
@@ -265,7 +279,9 @@ impl Control for ControlService {
             }
         };
         let name = request.name;
-        self.handle.set_availability(name.clone(), availability).await.map_err(status)?;
+        let object = format!("Node/{name}={availability:?}");
+        let set = async { self.handle.set_availability(name.clone(), availability).await.map_err(status) };
+        audited(&caller, "set-availability", &object, set).await?;
         let look = move |world: &World, now| world.nodes.get(&name).map(|node| view::node(world, node, now));
         let node = self.handle.read(look).await.map_err(status)?;
         Ok(Response::new(control::SetNodeAvailabilityResponse { node }))
@@ -275,7 +291,7 @@ impl Control for ControlService {
         &self,
         request: Request<control::ListRevisionsRequest>,
     ) -> Answer<control::ListRevisionsResponse> {
-        self.access.operator(&request, Role::Viewer)?;
+        self.access.in_namespace(&request, Role::Viewer, &request.get_ref().namespace)?;
         let request = request.into_inner();
         let revisions = self
             .handle
@@ -295,7 +311,7 @@ impl Control for ControlService {
         &self,
         request: Request<control::ListReplicasRequest>,
     ) -> Answer<control::ListReplicasResponse> {
-        self.access.operator(&request, Role::Viewer)?;
+        self.access.in_namespace(&request, Role::Viewer, &request.get_ref().namespace)?;
         let request = request.into_inner();
         let replicas = self
             .handle
@@ -315,7 +331,7 @@ impl Control for ControlService {
         &self,
         request: Request<control::ListDecisionsRequest>,
     ) -> Answer<control::ListDecisionsResponse> {
-        self.access.operator(&request, Role::Viewer)?;
+        self.access.in_namespace(&request, Role::Viewer, &request.get_ref().namespace)?;
         let request = request.into_inner();
         let limit = request.limit as usize;
         let decisions = self
@@ -325,7 +341,7 @@ impl Control for ControlService {
     }
 
     async fn list_usage(&self, request: Request<control::ListUsageRequest>) -> Answer<control::ListUsageResponse> {
-        self.access.operator(&request, Role::Viewer)?;
+        self.access.in_namespace(&request, Role::Viewer, &request.get_ref().namespace)?;
         let request = request.into_inner();
         let written = self.store.list_json::<UsageRecord>(keys::USAGE).await.map_err(unavailable)?;
         let live = self.handle.usage().await.map_err(status)?;
@@ -347,38 +363,69 @@ impl Control for ControlService {
     type LogsStream = Streamed<control::LogsResponse>;
 
     async fn logs(&self, request: Request<control::LogsRequest>) -> Answer<Self::LogsStream> {
-        self.access.operator(&request, Role::Viewer)?;
+        self.access.in_namespace(&request, Role::Viewer, &request.get_ref().namespace)?;
         Ok(Response::new(logs::open(self, request.into_inner()).await?))
+    }
+
+    async fn list_joins(&self, request: Request<control::ListJoinsRequest>) -> Answer<control::ListJoinsResponse> {
+        self.access.operator(&request, Role::Viewer)?;
+        let joins = self.joins(&request.into_inner().node).await?;
+        Ok(Response::new(control::ListJoinsResponse { joins }))
+    }
+
+    async fn revoke_node(&self, request: Request<control::RevokeNodeRequest>) -> Answer<control::RevokeNodeResponse> {
+        let caller = self.access.operator(&request, Role::Admin)?;
+        let name = request.into_inner().name;
+        audited(&caller, "revoke", &format!("Node/{name}"), self.refuse_node(&caller, &name)).await?;
+        Ok(Response::new(control::RevokeNodeResponse {}))
+    }
+
+    async fn create_user(&self, request: Request<control::CreateUserRequest>) -> Answer<control::CreateUserResponse> {
+        let caller = self.access.operator(&request, Role::Admin)?;
+        let request = request.into_inner();
+        let object = format!("User/{}={},{:?}", request.name, request.role, request.namespace);
+        audited(&caller, "create", &object, self.make_user(&caller, request)).await.map(Response::new)
+    }
+
+    async fn list_users(&self, request: Request<control::ListUsersRequest>) -> Answer<control::ListUsersResponse> {
+        self.access.operator(&request, Role::Admin)?;
+        Ok(Response::new(control::ListUsersResponse { users: self.users().await? }))
+    }
+
+    async fn revoke_user(&self, request: Request<control::RevokeUserRequest>) -> Answer<control::RevokeUserResponse> {
+        let caller = self.access.operator(&request, Role::Admin)?;
+        let name = request.into_inner().name;
+        audited(&caller, "revoke", &format!("User/{name}"), self.refuse_user(&caller, &name)).await?;
+        Ok(Response::new(control::RevokeUserResponse {}))
+    }
+
+    async fn list_tokens(&self, request: Request<control::ListTokensRequest>) -> Answer<control::ListTokensResponse> {
+        self.access.operator(&request, Role::Admin)?;
+        Ok(Response::new(control::ListTokensResponse { tokens: self.usable_tokens().await? }))
+    }
+
+    async fn revoke_token(
+        &self,
+        request: Request<control::RevokeTokenRequest>,
+    ) -> Answer<control::RevokeTokenResponse> {
+        let caller = self.access.operator(&request, Role::Admin)?;
+        let id = request.into_inner().id;
+        audited(&caller, "revoke", &format!("Token/{id}"), self.delete_token(&id)).await?;
+        Ok(Response::new(control::RevokeTokenResponse {}))
     }
 
     async fn create_token(
         &self,
         request: Request<control::CreateTokenRequest>,
     ) -> Answer<control::CreateTokenResponse> {
-        self.access.operator(&request, Role::Admin)?;
-        let authority = self.authority.as_ref().ok_or_else(|| {
-            Status::failed_precondition("this coordinator runs without TLS (`dev`); agents join it without a token")
-        })?;
-        let ttl = match request.into_inner().ttl {
-            None => TOKEN_LIFE,
-            Some(ttl) => Duration::try_from(ttl).map_err(|_| Status::invalid_argument("ttl: must not be negative"))?,
-        };
-        if ttl.is_zero() || ttl > TOKEN_LIFE_MOST {
-            return Err(Status::invalid_argument(format!("ttl: {ttl:?}, expected more than 0 and at most 24h")));
-        }
-        let expires_at = Timestamp::now() + ttl;
-        let (token, record) = JoinToken::generate(authority, expires_at.as_second())
-            .map_err(|error| Status::internal(error.to_string()))?;
-        let key = keys::token(token.id());
-        let write = Transaction::new().expect_absent(&key).put_json(&key, &record);
-        self.store.commit(write).await.map_err(unavailable)?;
-        Ok(Response::new(control::CreateTokenResponse {
-            token: token.to_string(),
-            expires_at: Some(view::timestamp(expires_at)),
-        }))
+        let caller = self.access.operator(&request, Role::Admin)?;
+        let request = request.into_inner();
+        let object = format!("Token for {:?}, replace={}", request.node, request.replace);
+        audited(&caller, "create", &object, self.make_token(&caller, request)).await.map(Response::new)
     }
 
-    async fn get_version(&self, _: Request<control::GetVersionRequest>) -> Answer<control::GetVersionResponse> {
+    async fn get_version(&self, request: Request<control::GetVersionRequest>) -> Answer<control::GetVersionResponse> {
+        self.access.any_scope(&request, Role::Viewer)?;
         Ok(Response::new(control::GetVersionResponse {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             cell: self.cell.clone(),
@@ -435,6 +482,14 @@ fn watch(
                 }
             }
         }
+    }
+}
+
+/// The namespace that a document changes; empty if it changes the whole cell.
+fn namespace_of(document: &spec::Document) -> &str {
+    match &document.object {
+        Some(spec::Resource::ServingRuntime(runtime)) => runtime.namespace.as_deref().unwrap_or_default(),
+        _ => &document.namespace,
     }
 }
 

@@ -1,9 +1,11 @@
 //! The operators' gRPC API and who may use what.
 
 pub mod access;
+mod audit;
 mod cache;
 pub mod control;
 mod logs;
+mod members;
 pub mod objects;
 
 pub use control::ControlService;

@@ -10,18 +10,21 @@ use std::{
 };
 
 use futures::Stream;
-use pilotlight_identity::Member;
+use pilotlight_identity::{Member, MemberCertificate, RevocationList, Revocations};
 use pilotlight_proto::fleet::v1::{
     self as fleet, AgentMessage, CoordinatorMessage, agent_message::Message as FromAgent,
     coordinator_message::Message as ToAgent,
 };
-use tokio::{sync::mpsc, time::Instant};
+use tokio::{
+    sync::{mpsc, watch},
+    time::Instant,
+};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 use tracing::{info, warn};
 
-use super::{EvictHub, LogHub};
+use super::{EvictHub, LiveSessions, LogHub};
 use crate::{
     api::access::Access,
     reconcile::{Handle, commands::Input},
@@ -132,6 +135,8 @@ pub struct FleetService {
     logs: Arc<LogHub>,
     evictions: Arc<EvictHub>,
     access: Access,
+    sessions: Arc<LiveSessions>,
+    revocations: Arc<Revocations>,
     next_session: AtomicU64,
     stopping: CancellationToken,
 }
@@ -143,9 +148,12 @@ impl FleetService {
         logs: Arc<LogHub>,
         evictions: Arc<EvictHub>,
         access: Access,
+        sessions: Arc<LiveSessions>,
+        revocations: Arc<Revocations>,
         stopping: CancellationToken,
     ) -> Self {
-        Self { handle, logs, evictions, access, next_session: AtomicU64::new(1), stopping }
+        let next_session = AtomicU64::new(1);
+        Self { handle, logs, evictions, access, sessions, revocations, next_session, stopping }
     }
 }
 
@@ -165,7 +173,7 @@ impl fleet::fleet_server::Fleet for FleetService {
         let Some(FromAgent::Hello(hello)) = first.and_then(|first| first.message) else {
             return Err(Status::invalid_argument("the first message of a session must be hello"));
         };
-        self.access.check_node(caller.as_ref(), &hello.node_name)?;
+        check_node(caller.as_ref(), &hello.node_name)?;
 
         let (outbound, receiver) = mpsc::channel(MESSAGES_WAITING);
         let session = SessionHandle {
@@ -175,14 +183,20 @@ impl fleet::fleet_server::Fleet for FleetService {
             closed: self.stopping.child_token(),
             heard: Heard::now(),
         };
+        let fingerprint = caller.as_ref().map(|certificate| certificate.fingerprint.as_str());
+        self.sessions.admit(&session.node, fingerprint, &hello.boot_id, session.closed.clone())?;
         info!(node = %session.node, session = session.id, version = %hello.agent_version, "agent connected");
-        let stopped = |_| Status::unavailable("the coordinator is stopping");
+        let stopped = |_| {
+            session.close();
+            Status::unavailable("the coordinator is stopping")
+        };
         self.handle
             .send(Input::Connected { session: session.clone(), hello: Box::new(hello) })
             .await
             .map_err(stopped)?;
         let (logs, evictions) = (Arc::clone(&self.logs), Arc::clone(&self.evictions));
-        tokio::spawn(listen(inbound, session, self.handle.clone(), logs, evictions));
+        let revocations = self.revocations.subscribe();
+        tokio::spawn(listen(inbound, session, self.handle.clone(), logs, evictions, revocations));
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
     }
 }
@@ -194,10 +208,20 @@ async fn listen(
     handle: Handle,
     logs: Arc<LogHub>,
     evictions: Arc<EvictHub>,
+    mut revocations: watch::Receiver<Arc<RevocationList>>,
 ) {
+    // The agent gets the list that there is now, too.
+    revocations.mark_changed();
     loop {
         let message = tokio::select! {
             () = session.closed.cancelled() => break,
+            Ok(()) = revocations.changed() => {
+                let list = revocation_list(&revocations.borrow_and_update());
+                if session.tell(ToAgent::Revocations(list)) {
+                    continue;
+                }
+                break;
+            }
             message = inbound.message() => message,
         };
         session.note_message();
@@ -225,15 +249,22 @@ async fn listen(
     let _ = handle.send(Input::Disconnected { node: session.node, session: session.id }).await;
 }
 
-impl Access {
-    /// Refuses a session that speaks for another node than its certificate names.
-    fn check_node(&self, caller: Option<&Member>, node: &str) -> Result<(), Status> {
-        match caller {
-            None => Ok(()),
-            Some(Member::Node(name)) if name == node => Ok(()),
-            Some(other) => {
-                Err(Status::permission_denied(format!("hello names node {node:?}, but the certificate is for {other}")))
-            }
+fn revocation_list(list: &RevocationList) -> fleet::Revocations {
+    let at = |seconds| prost_types::Timestamp { seconds, nanos: 0 };
+    let revocations = list.iter().map(|(subject, issued_until)| fleet::Revocation {
+        subject: subject.clone(),
+        issued_until: Some(at(*issued_until)),
+    });
+    fleet::Revocations { revocations: revocations.collect() }
+}
+
+/// Refuses a session that speaks for another node than its certificate names.
+fn check_node(caller: Option<&MemberCertificate>, node: &str) -> Result<(), Status> {
+    match caller.map(|certificate| &certificate.member) {
+        None => Ok(()),
+        Some(Member::Node(name)) if name == node => Ok(()),
+        Some(other) => {
+            Err(Status::permission_denied(format!("hello names node {node:?}, but the certificate is for {other}")))
         }
     }
 }

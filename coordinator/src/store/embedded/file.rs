@@ -6,6 +6,7 @@
 use std::{
     fmt, fs,
     io::ErrorKind,
+    os::unix::fs::PermissionsExt as _,
     panic::{AssertUnwindSafe, catch_unwind},
     path::Path,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -118,9 +119,18 @@ fn refuse_empty(path: &Path) -> Result<(), StoreError> {
 fn open(path: &Path) -> Result<Database, StoreError> {
     let shown = path.display();
     // With the check, damage is an error and not a panic later on; the files are small.
+    let is_new = !path.exists();
+    let private = |error: pilotlight_identity::IdentityError| StoreError::Open(error.to_string());
+    pilotlight_identity::private_file(path).map_err(private)?;
     let opening = || Database::builder().set_check_integrity_on_open(true).create(path);
     match catch_unwind(AssertUnwindSafe(opening)) {
-        Ok(Ok(database)) => Ok(database),
+        Ok(Ok(database)) => {
+            if is_new {
+                let failed = |error| StoreError::Open(format!("{shown}: {error}"));
+                fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(failed)?;
+            }
+            Ok(database)
+        }
         Ok(Err(DatabaseError::DatabaseAlreadyOpen)) => {
             Err(StoreError::Open(format!("{shown}: in use by another coordinator")))
         }

@@ -1,0 +1,95 @@
+//! At most one live session per node name, unless the same agent opens the next one.
+
+use std::{
+    collections::HashMap,
+    sync::{Mutex, PoisonError},
+};
+
+use tokio_util::sync::CancellationToken;
+use tonic::Status;
+
+/// The open sessions, by node name.
+#[derive(Debug, Default)]
+pub struct LiveSessions(Mutex<HashMap<String, Live>>);
+
+#[derive(Debug)]
+struct Live {
+    /// Certificates that the node's agent holds: that of the session, and those that renewed it.
+    fingerprints: Vec<String>,
+    /// Known to the agent's process and the coordinator alone.
+    boot_id: String,
+    closed: CancellationToken,
+}
+
+impl LiveSessions {
+    /// Registers a session that ends with `closed`. It may take the place of a live one if it presents the same
+    /// certificate, one that renewed it, or comes from the same process.
+    ///
+    /// # Errors
+    /// `ALREADY_EXISTS` if another agent has a live session under this name.
+    pub fn admit(
+        &self,
+        node: &str,
+        fingerprint: Option<&str>,
+        boot_id: &str,
+        closed: CancellationToken,
+    ) -> Result<(), Status> {
+        let mut live = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let fingerprint = fingerprint.unwrap_or_default().to_owned();
+        let mut fingerprints = vec![fingerprint.clone()];
+        if let Some(previous) = live.get(node).filter(|previous| !previous.closed.is_cancelled()) {
+            let same_process = !boot_id.is_empty() && previous.boot_id == boot_id;
+            if !previous.fingerprints.contains(&fingerprint) && !same_process {
+                return Err(Status::already_exists(format!(
+                    "node {node} has a live session with another certificate; stop that agent, or revoke it with \
+                     `pilotlight node revoke {node}`"
+                )));
+            }
+            fingerprints.extend(previous.fingerprints.iter().filter(|known| **known != fingerprint).cloned());
+        }
+        live.retain(|_, session| !session.closed.is_cancelled());
+        live.insert(node.to_owned(), Live { fingerprints, boot_id: boot_id.to_owned(), closed });
+        Ok(())
+    }
+
+    /// The agent that holds the certificate `old` has renewed it.
+    pub fn renewed(&self, node: &str, old: &str, new: &str) {
+        let mut live = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(session) = live.get_mut(node)
+            && session.fingerprints.iter().any(|known| known == old)
+        {
+            session.fingerprints.push(new.to_owned());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_second_live_session_with_another_certificate_is_refused() {
+        let sessions = LiveSessions::default();
+        let first = CancellationToken::new();
+        sessions.admit("a", Some("one"), "boot-1", first.clone()).unwrap();
+        let refused = sessions.admit("a", Some("two"), "boot-2", CancellationToken::new()).unwrap_err();
+        assert_eq!(refused.code(), tonic::Code::AlreadyExists);
+        assert!(refused.message().contains("node revoke a"), "{refused}");
+        sessions.admit("b", Some("two"), "boot-2", CancellationToken::new()).unwrap();
+        first.cancel();
+        sessions.admit("a", Some("two"), "boot-2", CancellationToken::new()).unwrap();
+    }
+
+    #[test]
+    fn an_agent_takes_the_place_of_its_own_live_session() {
+        let sessions = LiveSessions::default();
+        let admit = |fingerprint, boot| sessions.admit("a", Some(fingerprint), boot, CancellationToken::new());
+        admit("one", "boot-1").unwrap();
+        admit("one", "boot-2").expect("restarted after a crash");
+        sessions.renewed("a", "one", "two");
+        admit("two", "boot-3").expect("with the renewed certificate");
+        admit("one", "boot-3").expect("from the same process");
+        sessions.renewed("a", "unknown", "three");
+        assert!(admit("three", "boot-4").is_err(), "nobody who was live renewed it");
+    }
+}
