@@ -13,6 +13,7 @@ pub mod finding;
 pub mod fleet;
 pub mod leader;
 pub mod manifest;
+pub mod metrics;
 pub mod model;
 pub mod placement;
 pub mod reconcile;

@@ -20,8 +20,9 @@ use crate::{
     config::{Config, Security, StoreConfig},
     fleet::{EvictHub, FleetService, LogHub, enrollment::EnrollmentService},
     leader,
+    metrics::{CoordinatorMetrics, GrpcMetricsLayer},
     reconcile::{Handle, Reconciler, record::Recorder, run::Setup, world::Settings},
-    store::{Store, StoreError, embedded::EmbeddedStore, etcd::EtcdStore},
+    store::{Measured, Store, StoreError, embedded::EmbeddedStore, etcd::EtcdStore},
     values::{Values, ValuesError, Vault},
 };
 
@@ -88,20 +89,17 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), Coor
     let listener = listen("listen", config.listen).await?;
     let http = listen("listen-http", config.listen_http).await?;
     let metrics = pilotlight_telemetry::Metrics::new("pilotlight-coordinator", env!("CARGO_PKG_VERSION"));
+    let measures = CoordinatorMetrics::default();
+    metrics.register(|registry| measures.register(registry));
     let leading = tokio_util::sync::CancellationToken::new();
     let ready = leading.clone();
     let status = pilotlight_telemetry::http_router(&metrics, move || ready.is_cancelled());
-    let http_stopping = stopping.clone();
-    tokio::spawn(async move {
-        let serve = axum::serve(http, status).with_graceful_shutdown(http_stopping.cancelled_owned());
-        if let Err(error) = serve.await {
-            error!(%error, "status listener ended");
-        }
-    });
+    tokio::spawn(pilotlight_telemetry::serve_status(http, status, stopping.clone()));
     let store = tokio::select! {
         store = open_store(&config) => store?,
         () = stopping.cancelled() => return Ok(()),
     };
+    let store: Arc<dyn Store> = Arc::new(Measured::new(store, measures.clone()));
 
     let identity = config.listen.to_string();
     let leadership = tokio::select! {
@@ -109,7 +107,9 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), Coor
         () = stopping.cancelled() => return Ok(()),
     };
     info!(cell = %config.cell, store = store.kind(), "leading");
-    let outcome = lead(&config, leadership.fenced(), listener, &leading, &leadership, stopping).await;
+    measures.set_leader(true);
+    let outcome = lead(&config, leadership.fenced(), listener, &leading, &leadership, &measures, stopping).await;
+    measures.set_leader(false);
     leadership.resign().await;
     outcome
 }
@@ -121,6 +121,7 @@ async fn lead(
     listener: TcpListener,
     leading: &CancellationToken,
     leadership: &leader::Leadership,
+    measures: &CoordinatorMetrics,
     stopping: CancellationToken,
 ) -> Result<(), CoordinatorError> {
     // Whatever ends the loop ends the server, and the other way round.
@@ -151,14 +152,16 @@ async fn lead(
         changes,
     };
     vault.load(&store).await?;
-    let reconciler = Reconciler::load(setup).await?;
+    let reconciler = Reconciler::load(setup).await?.with_metrics(measures.clone());
     let looping = tokio::spawn(reconciler.run(ending.clone()));
     leading.cancel();
+    tokio::spawn(measures.state.clone().follow(handle.clone(), ending.clone()));
 
     let services = services(config, &store, &vault, handle, access, authority.clone(), &ending).await;
     let server = Server::builder()
         .http2_keepalive_interval(Some(Duration::from_secs(10)))
         .trace_fn(|request| tracing::debug_span!("grpc", path = request.uri().path()))
+        .layer(GrpcMetricsLayer(measures.clone()))
         .add_routes(services);
     let serving = async {
         match (&config.security, authority) {

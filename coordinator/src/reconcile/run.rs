@@ -14,7 +14,7 @@ use pilotlight_proto::fleet::v1::{self as fleet, coordinator_message::Message as
 use pilotlight_telemetry::TraceContext;
 use tokio::{
     sync::{broadcast, mpsc},
-    time::MissedTickBehavior,
+    time::{Instant, MissedTickBehavior},
 };
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info_span, warn};
@@ -32,6 +32,7 @@ use super::{
 };
 use crate::{
     fleet::SessionHandle,
+    metrics::CoordinatorMetrics,
     model::{Availability, NodeRecord, RevisionKey, keys, owner},
     store::{Store, StoreError, Transaction},
 };
@@ -51,6 +52,7 @@ pub struct Reconciler {
     pub(super) dirty: Dirty,
     pub(super) changes: broadcast::Sender<Change>,
     pub(super) recorder: Recorder,
+    pub(super) metrics: CoordinatorMetrics,
     pub(super) meter: Meter,
     pub(super) metered_at: Timestamp,
     /// When it was last looked at what idle models hold.
@@ -82,16 +84,27 @@ pub struct Setup {
 }
 
 impl Reconciler {
+    /// Records what the loop does in these metrics.
+    #[must_use]
+    pub fn with_metrics(self, metrics: CoordinatorMetrics) -> Self {
+        Self { metrics, ..self }
+    }
+
     /// Runs until stopped.
     pub async fn run(mut self, stopping: CancellationToken) {
         let mut ticks = tokio::time::interval(self.tick);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
+            let began;
             tokio::select! {
                 () = stopping.cancelled() => break,
-                _ = ticks.tick() => self.on_tick().await,
+                _ = ticks.tick() => {
+                    began = Instant::now();
+                    self.on_tick().await;
+                }
                 input = self.inputs.recv() => {
                     let Some(input) = input else { break };
+                    began = Instant::now();
                     self.take(input).await;
                     for _ in 1..INPUTS_AT_ONCE {
                         let Ok(input) = self.inputs.try_recv() else { break };
@@ -100,6 +113,7 @@ impl Reconciler {
                 }
             }
             self.act().await;
+            self.metrics.record_loop(began.elapsed(), self.inputs.len());
         }
         self.write_usage(self.clock.now()).await;
         self.recorder.flush();
@@ -181,7 +195,8 @@ impl Reconciler {
 
     async fn on_tick(&mut self) {
         let now = self.clock.now();
-        scale::decide_all(&mut self.world, now, &mut self.recorder, &mut self.dirty);
+        let made = scale::decide_all(&mut self.world, now, &mut self.recorder, &mut self.dirty);
+        self.metrics.record_decisions(made);
         self.give_up(now).await;
         // Wishes that are open, and replicas on nodes that drain or may have been lost meanwhile.
         self.dirty.waiting_for_a_place(&self.world);
@@ -222,6 +237,7 @@ impl Reconciler {
                 self.dirty.revision(&self.world, &key);
             }
         }
+        self.metrics.record_decisions(pass.decisions);
         if !self.dirty.revisions.is_empty() {
             self.replan(now).await;
         }
@@ -367,6 +383,8 @@ impl Reconciler {
                 None => update.removed.push(key.clone()),
             }
         }
+        let agents = self.world.nodes.values().filter(|node| node.session.is_some()).count();
+        self.metrics.record_route_push(&update, agents as u64);
         for (name, node) in &self.world.nodes {
             let Some(session) = &node.session else { continue };
             if !session.tell(ToAgent::Routes(update.clone())) {

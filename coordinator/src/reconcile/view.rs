@@ -226,7 +226,12 @@ pub fn replica(state: &ReplicaState) -> control::Replica {
     }
 }
 
-fn phase_name(draining: bool, phase: ReplicaPhase) -> &'static str {
+/// All phases that replicas are shown in.
+pub const PHASES: [&str; 8] =
+    ["Pending", "Fetching", "Starting", "Ready", "Draining", "Failed", "Asleep", "Stopped"];
+
+/// The phase that a replica is shown in.
+pub fn phase_name(draining: bool, phase: ReplicaPhase) -> &'static str {
     match phase {
         ReplicaPhase::Stopped => "Stopped",
         _ if draining => "Draining",
@@ -251,18 +256,22 @@ fn rung_name(rung: Rung) -> &'static str {
     }
 }
 
+/// `Ready` while its agent is connected, `Lost` once its lease has run out, and `Unknown` in between.
+pub fn node_state(world: &World, state: &NodeState, now: Timestamp) -> &'static str {
+    match state {
+        _ if state.session.is_some() => "Ready",
+        _ if state.lost(world.settings.node_lease, now) => "Lost",
+        _ => "Unknown",
+    }
+}
+
 /// A node with its GPUs and who holds them.
 pub fn node(world: &World, state: &NodeState, now: Timestamp) -> control::Node {
     let inventory = state.inventory.clone().unwrap_or_default();
     let holders: Vec<_> = state.replicas.iter().filter_map(|name| world.replicas.get(name)).collect();
-    let state_name = match state {
-        _ if state.session.is_some() => "Ready",
-        _ if state.lost(world.settings.node_lease, now) => "Lost",
-        _ => "Unknown",
-    };
     control::Node {
         name: state.record.name.clone(),
-        state: state_name.to_owned(),
+        state: node_state(world, state, now).to_owned(),
         agent_version: state.hello.agent_version.clone(),
         peer_address: state.hello.peer_address.clone(),
         ingress_address: state.hello.ingress_address.clone(),

@@ -7,6 +7,7 @@ pub mod embedded;
 pub mod etcd;
 mod fenced;
 mod lease;
+mod measured;
 mod transaction;
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
@@ -18,6 +19,7 @@ use serde::de::DeserializeOwned;
 
 pub use fenced::Fenced;
 pub use lease::Lease;
+pub use measured::Measured;
 pub use transaction::{Compare, Transaction, Write};
 
 /// Operations in one transaction, compares included; etcd's own default.
