@@ -54,9 +54,7 @@ pub fn http_router(metrics: &Metrics, ready: impl Fn() -> bool + Clone + Send + 
         let openmetrics = accepts_openmetrics(&headers);
         match metrics.text() {
             Ok(text) if openmetrics => (StatusCode::OK, [(header::CONTENT_TYPE, OPENMETRICS)], text),
-            Ok(text) => {
-                (StatusCode::OK, [(header::CONTENT_TYPE, PLAIN_TEXT)], text_format::from_openmetrics(&text))
-            }
+            Ok(text) => (StatusCode::OK, [(header::CONTENT_TYPE, PLAIN_TEXT)], text_format::from_openmetrics(&text)),
             Err(error) => {
                 (StatusCode::INTERNAL_SERVER_ERROR, [(header::CONTENT_TYPE, "text/plain")], error.to_string())
             }

@@ -41,7 +41,8 @@ mod tests {
 
     #[test]
     fn units_are_left_out_and_histograms_keep_their_name() {
-        let openmetrics = "# HELP d_seconds Time.\n# TYPE d_seconds histogram\n# UNIT d_seconds seconds\nd_seconds_sum 1.0\n";
+        let openmetrics =
+            "# HELP d_seconds Time.\n# TYPE d_seconds histogram\n# UNIT d_seconds seconds\nd_seconds_sum 1.0\n";
         let text = "# HELP d_seconds Time.\n# TYPE d_seconds histogram\nd_seconds_sum 1.0\n";
         assert_eq!(from_openmetrics(openmetrics), text);
     }

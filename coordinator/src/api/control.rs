@@ -314,6 +314,20 @@ impl Control for ControlService {
         Ok(Response::new(control::ListDecisionsResponse { decisions }))
     }
 
+    async fn list_events(&self, request: Request<control::ListEventsRequest>) -> Answer<control::ListEventsResponse> {
+        self.access.operator(&request, Role::Viewer)?;
+        let control::ListEventsRequest { namespace, service } = request.into_inner();
+        let list = move |world: &World, _| view::events(world, &namespace, &service);
+        let events = self.handle.read(list).await.map_err(status)?;
+        Ok(Response::new(control::ListEventsResponse { events }))
+    }
+
+    async fn delete_node(&self, request: Request<control::DeleteNodeRequest>) -> Answer<control::DeleteNodeResponse> {
+        self.access.operator(&request, Role::Operator)?;
+        let replicas = self.handle.delete_node(request.into_inner().name).await.map_err(status)?;
+        Ok(Response::new(control::DeleteNodeResponse { replicas }))
+    }
+
     async fn list_usage(&self, request: Request<control::ListUsageRequest>) -> Answer<control::ListUsageResponse> {
         self.access.operator(&request, Role::Viewer)?;
         let request = request.into_inner();
@@ -472,7 +486,9 @@ fn usage(record: UsageRecord) -> control::Usage {
 pub(super) fn status(error: CommandError) -> Status {
     match &error {
         CommandError::NotFound(_) | CommandError::NodeNotFound(_) => Status::not_found(error.to_string()),
-        CommandError::Refused(_) | CommandError::OnAllNodes(_) => Status::failed_precondition(error.to_string()),
+        CommandError::Refused(_) | CommandError::OnAllNodes(_) | CommandError::NodeConnected(_) => {
+            Status::failed_precondition(error.to_string())
+        }
         CommandError::Store(_) | CommandError::Stopping => Status::unavailable(error.to_string()),
     }
 }

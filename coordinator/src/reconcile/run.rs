@@ -140,6 +140,9 @@ impl Reconciler {
             Input::SetAvailability { node, availability, reply } => {
                 let _ = reply.send(self.set_availability(&node, availability).await);
             }
+            Input::DeleteNode { node, reply } => {
+                let _ = reply.send(self.delete_node(&node, now).await);
+            }
             Input::ChangeModel { uri, node, change, reply } => {
                 let _ = reply.send(self.change_model(uri, node, change).await);
             }
@@ -181,6 +184,7 @@ impl Reconciler {
         node.hello = hello;
         node.session = told.then_some(session);
         node.routes_applied = 0;
+        self.world.update_ingress_port();
         self.dirty.nodes.insert(name);
         self.dirty.peers = true;
     }
@@ -190,6 +194,7 @@ impl Reconciler {
         if node.session.as_ref().is_some_and(|current| current.id == session) {
             node.session = None;
             node.last_seen = now;
+            self.world.update_ingress_port();
         }
     }
 

@@ -65,7 +65,7 @@ pub fn url(world: &World, namespace: &str, name: &str) -> String {
 }
 
 fn url_of(world: &World, host: &str) -> String {
-    match world.settings.ingress_port {
+    match world.ingress_port {
         80 => format!("http://{host}"),
         port => format!("http://{host}:{port}"),
     }
@@ -227,8 +227,7 @@ pub fn replica(state: &ReplicaState) -> control::Replica {
 }
 
 /// All phases that replicas are shown in.
-pub const PHASES: [&str; 8] =
-    ["Pending", "Fetching", "Starting", "Ready", "Draining", "Failed", "Asleep", "Stopped"];
+pub const PHASES: [&str; 8] = ["Pending", "Fetching", "Starting", "Ready", "Draining", "Failed", "Asleep", "Stopped"];
 
 /// The phase that a replica is shown in.
 pub fn phase_name(draining: bool, phase: ReplicaPhase) -> &'static str {
@@ -354,6 +353,23 @@ pub fn event(event: &Event) -> control::Event {
         object: event.object.clone(),
         message: event.message.clone(),
     }
+}
+
+/// Events of services, oldest first; an empty namespace or name is all of them.
+pub fn events(world: &World, namespace: &str, name: &str) -> Vec<control::ServiceEvent> {
+    let services = world.services.values().filter(|state| {
+        let service = &state.record.service;
+        (namespace.is_empty() || service.namespace == namespace) && (name.is_empty() || service.name == name)
+    });
+    let of = |state: &ServiceState, one: &Event| control::ServiceEvent {
+        namespace: state.record.service.namespace.clone(),
+        service: state.record.service.name.clone(),
+        event: Some(event(one)),
+    };
+    let mut all: Vec<_> =
+        services.flat_map(|state| state.events.iter().map(move |one| (one.time, of(state, one)))).collect();
+    all.sort_by_key(|(time, _)| *time);
+    all.into_iter().map(|(_, event)| event).collect()
 }
 
 /// Everything about a service.
