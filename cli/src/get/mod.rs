@@ -183,10 +183,10 @@ fn print(query: &Query, listing: Listing) -> Result<(), Failure> {
 }
 
 fn not_found(query: &Query, missing: &[String]) -> Failure {
-    let place = match query.namespace.as_str() {
-        "" => String::new(),
-        _ if query.kind == Kind::Nodes => String::new(),
-        namespace => format!(" in namespace {namespace}"),
-    };
-    anyhow!("{} {} not found{place}", query.kind.singular(), missing.join(", ")).into()
+    let named = missing.iter().map(|name| match query.namespace.as_str() {
+        "" => name.clone(),
+        _ if query.kind == Kind::Nodes => name.clone(),
+        namespace => format!("{namespace}/{name}"),
+    });
+    anyhow!("{} {} not found", query.kind.singular(), named.collect::<Vec<_>>().join(", ")).into()
 }
