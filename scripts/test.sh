@@ -4,6 +4,7 @@
 #   - Rust 1.95 or later, by rustup, where there is no cargo
 #   - etcd (Debian's etcd-server), for the store's contract and the stories with separate processes;
 #     its service is not started, each test starts an etcd of its own on loopback and ends it
+#   - promtool (Debian's prometheus), for the story of metrics; the service is not started
 #   - `ip` (Debian's iproute2), for README's walks, which run in network namespaces of their own
 #   - Python 3.11 or later with venv (Debian's python3, python3-venv), where `python3 -m venv` does not work:
 #     one story installs other people's clients from PyPI, into target/clients-venv
@@ -30,6 +31,7 @@ trap clean_up EXIT
 packages=()
 command -v cc >/dev/null || packages+=(build-essential)
 command -v etcd >/dev/null || packages+=(etcd-server)
+command -v promtool >/dev/null || packages+=(prometheus)
 command -v dockerd >/dev/null || command -v docker >/dev/null || packages+=(docker.io)
 command -v docker-registry >/dev/null || packages+=(docker-registry)
 command -v ip >/dev/null || packages+=(iproute2)

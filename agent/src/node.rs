@@ -27,7 +27,7 @@ use tokio::{
 };
 use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
-use tracing::{error, info, warn};
+use tracing::{info, warn};
 
 use crate::{
     config::{Config, RuntimeChoice, Security},
@@ -161,7 +161,7 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), Agen
     let (connected, is_connected) = watch::channel(false);
     tokio::spawn(follow_session(Arc::clone(&data_path), is_connected.clone()));
     let status = pilotlight_telemetry::http_router(&metrics, move || readiness(*is_connected.borrow()));
-    tokio::spawn(serve_http(http, status, stopping.clone()));
+    tokio::spawn(pilotlight_telemetry::serve_status(http, status, stopping.clone()));
     tokio::spawn(care_for_logs(Arc::clone(&reconciler), stopping.clone()));
     if let Some(identity) = &identity {
         tokio::spawn(renew(config.clone(), Arc::clone(&coordinators), Arc::clone(identity), stopping.clone()));
@@ -273,12 +273,6 @@ fn hello(config: &Config, ingress: SocketAddr, peers: SocketAddr) -> fleet::Hell
 
 async fn listen(what: &'static str, address: SocketAddr) -> Result<TcpListener, AgentError> {
     TcpListener::bind(address).await.map_err(|error| AgentError::Listen { what, address, error })
-}
-
-async fn serve_http(listener: TcpListener, router: axum::Router, stopping: CancellationToken) {
-    if let Err(error) = axum::serve(listener, router).with_graceful_shutdown(stopping.cancelled_owned()).await {
-        error!(%error, "status listener ended");
-    }
 }
 
 fn serve_peers(

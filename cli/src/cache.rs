@@ -24,8 +24,8 @@ pub enum Command {
         /// Of this node alone.
         #[arg(long, value_name = "NAME")]
         node: Option<String>,
-        /// How the list looks.
-        #[arg(short, long, value_enum, default_value_t)]
+        /// table, wide, json, yaml or jsonpath=TEMPLATE.
+        #[arg(short, long, default_value = "table", value_name = "FORMAT")]
         output: Format,
     },
     /// Fetch a model, or pull an image, to nodes ahead of need, and keep it there until it is evicted.
@@ -93,7 +93,8 @@ pub async fn run(connection: ConnectionArgs, command: Command) -> Result<(), Fai
             let service = service.map(|service| qualified(&namespace, service)).unwrap_or_default();
             let (on, node) = (place.on(), place.node.unwrap_or_default());
             let rung = if rung == Rung::Staged { "Staged" } else { "Cached" }.to_owned();
-            let done = format!("{} is kept {} on {on}\n", place.uri, rung.to_lowercase());
+            let done =
+                format!("{} is to be kept {} on {on}; see pilotlight cache ls\n", place.uri, rung.to_lowercase());
             client.warm_model(WarmModelRequest { uri: place.uri, node, rung, service }).await?;
             output::print(&done)
         }
@@ -144,23 +145,24 @@ fn evicted(uri: &str, nodes: Vec<EvictedModel>) -> Result<(), Failure> {
 async fn list(mut client: Client, node: Option<String>, output: Format) -> Result<(), Failure> {
     let request = ListCacheRequest { node: node.unwrap_or_default() };
     let found = client.list_cache(request).await?.into_inner();
-    if matches!(output, Format::Json | Format::Yaml) {
+    if output.is_structured() {
         let items = found.models.iter().map(value).chain(found.images.iter().map(image_value));
-        return output::print_value(&json::list(items.collect()), output);
+        return output::print_value(&json::list(items.collect()), &output);
     }
     if found.models.is_empty() && found.images.is_empty() {
         use std::io::Write as _;
         writeln!(std::io::stderr(), "No models and no images found.")?;
         return Ok(());
     }
-    output::print(&table(found, output == Format::Wide))
+    output::print(&table(found, output.is_wide()))
 }
 
 /// What an image has of a model's fields means the same.
 fn image_value(image: &CachedImage) -> Value {
     json!({
         "kind": "Image", "node": image.node, "uri": image.image, "key": key(image), "id": image.id, "bytes": image.bytes,
-        "inUse": image.in_use, "fetchSeconds": image.pull_took.map(|took| json::seconds(&Some(took))), "rung": "Cached",
+        "inUse": image.in_use, "fetchSeconds": image.pull_took.map(|took| json::seconds(&Some(took))), "rung": image.rung,
+        "message": image.message,
         "pinned": image.pinned, "lastUsed": moment(image.last_used),
     })
 }
@@ -175,13 +177,17 @@ fn value(model: &CachedModel) -> Value {
         "kind": "Model", "node": model.node, "uri": model.uri, "key": model.key, "bytes": model.bytes, "inUse": model.in_use,
         "fetchSeconds": model.fetch_took.map(|took| json::seconds(&Some(took))),
         "rung": model.rung, "residentBytes": model.resident_bytes, "pinned": model.pinned, "lastUsed": moment(model.last_used),
+        "message": model.message,
     })
 }
 
 fn table(found: ListCacheResponse, wide: bool) -> String {
-    let columns = ["NODE", "KIND", "URI", "RUNG", "SIZE", "IN USE", "PINNED", "LAST USED", "RESIDENT", "KEY"];
+    let columns =
+        ["NODE", "KIND", "URI", "RUNG", "SIZE", "IN USE", "PINNED", "LAST USED", "MESSAGE", "RESIDENT", "KEY"];
     let shown = if wide { columns.len() } else { columns.len() - 2 };
     let mut table = Table::new(&columns[..shown]);
+    // What is not there yet was never used.
+    let used = |time: Option<_>| if time.is_some() { age(time) } else { "-".to_owned() };
     let flag = |flag: bool| if flag { "yes" } else { "no" }.to_owned();
     let models = found.models.into_iter().map(|model| {
         let resident = resident(&model);
@@ -193,7 +199,8 @@ fn table(found: ListCacheResponse, wide: bool) -> String {
             ByteSize(model.bytes).to_string(),
             flag(model.in_use),
             flag(model.pinned),
-            age(model.last_used),
+            used(model.last_used),
+            model.message,
             resident,
             model.key,
         ]
@@ -204,11 +211,12 @@ fn table(found: ListCacheResponse, wide: bool) -> String {
             image.node,
             "Image".to_owned(),
             image.image,
-            "Cached".to_owned(),
+            image.rung,
             ByteSize(image.bytes).to_string(),
             flag(image.in_use),
             flag(image.pinned),
-            age(image.last_used),
+            used(image.last_used),
+            image.message,
             "-".to_owned(),
             key,
         ]
@@ -247,14 +255,16 @@ mod tests {
             digest: "sha256:d16e57".into(),
             bytes: 20 << 20,
             pinned: true,
+            rung: "Failed".into(),
+            message: "not found".into(),
             ..CachedImage::default()
         };
         let found = ListCacheResponse { models: vec![model], images: vec![image] };
         let text = table(found.clone(), false);
         let lines = [
-            "NODE    KIND    URI                 RUNG     SIZE       IN USE   PINNED   LAST USED",
-            "gpu-1   Model   s3://b/m            Cached   3.0 MiB    yes      no       <unknown>",
-            "gpu-1   Image   registry/server:1   Cached   20.0 MiB   no       yes      <unknown>",
+            "NODE    KIND    URI                 RUNG     SIZE       IN USE   PINNED   LAST USED   MESSAGE",
+            "gpu-1   Model   s3://b/m            Cached   3.0 MiB    yes      no       -",
+            "gpu-1   Image   registry/server:1   Failed   20.0 MiB   no       yes      -           not found",
         ];
         assert_eq!(text.lines().collect::<Vec<_>>(), lines);
         let wide = table(found, true);

@@ -112,7 +112,7 @@ pub struct ServingArgs {
     /// Services are reached as <service>.<namespace>.<domain>.
     #[arg(long, env = "PILOTLIGHT_DOMAIN", default_value = "localhost")]
     domain: String,
-    /// Port that clients use, for a service's URL.
+    /// Port that clients use, for a service's URL [default: the port on which agents listen].
     #[arg(long, env = "PILOTLIGHT_INGRESS_PORT")]
     ingress_port: Option<u16>,
     /// File for what the autoscaler sees and decides, as JSON lines.
@@ -123,7 +123,8 @@ pub struct ServingArgs {
 }
 
 impl ServingArgs {
-    /// A coordinator with these settings and `ingress_port` where none was given; all else by default.
+    /// A coordinator with these settings, and with `ingress_port` if none was given (0: the port on which agents
+    /// listen); all else by default.
     pub fn config(self, ingress_port: u16) -> Config {
         Config {
             domain: self.domain,
@@ -156,6 +157,6 @@ fn config(args: Args) -> Config {
         store: args.etcd.store(),
         security: Security::Mtls { names: args.names, ca: args.ca_cert.zip(args.ca_key) },
         secrets_key: args.secrets_key,
-        ..args.serving.config(8080)
+        ..args.serving.config(0)
     }
 }

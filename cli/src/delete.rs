@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use anyhow::anyhow;
-use pilotlight_proto::control::v1::{DeleteObjectRequest, DeleteRequest};
+use pilotlight_proto::control::v1::{DeleteNodeRequest, DeleteObjectRequest, DeleteRequest};
 use serde_norway::Value;
 
 use crate::{
@@ -12,21 +12,21 @@ use crate::{
     failure::Failure,
     get::Kind,
     manifests::{Files, Manifest},
-    output,
+    output, target,
 };
 
 const SERVICE: &str = "InferenceService";
+const NODE: &str = "Node";
 
 /// What to delete.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Kind: isvc, runtimes, secrets or configmaps.
-    #[arg(required_unless_present = "files", requires = "names")]
-    kind: Option<Kind>,
-    /// Names.
-    names: Vec<String>,
+    /// KIND NAME…, KIND/NAME…, or NAME… of services. Kinds: isvc, runtimes, secrets, configmaps, and nodes that are not
+    /// connected.
+    #[arg(required_unless_present = "files", value_name = "KIND/NAME")]
+    words: Vec<String>,
     /// Delete what these files hold.
-    #[arg(short = 'f', long = "filename", value_name = "PATH", conflicts_with = "kind")]
+    #[arg(short = 'f', long = "filename", value_name = "PATH", conflicts_with = "words")]
     files: Vec<PathBuf>,
     /// Read the directories below a directory too.
     #[arg(short = 'R', long)]
@@ -47,15 +47,24 @@ struct Target {
 
 /// Deletes services and objects beside them.
 pub async fn run(connection: ConnectionArgs, args: Args) -> Result<(), Failure> {
-    let kind = args.kind.map_or(Ok(SERVICE), kind_name)?;
+    let target::Target { kind, names } = target::Target::parse(&args.words)?;
+    if names.is_empty() && args.files.is_empty() {
+        return Err(anyhow!("which one? pilotlight delete isvc NAME").into());
+    }
+    let kind = kind_name(kind)?;
     let of_name = |name| Target { kind: kind.to_owned(), namespace: args.namespace.clone(), name };
-    let mut targets: Vec<Target> = args.names.into_iter().map(of_name).collect();
+    let mut targets: Vec<Target> = names.into_iter().map(of_name).collect();
     let files = Files { paths: args.files, recursive: args.recursive };
     for Manifest { source, text } in files.read()? {
         targets.extend(named(&text, &args.namespace).map_err(|error| anyhow!("{source}: {error}"))?);
     }
     let mut client = connection.client()?;
     for Target { kind, namespace, name } in targets {
+        if kind == NODE {
+            let replicas = client.delete_node(DeleteNodeRequest { name: name.clone() }).await?.into_inner().replicas;
+            output::print(&format!("node/{name} deleted, and the records of {} replicas there\n", replicas.len()))?;
+            continue;
+        }
         if kind == SERVICE {
             client.delete(DeleteRequest { namespace, name: name.clone() }).await?;
         } else {
@@ -73,10 +82,11 @@ fn kind_name(kind: Kind) -> Result<&'static str, Failure> {
         Kind::Runtimes => Ok("ClusterServingRuntime"),
         Kind::Secrets => Ok("Secret"),
         Kind::Configmaps => Ok("ConfigMap"),
-        _ => {
-            Err(anyhow!("services, runtimes, secrets and configmaps can be deleted: pilotlight delete isvc NAME")
-                .into())
-        }
+        Kind::Nodes => Ok(NODE),
+        _ => Err(anyhow!(
+            "services, runtimes, secrets, configmaps and nodes can be deleted: pilotlight delete isvc NAME"
+        )
+        .into()),
     }
 }
 

@@ -11,15 +11,15 @@ use crate::{
     get::{Kind, decision_table, replica_table},
     output,
     table::{Table, moment},
+    target::Target,
 };
 
 /// What to show.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Kind: isvc.
-    kind: Kind,
-    /// Name.
-    name: String,
+    /// isvc NAME, isvc/NAME, or NAME of a service.
+    #[arg(required = true, value_name = "KIND/NAME")]
+    words: Vec<String>,
     /// Namespace.
     #[arg(short, long, default_value = "default")]
     namespace: String,
@@ -27,10 +27,13 @@ pub struct Args {
 
 /// Shows all about a service, and why it has the replicas it has.
 pub async fn run(connection: ConnectionArgs, args: Args) -> Result<(), Failure> {
-    if args.kind != Kind::Services {
-        return Err(anyhow!("only services can be described: pilotlight describe isvc NAME").into());
-    }
-    let request = DescribeRequest { namespace: args.namespace, name: args.name };
+    let target = Target::parse(&args.words)?;
+    let name = match (target.kind, target.name()?) {
+        (Kind::Services, Some(name)) => name.to_owned(),
+        (Kind::Services, None) => return Err(anyhow!("which one? pilotlight describe isvc NAME").into()),
+        _ => return Err(anyhow!("only services can be described: pilotlight describe isvc NAME").into()),
+    };
+    let request = DescribeRequest { namespace: args.namespace, name };
     let answer = connection.client()?.describe(request).await?.into_inner();
     output::print(&text(&answer).map_err(anyhow::Error::from)?)
 }

@@ -62,7 +62,7 @@ pub async fn run(args: Args, stopping: CancellationToken) -> anyhow::Result<()> 
         ..Default::default()
     };
     let agent = args.node.fill(agent, InventorySource::NvmlOrSimulated);
-    greet(args.listen, ingress).map_err(|_| anyhow::anyhow!("standard output is closed"))?;
+    greet(args.listen, ingress, args.listen_http).map_err(|_| anyhow::anyhow!("standard output is closed"))?;
 
     // The agent goes first: its replicas stop while the coordinator can still see it.
     let (agent_stopping, coordinator_stopping) = (stopping.child_token(), CancellationToken::new());
@@ -83,13 +83,14 @@ pub async fn run(args: Args, stopping: CancellationToken) -> anyhow::Result<()> 
     Ok(())
 }
 
-fn greet(grpc: SocketAddr, ingress: SocketAddr) -> Result<(), crate::failure::Failure> {
+fn greet(grpc: SocketAddr, ingress: SocketAddr, http: SocketAddr) -> Result<(), crate::failure::Failure> {
     let server = if grpc.port() == 7443 { String::new() } else { format!(" --server http://{grpc}") };
     output::print(&format!(
         "pilotlight dev: plaintext, on this machine only; Ctrl-C stops it and its replicas. In another terminal:\n\
          \n  pilotlight{server} apply -f deploy/examples/iris.yaml\
          \n  pilotlight{server} get -w\
-         \n  curl http://iris.default.localhost:{}/v1/models/iris:predict -d '{{\"instances\": [[6.8, 2.8, 4.8, 1.4]]}}'\n\n",
+         \n  curl http://iris.default.localhost:{}/v1/models/iris:predict -d '{{\"instances\": [[6.8, 2.8, 4.8, 1.4]]}}'\n\
+         \nMetrics: http://{http}/metrics\n\n",
         ingress.port()
     ))
 }

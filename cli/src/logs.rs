@@ -2,7 +2,7 @@
 
 use std::io::Write as _;
 
-use pilotlight_proto::control::v1::LogsRequest;
+use pilotlight_proto::control::v1::{GetRequest, LogsRequest};
 
 use crate::{connect::ConnectionArgs, failure::Failure, output};
 
@@ -14,7 +14,7 @@ pub struct Args {
     /// Namespace.
     #[arg(short, long, default_value = "default")]
     namespace: String,
-    /// Go on with what is written from now on.
+    /// Go on with what is written from now on, by replicas that are started later, too.
     #[arg(short, long)]
     follow: bool,
     /// Lines from the end to begin with; 0 is all.
@@ -30,9 +30,19 @@ pub struct Args {
 
 /// Prints logs as they come; with several replicas, each piece is headed by its replica's name.
 pub async fn run(connection: ConnectionArgs, args: Args) -> Result<(), Failure> {
+    // `kind/name`, as other commands print it, is the same.
+    let name = args.name.rsplit_once('/').map_or(args.name.as_str(), |(_, name)| name).to_owned();
+    let mut client = connection.client()?;
+    if args.follow && args.replica.is_empty() {
+        let of = GetRequest { namespace: args.namespace.clone(), name: name.clone() };
+        let service = client.get(of).await?.into_inner().service.unwrap_or_default();
+        if service.ready_replicas + service.starting_replicas == 0 {
+            writeln!(std::io::stderr(), "{name} has no running replica; waiting for the next one")?;
+        }
+    }
     let request = LogsRequest {
         namespace: args.namespace,
-        name: args.name,
+        name,
         replica: args.replica,
         follow: args.follow,
         tail_lines: args.tail,
@@ -40,7 +50,7 @@ pub async fn run(connection: ConnectionArgs, args: Args) -> Result<(), Failure> 
     };
     // Previous output is that of several replicas more often than not.
     let all_headed = request.previous && request.replica.is_empty();
-    let mut pieces = connection.client()?.logs(request).await?.into_inner();
+    let mut pieces = client.logs(request).await?.into_inner();
     let (mut last, mut failed) = (String::new(), false);
     while let Some(piece) = pieces.message().await? {
         if !piece.error.is_empty() {

@@ -13,10 +13,12 @@ mod dev;
 mod dev_token;
 mod diff;
 mod dry_run;
+mod events;
 mod example_server;
 mod failure;
 mod get;
 mod json;
+mod jsonpath;
 mod logs;
 mod manifests;
 mod node;
@@ -24,12 +26,15 @@ mod output;
 mod process;
 mod rollout;
 mod scaling;
+mod selector;
 mod simulate;
 mod snapshot;
 mod table;
+mod target;
 mod token;
 mod user;
 mod version;
+mod wait;
 
 use std::process::ExitCode;
 
@@ -72,9 +77,13 @@ enum Command {
     Get(get::Args),
     /// Show all about one service.
     Describe(describe::Args),
-    /// Delete services.
+    /// Delete services, runtimes, secrets, config maps, and nodes that are gone.
     Delete(delete::Args),
-    /// Watch a roll-out, go back, go on.
+    /// Wait until services or nodes meet a condition or are gone.
+    Wait(wait::Args),
+    /// Print what has happened to services.
+    Events(events::Args),
+    /// Watch a roll-out, go back, go on, start again; list revisions.
     #[command(subcommand)]
     Rollout(rollout::Command),
     /// Simulate services over a trace of requests, or replay what an autoscaler was told.
@@ -143,6 +152,8 @@ fn run(cli: Cli) -> Result<(), Failure> {
         Command::Get(args) => process::ask(get::run(connection, args)),
         Command::Describe(args) => process::ask(describe::run(connection, args)),
         Command::Delete(args) => process::ask(delete::run(connection, args)),
+        Command::Wait(args) => process::ask(wait::run(connection, args)),
+        Command::Events(args) => process::ask(events::run(connection, args)),
         Command::Rollout(command) => process::ask(rollout::run(connection, command)),
         Command::Simulate(args) => simulate::run(*args),
         Command::Logs(args) => process::ask(logs::run(connection, args)),

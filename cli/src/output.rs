@@ -1,23 +1,60 @@
 //! Writing for the user.
 
-use std::io::{IsTerminal, Write as _, stdout};
+use std::{
+    io::{IsTerminal, Write as _, stdout},
+    str::FromStr,
+};
 
-use clap::ValueEnum;
-
-use crate::failure::Failure;
+use crate::{failure::Failure, jsonpath::Template};
 
 /// How lists look.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+#[derive(Debug, Clone, Default)]
 pub enum Format {
-    /// For people.
+    /// Columns.
     #[default]
     Table,
-    /// For people with wide screens.
+    /// More columns.
     Wide,
     /// JSON.
     Json,
     /// YAML.
     Yaml,
+    /// `KIND/NAME` lines.
+    Name,
+    /// A JSONPath template, filled in.
+    JsonPath(Template),
+}
+
+impl Format {
+    /// Returns `true` if whole objects are printed, or parts of them.
+    pub fn is_structured(&self) -> bool {
+        matches!(self, Self::Json | Self::Yaml | Self::JsonPath(_))
+    }
+
+    /// Returns `true` for tables with more columns.
+    pub fn is_wide(&self) -> bool {
+        matches!(self, Self::Wide)
+    }
+}
+
+impl FromStr for Format {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once('=') {
+            Some(("jsonpath", template)) => return Ok(Self::JsonPath(template.parse()?)),
+            Some(_) => {}
+            None => match text {
+                "table" => return Ok(Self::Table),
+                "wide" => return Ok(Self::Wide),
+                "json" => return Ok(Self::Json),
+                "yaml" => return Ok(Self::Yaml),
+                "name" => return Ok(Self::Name),
+                _ => {}
+            },
+        }
+        Err("expected table, wide, json, yaml, name or jsonpath=TEMPLATE".to_owned())
+    }
 }
 
 /// Prints text.
@@ -33,9 +70,11 @@ pub fn print_bytes(bytes: &[u8]) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Prints a value as JSON or YAML.
-pub fn print_value(value: &serde_json::Value, format: Format) -> Result<(), Failure> {
+/// Prints a value as JSON or YAML, or what a template makes of it.
+pub fn print_value(value: &serde_json::Value, format: &Format) -> Result<(), Failure> {
     match format {
+        // As kubectl: no line break but the template's own.
+        Format::JsonPath(template) => print(&template.render(value)),
         Format::Yaml => print(&serde_norway::to_string(value).map_err(anyhow::Error::from)?),
         _ => print(&format!("{value:#}\n")),
     }

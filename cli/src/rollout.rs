@@ -3,13 +3,16 @@
 use std::{io::Write as _, time::Duration};
 
 use anyhow::{Context as _, anyhow};
-use pilotlight_proto::control::v1::{ApplyOutcome, ApplyRequest, GetRequest, Service, WatchRequest};
+use pilotlight_proto::control::v1::{
+    ApplyOutcome, ApplyRequest, GetRequest, ListRevisionsRequest, Service, WatchRequest,
+};
 use serde_json::{Value, json};
 
 use crate::{
     connect::{Client, ConnectionArgs},
     failure::Failure,
     json, output,
+    table::{Table, moment},
 };
 
 /// What to do.
@@ -21,7 +24,14 @@ pub enum Command {
     Undo(Args),
     /// Send all requests to the newest revision (without canaryTrafficPercent).
     Promote(Args),
+    /// Replace all replicas: makes a new revision that differs by an annotation only, and rolls it out.
+    Restart(Args),
+    /// List the revisions that there are, the newest first.
+    History(Args),
 }
+
+/// Annotation whose value tells restarts apart, as kubectl sets it.
+const RESTARTED_AT: &str = "kubectl.kubernetes.io/restartedAt";
 
 /// Whose roll-out.
 #[derive(Debug, clap::Args)]
@@ -64,6 +74,8 @@ pub async fn run(connection: ConnectionArgs, command: Command) -> Result<(), Fai
         },
         Command::Undo(args) => undo(client, &args).await,
         Command::Promote(args) => promote(client, &args).await,
+        Command::Restart(args) => restart(client, &args).await,
+        Command::History(args) => history(client, &args).await,
     }
 }
 
@@ -154,6 +166,43 @@ async fn promote(mut client: Client, args: &Args) -> Result<(), Failure> {
     report(&mut client, args, "promoted").await
 }
 
+async fn restart(mut client: Client, args: &Args) -> Result<(), Failure> {
+    let mut object = object(&mut client, args).await?;
+    set_restarted_at(&mut object, &jiff::Timestamp::now().to_string());
+    apply(&mut client, args, &object).await?;
+    output::print(&format!("inferenceservice.serving.kserve.io/{} restarted\n", args.name()))
+}
+
+/// Annotates all components of a service, so that each gets a new revision.
+fn set_restarted_at(object: &mut Value, time: &str) {
+    for component in ["predictor", "transformer", "explainer"] {
+        if object["spec"][component].is_object() {
+            object["spec"][component]["annotations"][RESTARTED_AT] = json!(time);
+        }
+    }
+}
+
+async fn history(mut client: Client, args: &Args) -> Result<(), Failure> {
+    let request = ListRevisionsRequest { namespace: args.namespace.clone(), service: args.name().to_owned() };
+    let mut revisions = client.list_revisions(request).await?.into_inner().revisions;
+    if revisions.is_empty() {
+        return Err(anyhow!("service {} has no revision in namespace {}", args.name(), args.namespace).into());
+    }
+    revisions.sort_by_key(|revision| std::cmp::Reverse(revision.created_at.map(|time| (time.seconds, time.nanos))));
+    let mut table = Table::new(&["REVISION", "GENERATION", "READY", "TRAFFIC", "CREATED", "MESSAGE"]);
+    for revision in revisions {
+        table.row([
+            revision.name,
+            revision.generation.to_string(),
+            if revision.ready { "True" } else { "False" }.to_owned(),
+            format!("{}%", revision.traffic_percent),
+            moment(revision.created_at),
+            revision.message,
+        ]);
+    }
+    output::print(&table.text())
+}
+
 async fn object(client: &mut Client, args: &Args) -> Result<Value, Failure> {
     let request = GetRequest { namespace: args.namespace.clone(), name: args.name().to_owned() };
     let service = client.get(request).await?.into_inner().service.context("no answer")?;
@@ -202,6 +251,17 @@ mod tests {
             object_json: object.to_string(),
             ..Default::default()
         }
+    }
+
+    #[test]
+    fn a_restart_changes_each_component_that_there_is() {
+        let mut object = json!({"spec": {"predictor": {"annotations": {"a": "b"}}, "transformer": {}}});
+        set_restarted_at(&mut object, "now");
+        let spec = json!({
+            "predictor": {"annotations": {"a": "b", RESTARTED_AT: "now"}},
+            "transformer": {"annotations": {RESTARTED_AT: "now"}},
+        });
+        assert_eq!(object["spec"], spec);
     }
 
     #[test]

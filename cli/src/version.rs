@@ -28,9 +28,9 @@ pub async fn run(connection: ConnectionArgs, args: Args) -> Result<(), Failure> 
     } else {
         connection.client()?.get_version(GetVersionRequest {}).await.ok().map(tonic::Response::into_inner)
     };
-    if matches!(args.output, Format::Json | Format::Yaml) {
+    if args.output.is_structured() {
         let server = server.map(|s| json!({"version": s.version, "cell": s.cell, "store": s.store}));
-        return output::print_value(&json!({"client": {"version": own}, "server": server}), args.output);
+        return output::print_value(&json!({"client": {"version": own}, "server": server}), &args.output);
     }
     output::print(&format!("client: {own}\n"))?;
     match server {

@@ -27,7 +27,7 @@ pub struct Config {
     pub security: Security,
     /// Services are reached as `<service>.<namespace>.<domain>`.
     pub domain: String,
-    /// Port that clients see, for `status.url`; 80 is left out of it.
+    /// Port that clients see, for `status.url`; 80 is left out of it. 0: the port on which agents listen.
     pub ingress_port: u16,
     /// Time between scaling decisions. Knative's is 2 s.
     pub tick: Duration,
@@ -114,7 +114,7 @@ impl Default for Config {
             store: StoreConfig::Embedded,
             security: Security::Mtls { names: vec!["localhost".into(), "127.0.0.1".into()], ca: None },
             domain: "pilotlight.local".into(),
-            ingress_port: 8080,
+            ingress_port: 0,
             tick: Duration::from_secs(2),
             report_interval: Duration::from_secs(1),
             node_lease: Duration::from_secs(20),

@@ -14,6 +14,7 @@ pub mod fleet;
 pub mod leader;
 pub mod manifest;
 pub mod members;
+pub mod metrics;
 pub mod model;
 pub mod placement;
 pub mod reconcile;

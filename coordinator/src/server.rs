@@ -37,8 +37,9 @@ use crate::{
     fleet::{EvictHub, FleetService, LiveSessions, LogHub, enrollment::EnrollmentService},
     leader::{self, CampaignEvent, LeaderRecord},
     members,
+    metrics::{CoordinatorMetrics, GrpcMetricsLayer},
     reconcile::{Handle, Reconciler, record::Recorder, run::Setup, world::Settings},
-    store::{Store, StoreError, embedded::EmbeddedStore, etcd::EtcdStore, format},
+    store::{Measured, Store, StoreError, embedded::EmbeddedStore, etcd::EtcdStore, format},
     threads::{self, ApiThreads, Parsing},
     values::{Values, ValuesError, Vault},
 };
@@ -121,16 +122,12 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), Coor
     let listener = listen("listen", config.listen).await?;
     let http = listen("listen-http", config.listen_http).await?;
     let metrics = pilotlight_telemetry::Metrics::new("pilotlight-coordinator", env!("CARGO_PKG_VERSION"));
+    let measures = CoordinatorMetrics::default();
+    metrics.register(|registry| measures.register(registry));
     let standing = Standing::new();
     let readiness = standing.clone();
     let status = pilotlight_telemetry::http_router(&metrics, move || readiness.readiness());
-    let http_stopping = stopping.clone();
-    tokio::spawn(async move {
-        let serve = axum::serve(http, status).with_graceful_shutdown(http_stopping.cancelled_owned());
-        if let Err(error) = serve.await {
-            error!(%error, "status listener ended");
-        }
-    });
+    tokio::spawn(pilotlight_telemetry::serve_status(http, status, stopping.clone()));
     let api = ApiThreads::start().map_err(CoordinatorError::Threads)?;
     let switch = Switch::new(standing.clone(), api);
     let vault = Arc::new(Vault::open(config.secrets_key.as_deref(), &config.data_dir)?);
@@ -138,6 +135,7 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), Coor
         switch,
         config,
         standing,
+        measures,
         vault,
         revocations: Arc::default(),
         former: Former::default(),
@@ -156,6 +154,7 @@ struct Coordinator {
     config: Config,
     standing: Standing,
     switch: Switch,
+    measures: CoordinatorMetrics,
     vault: Arc<Vault>,
     revocations: Arc<Revocations>,
     former: Former,
@@ -191,6 +190,7 @@ impl Coordinator {
             store = self.open_store(&listener) => store?,
             () = self.stopping.cancelled() => return Ok(()),
         };
+        let store: Arc<dyn Store> = Arc::new(Measured::new(store, self.measures.clone()));
         let authority = tokio::select! {
             authority = self.authority(&store) => authority?,
             () = self.stopping.cancelled() => return Ok(()),
@@ -204,6 +204,7 @@ impl Coordinator {
                 _ => None,
             },
             self.switch.clone(),
+            self.measures.clone(),
             Arc::clone(&self.revocations),
             self.stopping.clone(),
         ));
@@ -254,6 +255,7 @@ impl Coordinator {
             self.standing.set_role(Role::TakingOver);
             info!(cell = %self.config.cell, store = store.kind(), "leading");
             let term = self.lead(&leadership, authority.clone()).await;
+            self.measures.set_leader(false);
             // A store that does not answer cannot be told; the lease then ends by itself.
             let _ = tokio::time::timeout(RESIGN_TIMEOUT, leadership.resign()).await;
             match term {
@@ -303,12 +305,14 @@ impl Coordinator {
         };
         format::claim(&store).await?;
         vault.load(&store).await?;
-        let reconciler = Reconciler::load(setup).await?;
+        let reconciler = Reconciler::load(setup).await?.with_metrics(self.measures.clone());
         let mut looping = threads::spawn_loop(reconciler.run(ending.clone())).map_err(CoordinatorError::Threads)?;
+        tokio::spawn(self.measures.state.clone().follow(handle.clone(), ending.clone()));
         let services = services(config, &store, vault, handle, access, authority, &self.revocations, &ending).await;
         self.switch.lead(services.into_axum_router());
         self.former.forget();
         self.standing.set_role(Role::Leading);
+        self.measures.set_leader(true);
 
         let panicked = |_| CoordinatorError::Panicked("the control loop panicked".to_owned());
         let reason = tokio::select! {
@@ -399,6 +403,7 @@ async fn serve_grpc(
     listener: TcpListener,
     identity: Option<Arc<LiveIdentity>>,
     switch: Switch,
+    measures: CoordinatorMetrics,
     revocations: Arc<Revocations>,
     stopping: CancellationToken,
 ) -> Result<(), CoordinatorError> {
@@ -409,6 +414,7 @@ async fn serve_grpc(
     let server = Server::builder()
         .http2_keepalive_interval(Some(Duration::from_secs(10)))
         .trace_fn(|request| tracing::debug_span!("grpc", path = request.uri().path()))
+        .layer(GrpcMetricsLayer(measures))
         .add_routes(Routes::from(router));
     match identity {
         Some(identity) => {

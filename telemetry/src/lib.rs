@@ -7,8 +7,11 @@ mod context;
 mod metrics;
 mod rate_limit;
 mod setup;
+mod status_server;
+mod text_format;
 
 pub use context::{TraceContext, extract, inject, set_parent};
 pub use metrics::{Metrics, http_router};
 pub use rate_limit::RateLimit;
 pub use setup::{Guard, LogFormat, Settings, TelemetryError, init, otlp_layer};
+pub use status_server::serve_status;

@@ -5,7 +5,7 @@ use pilotlight_proto::fleet::v1 as fleet;
 /// True where a report says something that the last one did not. Pages come and go all the time: their
 /// bytes count where they move by more than a hundredth of the model, or to the whole of it, or away from it.
 pub(super) fn worth_telling(last: &fleet::CacheReport, next: &fleet::CacheReport) -> bool {
-    if last.models.len() != next.models.len() || last.images != next.images {
+    if last.models.len() != next.models.len() || last.images != next.images || last.failures != next.failures {
         return true;
     }
     last.models.iter().zip(&next.models).any(|(last, next)| {

@@ -59,6 +59,8 @@ struct Inner {
     fetching: HashMap<String, Fetching>,
     /// What is to become of models and images, by address or name; `None` before the coordinator has said so.
     wishes: Option<BTreeMap<String, Wish>>,
+    /// Why models and images are not kept as asked for, by address or name.
+    failures: BTreeMap<String, String>,
 }
 
 /// Who has a model or an image.
@@ -167,11 +169,26 @@ impl Room {
                 warn!(uri = %tree.uri, %error, "the model's pin cannot be changed");
             }
         }
+        inner.failures.retain(|uri, _| wishes.contains_key(uri));
         inner.wishes = Some(wishes);
         self.pin_images(&mut inner);
         self.tell(&inner);
         if unpinned {
             self.say_made();
+        }
+    }
+
+    /// Reports why a model or an image is not kept as asked for; `None` once it is.
+    pub(super) fn record_failure(&self, uri: &str, failure: Option<String>) {
+        let mut inner = self.lock();
+        let changed = match failure {
+            // A task may fail after the assignment that it was started by has been replaced.
+            Some(_) if !inner.wishes.as_ref().is_some_and(|wishes| wishes.contains_key(uri)) => false,
+            Some(message) => inner.failures.insert(uri.to_owned(), message.clone()) != Some(message),
+            None => inner.failures.remove(uri).is_some(),
+        };
+        if changed {
+            self.tell(&inner);
         }
     }
 
@@ -342,7 +359,11 @@ impl Room {
             fetch_took: tree.fetch_took.and_then(|took| took.try_into().ok()),
             stage_took: tree.pages.took.and_then(|took| took.try_into().ok()),
         });
-        let report = fleet::CacheReport { models: models.collect(), images: inner.images_told() };
+        let failures = inner.failures.iter();
+        let failures =
+            failures.map(|(uri, message)| fleet::CacheFailure { uri: uri.clone(), message: message.clone() });
+        let report =
+            fleet::CacheReport { models: models.collect(), images: inner.images_told(), failures: failures.collect() };
         self.report.send_if_modified(|last| {
             let changed = worth_telling(last, &report);
             if changed {

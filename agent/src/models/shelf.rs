@@ -260,7 +260,7 @@ impl Task {
             let reason = if wish.unresolved.is_empty() {
                 match self.shared.models.ensure_from(&self.uri, &credentials, &wish.peers, |_| {}).await {
                     Ok(folder) => {
-                        self.said.clear();
+                        self.clear_failure();
                         let found = self.shared.models.room.versions(&self.uri);
                         if let Some((key, folder)) = found.into_iter().find(|(_, files)| *files == folder) {
                             self.shared.measure(&key, &folder).await;
@@ -311,7 +311,7 @@ impl Task {
                         (pages.resident, pages.staged, pages.took) = (residency.resident, true, Some(took));
                     });
                     if residency.whole() {
-                        self.said.clear();
+                        self.clear_failure();
                         short = CrashBackoff::default();
                     } else {
                         // Reading it again and again would take from others what they need.
@@ -373,8 +373,14 @@ impl Task {
     fn say(&mut self, reason: String) {
         if self.said != reason {
             warn!(uri = %self.uri, %reason, "model is not kept as asked for; it is tried again");
+            self.shared.models.room.record_failure(&self.uri, Some(reason.clone()));
             self.said = reason;
         }
+    }
+
+    fn clear_failure(&mut self) {
+        self.said.clear();
+        self.shared.models.room.record_failure(&self.uri, None);
     }
 }
 

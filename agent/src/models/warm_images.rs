@@ -29,7 +29,13 @@ struct Pull {
 impl WarmImages {
     /// Begins what is asked for now, and ends what is not any more.
     pub(super) fn assign(&self, models: &Models, images: &[ImageAssignment]) {
-        let Some(engine) = models.room.images() else { return };
+        let Some(engine) = models.room.images() else {
+            for image in images.iter().filter(|image| image.warm) {
+                let reason = "this node has no container engine that could pull it".to_owned();
+                models.room.record_failure(&image.image, Some(reason));
+            }
+            return;
+        };
         let mut pulls = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let warm = |name: &str| images.iter().find(|image| image.warm && image.image == name);
         pulls.retain(|name, Pull { configs, task }| {
@@ -56,9 +62,13 @@ async fn pull(models: Models, engine: Arc<dyn Images>, image: String, configs: V
         let began = Instant::now();
         models.settled(&image).await;
         match Arc::clone(&engine).pull(&image, &configs).await {
-            Ok(()) => return info!(%image, took = ?began.elapsed(), "image is here, as asked for"),
+            Ok(()) => {
+                models.room.record_failure(&image, None);
+                return info!(%image, took = ?began.elapsed(), "image is here, as asked for");
+            }
             Err(reason) if reason != said => {
                 warn!(%image, %reason, "image cannot be had as asked for; it is tried again");
+                models.room.record_failure(&image, Some(reason.clone()));
                 said = reason;
             }
             Err(_) => {}

@@ -77,12 +77,12 @@ pub fn run(args: Args) -> Result<(), Failure> {
             runs.push((seed, name(policy), outcome));
         }
     }
-    if !matches!(args.output, Format::Table | Format::Wide) {
+    if args.output.is_structured() {
         let runs: Vec<_> = runs
             .iter()
             .map(|(seed, policy, outcome)| json!({"seed": seed, "policy": policy, "outcome": outcome}))
             .collect();
-        return output::print_value(&json!({ "runs": runs }), args.output);
+        return output::print_value(&json!({ "runs": runs }), &args.output);
     }
     output::print(&table(&runs))
 }

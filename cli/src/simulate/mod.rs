@@ -133,7 +133,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
         return eviction::run(args);
     }
     if let Some(recording) = &args.input.replay {
-        return replayed(recording, args.output);
+        return replayed(recording, &args.output);
     }
     let scaling = args.scaling.clone().defaults();
     let manifest = args.service.as_deref().unwrap_or(Path::new("-"));
@@ -163,8 +163,8 @@ pub fn run(args: Args) -> Result<(), Failure> {
         let svg = chart::svg(&outcomes).map_err(|error| anyhow!("chart: {error}"))?;
         std::fs::write(path, svg).with_context(|| path.display().to_string())?;
     }
-    print::outcomes(&outcomes, args.output)?;
-    if matches!(args.output, Format::Table | Format::Wide) {
+    print::outcomes(&outcomes, &args.output)?;
+    if !args.output.is_structured() {
         let simulated: f64 = outcomes.iter().map(|(_, outcome)| outcome.seconds).sum();
         writeln!(stderr(), "{:.1} h simulated in {:.2} s", simulated / 3600.0, took.as_secs_f64())?;
     }
@@ -248,7 +248,7 @@ fn varied(scenario: &Scenario, variation: &str) -> anyhow::Result<Scenario> {
     Ok(varied)
 }
 
-fn replayed(recording: &Path, format: Format) -> Result<(), Failure> {
+fn replayed(recording: &Path, format: &Format) -> Result<(), Failure> {
     let name = recording.display().to_string();
     let file = File::open(recording).with_context(|| name.clone())?;
     let replay = replay::replay(BufReader::new(file)).with_context(|| name)?;

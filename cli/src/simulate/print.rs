@@ -13,8 +13,8 @@ use crate::{
 const ROWS_MOST: usize = 40;
 
 /// Prints what came of each variation.
-pub fn outcomes(outcomes: &[(String, Outcome)], format: Format) -> Result<(), Failure> {
-    if !matches!(format, Format::Table | Format::Wide) {
+pub fn outcomes(outcomes: &[(String, Outcome)], format: &Format) -> Result<(), Failure> {
+    if format.is_structured() {
         let runs: Vec<_> =
             outcomes.iter().map(|(variation, outcome)| json!({"variation": variation, "outcome": outcome})).collect();
         return output::print_value(&json!({ "runs": runs }), format);
@@ -109,8 +109,8 @@ fn over_time(service: &ServiceOutcome) -> String {
 }
 
 /// Prints what came of a replay.
-pub fn replay(replay: &Replay, format: Format) -> Result<(), Failure> {
-    if !matches!(format, Format::Table | Format::Wide) {
+pub fn replay(replay: &Replay, format: &Format) -> Result<(), Failure> {
+    if format.is_structured() {
         let value = serde_json::to_value(replay).map_err(anyhow::Error::from)?;
         return output::print_value(&value, format);
     }

@@ -42,6 +42,15 @@ pub(super) async fn warm(
         let message = format!("service: {:?}, expected <namespace>/<name>", service.unwrap_or_default());
         return Err(Status::invalid_argument(message));
     }
+    if shelf::is_image(&uri) {
+        shelf::check_address(&uri).map_err(Status::invalid_argument)?;
+        let on = given(node.clone());
+        let may = handle.read(move |world, _| shelf::may_pull_images(world, on.as_deref())).await.map_err(status)?;
+        if !may {
+            let message = "is the name of an image, since it has no scheme, and no node there has a container engine";
+            return Err(Status::failed_precondition(format!("uri: {uri:?} {message}")));
+        }
+    }
     change(handle, uri, node, ModelChange::Warm { rung, service }).await?;
     Ok(control::WarmModelResponse {})
 }
@@ -141,7 +150,10 @@ async fn remove(place: Place, uri: &str, hub: &Arc<EvictHub>) -> Option<control:
 }
 
 async fn change(handle: &Handle, uri: String, node: String, change: ModelChange) -> Result<BTreeSet<String>, Status> {
-    shelf::check_address(&uri).map_err(Status::invalid_argument)?;
+    // What was asked for under looser rules can still be taken back.
+    if matches!(change, ModelChange::Warm { .. } | ModelChange::Pin(true)) {
+        shelf::check_address(&uri).map_err(Status::invalid_argument)?;
+    }
     handle.change_model(uri, given(node), change).await.map_err(status)
 }
 

@@ -340,6 +340,22 @@ impl Control for ControlService {
         Ok(Response::new(control::ListDecisionsResponse { decisions }))
     }
 
+    async fn list_events(&self, request: Request<control::ListEventsRequest>) -> Answer<control::ListEventsResponse> {
+        self.access.in_namespace(&request, Role::Viewer, &request.get_ref().namespace)?;
+        let control::ListEventsRequest { namespace, service } = request.into_inner();
+        let list = move |world: &World, _| view::events(world, &namespace, &service);
+        let events = self.handle.read(list).await.map_err(status)?;
+        Ok(Response::new(control::ListEventsResponse { events }))
+    }
+
+    async fn delete_node(&self, request: Request<control::DeleteNodeRequest>) -> Answer<control::DeleteNodeResponse> {
+        let caller = self.access.operator(&request, Role::Operator)?;
+        let name = request.into_inner().name;
+        let deletion = async { self.handle.delete_node(name.clone()).await.map_err(status) };
+        let replicas = audited(&caller, "delete", &format!("Node/{name}"), deletion).await?;
+        Ok(Response::new(control::DeleteNodeResponse { replicas }))
+    }
+
     async fn list_usage(&self, request: Request<control::ListUsageRequest>) -> Answer<control::ListUsageResponse> {
         self.access.in_namespace(&request, Role::Viewer, &request.get_ref().namespace)?;
         let request = request.into_inner();
@@ -537,7 +553,9 @@ fn usage(record: UsageRecord) -> control::Usage {
 pub(super) fn status(error: CommandError) -> Status {
     match &error {
         CommandError::NotFound(_) | CommandError::NodeNotFound(_) => Status::not_found(error.to_string()),
-        CommandError::Refused(_) | CommandError::OnAllNodes(_) => Status::failed_precondition(error.to_string()),
+        CommandError::Refused(_) | CommandError::OnAllNodes(_) | CommandError::NodeConnected(_) => {
+            Status::failed_precondition(error.to_string())
+        }
         CommandError::Store(_) | CommandError::SteppedDown | CommandError::Stopping => {
             Status::unavailable(error.to_string())
         }

@@ -1,6 +1,6 @@
 //! Output of replicas, requested from the agents of their nodes.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use async_stream::try_stream;
 use futures::{Stream, StreamExt as _};
@@ -8,13 +8,19 @@ use pilotlight_proto::{
     control::v1 as control,
     fleet::v1::{self as fleet, coordinator_message::Message as ToAgent},
 };
+use tokio_stream::StreamMap;
 use tonic::Status;
 
 use super::control::{ControlService, Streamed, asked, status};
-use crate::fleet::{LogHub, SessionHandle};
+use crate::{
+    fleet::{LogHub, SessionHandle},
+    reconcile::{Handle, World},
+};
 
 /// Longest wait for the next part of output that an agent has on its disk.
 const CHUNK_TIMEOUT: Duration = Duration::from_secs(10);
+/// How often new replicas of a service are looked for while its output is followed.
+const FOLLOW_POLL_INTERVAL: Duration = Duration::from_millis(500);
 
 /// Opens the stream that answers a request for logs.
 ///
@@ -29,6 +35,11 @@ pub(super) async fn open(
             return Err(Status::invalid_argument("follow: previous output has ended and cannot be followed"));
         }
         return previous(service, request).await;
+    }
+    if request.follow && request.replica.is_empty() {
+        // A service that is not there cannot be followed; one without replicas can.
+        service.look(&request.namespace, &request.name, |_, _| ()).await?;
+        return Ok(Box::pin(follow(service.handle.clone(), Arc::clone(&service.logs), request)));
     }
     let streams = current(service, &request).await?;
     Ok(Box::pin(futures::stream::select_all(streams)))
@@ -72,6 +83,69 @@ async fn current(
         streams.push(Box::pin(responses(open, replica, !request.follow)));
     }
     Ok(streams)
+}
+
+/// The output of a service's replicas from now on, those that are placed later included. Ends once the service is
+/// deleted and its last replica has ended.
+fn follow(
+    handle: Handle,
+    logs: Arc<LogHub>,
+    request: control::LogsRequest,
+) -> impl Stream<Item = Result<control::LogsResponse, Status>> + Send {
+    try_stream! {
+        let key = format!("{}/{}", request.namespace, request.name);
+        let mut open: StreamMap<String, Streamed<control::LogsResponse>> = StreamMap::new();
+        // The session by which each replica's output was requested.
+        let mut requested: BTreeMap<String, u64> = BTreeMap::new();
+        let mut began = false;
+        let mut polls = tokio::time::interval(FOLLOW_POLL_INTERVAL);
+        loop {
+            let received = tokio::select! {
+                _ = polls.tick() => None,
+                Some((_, received)) = open.next(), if !open.is_empty() => Some(received),
+            };
+            if let Some(received) = received {
+                yield received?;
+                continue;
+            }
+            let key = key.clone();
+            let replicas = handle.read(move |world, _| replicas_of(world, &key)).await.map_err(status)?;
+            let Some(replicas) = replicas else {
+                if open.is_empty() {
+                    break;
+                }
+                continue;
+            };
+            requested.retain(|name, _| replicas.iter().any(|(replica, _)| replica == name));
+            for (replica, session) in replicas {
+                let Some(session) = session else { continue };
+                let before = requested.insert(replica.clone(), session.id);
+                if before == Some(session.id) {
+                    continue;
+                }
+                // All output of a replica that is new, and as good as none of what has been sent already.
+                let tail_lines = match before {
+                    Some(_) => 1,
+                    None if began => 0,
+                    None => request.tail_lines,
+                };
+                let ask = fleet::LogRequest { replica: replica.clone(), tail_lines, follow: true, ..Default::default() };
+                if let Some(log) = OpenLog::send(&logs, session, ask) {
+                    open.insert(replica.clone(), Box::pin(responses(log, replica, false)));
+                }
+            }
+            began = true;
+        }
+    }
+}
+
+/// The replicas of a service and the sessions of their nodes; `None` if there is no such service.
+fn replicas_of(world: &World, service: &str) -> Option<Vec<(String, Option<SessionHandle>)>> {
+    let state = world.services.get(service)?;
+    let names = world.revisions_of(state).flat_map(|revision| &revision.replicas);
+    let replicas = names.filter_map(|name| world.replicas.get(name));
+    let session = |node: &str| world.nodes.get(node)?.session.clone();
+    Some(replicas.map(|replica| (replica.record.name.clone(), session(&replica.record.node))).collect())
 }
 
 /// The output of previous runs, node after node: each node is asked, since only its agent knows what it has kept.

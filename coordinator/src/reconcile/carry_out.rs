@@ -158,7 +158,13 @@ impl Reconciler {
             devices => format!(", of them only {}", devices.join(", ")),
         };
         let purpose = if record.asleep { ", to sleep there once it is loaded" } else { "" };
-        let message = format!("placed on node {} with GPUs {:?}{parts}{purpose}", record.node, record.gpu_indices);
+        let indices: Vec<_> = record.gpu_indices.iter().map(ToString::to_string).collect();
+        let gpus = match indices.as_slice() {
+            [] => String::new(),
+            [one] => format!(" with GPU {one}"),
+            several => format!(" with GPUs {}", several.join(", ")),
+        };
+        let message = format!("placed on node {}{gpus}{parts}{purpose}", record.node);
         let object = format!("Replica/{}", record.name);
         self.world.note(&service, Event { time: now, warning: false, reason: "Scheduled", object, message });
         if let Some(revision) = self.world.revisions.get_mut(&record.revision) {
@@ -201,17 +207,22 @@ impl Reconciler {
         let Some(record) = self.world.remove_replica(name) else { return };
         self.meter.close(&record, charge, now);
         let service = self.world.component_of(&record);
-        if why == Gone::NodeLost {
-            if let Some(node) = self.world.nodes.get_mut(&record.node).filter(|_| !record.draining) {
-                node.left_behind.insert(record.name.clone(), record.clone());
-            }
+        if why == Gone::NodeLost
+            && let Some(node) = self.world.nodes.get_mut(&record.node).filter(|_| !record.draining)
+        {
+            node.left_behind.insert(record.name.clone(), record.clone());
+        }
+        if why != Gone::Stopped {
             if let Some(revision) = self.world.revisions.get_mut(&record.revision) {
                 // Its last attempt ended with the node.
                 revision.failures.clear();
             }
-            let message = format!("node {} is silent for longer than its lease", record.node);
+            let (reason, message) = match why {
+                Gone::NodeDeleted => ("NodeDeleted", format!("node {} was deleted", record.node)),
+                _ => ("NodeLost", format!("node {} is silent for longer than its lease", record.node)),
+            };
             let object = format!("Replica/{name}");
-            self.world.note(&service, Event { time: now, warning: true, reason: "NodeLost", object, message });
+            self.world.note(&service, Event { time: now, warning: true, reason, object, message });
         }
         self.dirty.nodes.insert(record.node);
         self.dirty.services.insert(service);

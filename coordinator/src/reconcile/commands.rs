@@ -72,6 +72,13 @@ pub enum Input {
         /// Where the answer goes.
         reply: oneshot::Sender<Result<(), CommandError>>,
     },
+    /// An operator removes a node that is not connected.
+    DeleteNode {
+        /// Node name.
+        node: String,
+        /// Where the answer goes: the replicas that were removed with it.
+        reply: oneshot::Sender<Result<Vec<String>, CommandError>>,
+    },
     /// An operator asks for something of a model, or takes that back.
     ChangeModel {
         /// The model's address, checked.
@@ -124,6 +131,9 @@ pub enum CommandError {
     /// No such node.
     #[error("node {0} not found: no node of this name has joined")]
     NodeNotFound(String),
+    /// The node is connected, and would join again at once.
+    #[error("node {0} is connected: drain it, stop its agent and try again")]
+    NodeConnected(String),
     /// What was asked for on all nodes is not taken back on one.
     #[error("node: {0} is asked for on all nodes, and cannot be taken back on one; leave the node out")]
     OnAllNodes(String),
@@ -202,6 +212,16 @@ impl Handle {
     pub async fn set_availability(&self, node: String, availability: Availability) -> Result<(), CommandError> {
         let (reply, answer) = oneshot::channel();
         self.send(Input::SetAvailability { node, availability, reply }).await?;
+        answer.await.map_err(|_| CommandError::Stopping)?
+    }
+
+    /// Removes a node that is not connected, with its replicas; returns their names.
+    ///
+    /// # Errors
+    /// There is no such node, it is connected, the store could not be reached, or the loop has ended.
+    pub async fn delete_node(&self, node: String) -> Result<Vec<String>, CommandError> {
+        let (reply, answer) = oneshot::channel();
+        self.send(Input::DeleteNode { node, reply }).await?;
         answer.await.map_err(|_| CommandError::Stopping)?
     }
 

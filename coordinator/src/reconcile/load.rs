@@ -72,6 +72,7 @@ impl Reconciler {
             dirty: Dirty::default(),
             changes: setup.changes,
             recorder: setup.recorder,
+            metrics: Default::default(),
             meter: Meter::resume(cursor, usage),
             metered_at: now,
             warmed_at: now,

@@ -15,6 +15,7 @@ pub mod clock;
 pub mod commands;
 pub mod conditions;
 pub mod failures;
+mod ingress;
 pub(crate) mod load;
 pub mod meter;
 mod mounted;

@@ -85,6 +85,8 @@ pub enum Gone {
     Stopped,
     /// Its node is lost.
     NodeLost,
+    /// An operator has deleted its node.
+    NodeDeleted,
 }
 
 impl Plan {

@@ -14,7 +14,7 @@ use pilotlight_proto::fleet::v1::{self as fleet, coordinator_message::Message as
 use pilotlight_telemetry::TraceContext;
 use tokio::{
     sync::{broadcast, mpsc},
-    time::MissedTickBehavior,
+    time::{Instant, MissedTickBehavior},
 };
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info_span, warn};
@@ -32,6 +32,7 @@ use super::{
 };
 use crate::{
     fleet::SessionHandle,
+    metrics::CoordinatorMetrics,
     model::{Availability, NodeRecord, RevisionKey, keys, owner},
     store::{Store, StoreError, Transaction},
 };
@@ -53,6 +54,7 @@ pub struct Reconciler {
     pub(super) dirty: Dirty,
     pub(super) changes: broadcast::Sender<Change>,
     pub(super) recorder: Recorder,
+    pub(super) metrics: CoordinatorMetrics,
     pub(super) meter: Meter,
     pub(super) metered_at: Timestamp,
     /// When it was last looked at what idle models hold.
@@ -86,19 +88,28 @@ pub struct Setup {
 }
 
 impl Reconciler {
+    /// Records what the loop does in these metrics.
+    #[must_use]
+    pub fn with_metrics(self, metrics: CoordinatorMetrics) -> Self {
+        Self { metrics, ..self }
+    }
+
     /// Runs until stopped. What it knows can then still be read; see [`Reconciler::answer_reads`].
     pub async fn run(mut self, stopping: CancellationToken) -> Self {
         let mut ticks = tokio::time::interval(self.tick);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
+            let began;
             tokio::select! {
                 () = stopping.cancelled() => break,
                 _ = ticks.tick() => {
+                    began = Instant::now();
                     self.observe_silence(self.clock.now());
                     self.on_tick().await;
                 }
                 input = self.inputs.recv() => {
                     let Some(input) = input else { break };
+                    began = Instant::now();
                     self.observe_silence(self.clock.now());
                     self.take(input).await;
                     for _ in 1..INPUTS_AT_ONCE {
@@ -108,6 +119,7 @@ impl Reconciler {
                 }
             }
             self.act().await;
+            self.metrics.record_loop(began.elapsed(), self.inputs.len());
         }
         self.write_usage(self.clock.now()).await;
         self.recorder.flush();
@@ -134,6 +146,9 @@ impl Reconciler {
             }
             Input::SetAvailability { node, availability, reply } => {
                 let _ = reply.send(self.set_availability(&node, availability).await);
+            }
+            Input::DeleteNode { node, reply } => {
+                let _ = reply.send(self.delete_node(&node, now).await);
             }
             Input::ChangeModel { uri, node, change, reply } => {
                 let _ = reply.send(self.change_model(uri, node, change).await);
@@ -176,6 +191,7 @@ impl Reconciler {
         node.hello = hello;
         node.session = told.then_some(session);
         node.routes_applied = 0;
+        self.world.update_ingress_port();
         self.dirty.nodes.insert(name);
         self.dirty.peers = true;
     }
@@ -185,6 +201,7 @@ impl Reconciler {
         if node.session.as_ref().is_some_and(|current| current.id == session) {
             node.session = None;
             node.last_seen = now;
+            self.world.update_ingress_port();
         }
     }
 
@@ -208,7 +225,8 @@ impl Reconciler {
 
     async fn on_tick(&mut self) {
         let now = self.clock.now();
-        scale::decide_all(&mut self.world, now, &mut self.recorder, &mut self.dirty);
+        let made = scale::decide_all(&mut self.world, now, &mut self.recorder, &mut self.dirty);
+        self.metrics.record_decisions(made);
         self.give_up(now).await;
         // Wishes that are open, and replicas on nodes that drain or may have been lost meanwhile.
         self.dirty.waiting_for_a_place(&self.world);
@@ -250,6 +268,7 @@ impl Reconciler {
                 self.dirty.revision(&self.world, &key);
             }
         }
+        self.metrics.record_decisions(pass.decisions);
         if !self.dirty.revisions.is_empty() {
             self.replan(now).await;
         }
@@ -395,6 +414,8 @@ impl Reconciler {
                 None => update.removed.push(key.clone()),
             }
         }
+        let agents = self.world.nodes.values().filter(|node| node.session.is_some()).count();
+        self.metrics.record_route_push(&update, agents as u64);
         for (name, node) in &self.world.nodes {
             let Some(session) = &node.session else { continue };
             if !session.tell(ToAgent::Routes(update.clone())) {

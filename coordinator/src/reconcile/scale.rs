@@ -1,5 +1,7 @@
 //! Runs the autoscaler and keeps what it decided. The loop and the simulator both call it.
 
+use std::cmp::Ordering;
+
 use jiff::Timestamp;
 
 use super::{
@@ -15,7 +17,8 @@ use crate::{
 };
 
 /// Decides for every revision; those whose number of replicas has changed are dirty then.
-pub fn decide_all(world: &mut World, now: Timestamp, recorder: &mut Recorder, dirty: &mut Dirty) {
+/// Returns what was decided.
+pub fn decide_all(world: &mut World, now: Timestamp, recorder: &mut Recorder, dirty: &mut Dirty) -> DecisionCounts {
     let keys: Vec<_> = world.revisions.keys().cloned().collect();
     let mut pass = Pass::default();
     for key in keys {
@@ -23,11 +26,35 @@ pub fn decide_all(world: &mut World, now: Timestamp, recorder: &mut Recorder, di
             dirty.revision(world, &key);
         }
     }
+    pass.decisions
+}
+
+/// How many decisions of the autoscaler raised the desired replicas, lowered them, or left them as they were.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct DecisionCounts {
+    /// More replicas than before.
+    pub up: u64,
+    /// Fewer replicas than before.
+    pub down: u64,
+    /// As many as before.
+    pub unchanged: u64,
+}
+
+impl DecisionCounts {
+    fn add(&mut self, before: u32, after: u32) {
+        match after.cmp(&before) {
+            Ordering::Greater => self.up += 1,
+            Ordering::Less => self.down += 1,
+            Ordering::Equal => self.unchanged += 1,
+        }
+    }
 }
 
 /// What is the same for all decisions of one moment; looked at once, and only where somebody asks.
 #[derive(Debug, Default)]
 pub struct Pass {
+    /// Decisions made so far.
+    pub decisions: DecisionCounts,
     settled: Option<bool>,
     /// The fleet's free places.
     fleet: Option<FleetView>,
@@ -108,6 +135,7 @@ pub fn decide(world: &mut World, key: &str, now: Timestamp, recorder: &mut Recor
         // Another revision has its traffic, and no request waits: it is not waited for until it is ready.
         wanted = 0;
     }
+    pass.decisions.add(revision.wanted, wanted);
     let changed = wanted != revision.wanted;
     revision.wanted = wanted;
     if wanted == 0 {

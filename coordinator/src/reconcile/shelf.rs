@@ -15,6 +15,7 @@ use super::{
 };
 use crate::{
     model::{ModelRecord, ServiceKey, WarmRung, keys, owner},
+    spec,
     store::Transaction,
 };
 
@@ -58,9 +59,9 @@ pub fn check_address(uri: &str) -> Result<(), String> {
         return Err(format!("uri: {uri:?}: expected at most {ADDRESS_MOST} bytes without white space"));
     }
     match uri.split_once("://") {
-        None if is_image(uri) => Ok(()),
-        Some((scheme, rest)) if KEPT.contains(&scheme) && !rest.split('/').next().unwrap_or_default().is_empty() => {
-            Ok(())
+        None if is_image(uri) => spec::check_image(uri).map_err(|wrong| format!("uri: {uri:?}: {wrong}")),
+        Some((scheme, _)) if KEPT.contains(&scheme) => {
+            spec::check_storage_uri(uri).map_err(|wrong| format!("uri: {uri:?}: {wrong}"))
         }
         Some((scheme @ ("pvc" | "file"), _)) => {
             Err(format!("uri: {uri:?}: {scheme}:// is served in place and not kept; expected one of {}", allowed()))
@@ -135,6 +136,24 @@ fn raise(all: &mut BTreeMap<String, fleet::ModelAssignment>, more: fleet::ModelA
 fn asked<'a>(world: &'a World, node: &'a str) -> impl Iterator<Item = &'a ModelRecord> {
     let of = move |node: Option<&'a str>| world.asked.values().filter(move |record| record.node.as_deref() == node);
     of(Some(node)).chain(of(None))
+}
+
+/// What operators keep warm on a node. Something that is asked for on this node and on all is there twice.
+pub(super) fn kept_warm<'a>(world: &'a World, node: &'a str) -> impl Iterator<Item = &'a str> {
+    asked(world, node).filter(|record| record.rung.is_some()).map(|record| record.uri.as_str())
+}
+
+/// Returns `true` if an operator has pinned a model or an image on a node.
+pub(super) fn pinned(world: &World, node: &str, uri: &str) -> bool {
+    asked(world, node).any(|record| record.uri == uri && record.pinned)
+}
+
+/// Returns `true` if images can be pulled on a node, or on some node if none is given. A node that has not reported
+/// its runtimes, and a fleet without nodes, may still be able to.
+pub fn may_pull_images(world: &World, node: Option<&str>) -> bool {
+    let mut nodes = world.nodes.values().filter(|state| node.is_none_or(|node| state.record.name == node)).peekable();
+    let engine = |inventory: &fleet::Inventory| inventory.runtimes.iter().any(|runtime| runtime == "docker");
+    nodes.peek().is_none() || nodes.any(|state| state.inventory.as_ref().is_none_or(engine))
 }
 
 fn of_record(world: &World, record: &ModelRecord) -> fleet::ModelAssignment {

@@ -28,6 +28,7 @@ impl Reconciler {
                 ) => {
                     drop(reply.send(Err(CommandError::SteppedDown)));
                 }
+                Some(Input::DeleteNode { reply, .. }) => drop(reply.send(Err(CommandError::SteppedDown))),
                 Some(Input::ChangeModel { reply, .. }) => drop(reply.send(Err(CommandError::SteppedDown))),
                 Some(Input::Disconnected { .. } | Input::Heard { .. } | Input::ValuesChanged { .. }) => {}
             }

@@ -65,7 +65,7 @@ pub fn url(world: &World, namespace: &str, name: &str) -> String {
 }
 
 fn url_of(world: &World, host: &str) -> String {
-    match world.settings.ingress_port {
+    match world.ingress_port {
         80 => format!("http://{host}"),
         port => format!("http://{host}:{port}"),
     }
@@ -226,7 +226,11 @@ pub fn replica(state: &ReplicaState) -> control::Replica {
     }
 }
 
-fn phase_name(draining: bool, phase: ReplicaPhase) -> &'static str {
+/// All phases that replicas are shown in.
+pub const PHASES: [&str; 8] = ["Pending", "Fetching", "Starting", "Ready", "Draining", "Failed", "Asleep", "Stopped"];
+
+/// The phase that a replica is shown in.
+pub fn phase_name(draining: bool, phase: ReplicaPhase) -> &'static str {
     match phase {
         ReplicaPhase::Stopped => "Stopped",
         _ if draining => "Draining",
@@ -251,18 +255,22 @@ fn rung_name(rung: Rung) -> &'static str {
     }
 }
 
+/// `Lost` once its lease has run out, else `Ready` while its agent is connected, and `Unknown` in between.
+pub fn node_state(world: &World, state: &NodeState, now: Timestamp) -> &'static str {
+    match state {
+        _ if state.lost(world.settings.node_lease, now) => "Lost",
+        _ if state.session.is_some() => "Ready",
+        _ => "Unknown",
+    }
+}
+
 /// A node with its GPUs and who holds them.
 pub fn node(world: &World, state: &NodeState, now: Timestamp) -> control::Node {
     let inventory = state.inventory.clone().unwrap_or_default();
     let holders: Vec<_> = state.replicas.iter().filter_map(|name| world.replicas.get(name)).collect();
-    let state_name = match state {
-        _ if state.lost(world.settings.node_lease, now) => "Lost",
-        _ if state.session.is_some() => "Ready",
-        _ => "Unknown",
-    };
     control::Node {
         name: state.record.name.clone(),
-        state: state_name.to_owned(),
+        state: node_state(world, state, now).to_owned(),
         agent_version: state.hello.agent_version.clone(),
         peer_address: state.hello.peer_address.clone(),
         ingress_address: state.hello.ingress_address.clone(),
@@ -345,6 +353,23 @@ pub fn event(event: &Event) -> control::Event {
         object: event.object.clone(),
         message: event.message.clone(),
     }
+}
+
+/// Events of services, oldest first; an empty namespace or name is all of them.
+pub fn events(world: &World, namespace: &str, name: &str) -> Vec<control::ServiceEvent> {
+    let services = world.services.values().filter(|state| {
+        let service = &state.record.service;
+        (namespace.is_empty() || service.namespace == namespace) && (name.is_empty() || service.name == name)
+    });
+    let of = |state: &ServiceState, one: &Event| control::ServiceEvent {
+        namespace: state.record.service.namespace.clone(),
+        service: state.record.service.name.clone(),
+        event: Some(event(one)),
+    };
+    let mut all: Vec<_> =
+        services.flat_map(|state| state.events.iter().map(move |one| (one.time, of(state, one)))).collect();
+    all.sort_by_key(|(time, _)| *time);
+    all.into_iter().map(|(_, event)| event).collect()
 }
 
 /// Everything about a service.

@@ -44,6 +44,8 @@ pub struct World {
     pub nodes: BTreeMap<String, NodeState>,
     /// What operators asked for of models, by node (`None`: all) and address.
     pub asked: BTreeMap<(Option<String>, String), ModelRecord>,
+    /// Port of the URLs of services.
+    pub ingress_port: u16,
 }
 
 /// What holds for every service of the cell.
@@ -53,7 +55,7 @@ pub struct Settings {
     pub cell: String,
     /// Host suffix.
     pub domain: String,
-    /// Port that clients use.
+    /// Port that clients use; 0: the one on which agents listen.
     pub ingress_port: u16,
     /// Requests one gateway may hold per revision.
     pub queue_limit: u32,
@@ -329,14 +331,17 @@ pub struct Sleepers {
 impl World {
     /// An empty cell.
     pub fn new(settings: Settings) -> Self {
-        Self {
+        let mut world = Self {
+            ingress_port: 0,
             settings,
             services: BTreeMap::new(),
             revisions: BTreeMap::new(),
             replicas: BTreeMap::new(),
             nodes: BTreeMap::new(),
             asked: BTreeMap::new(),
-        }
+        };
+        world.update_ingress_port();
+        world
     }
 
     /// Counts the replicas of a revision.

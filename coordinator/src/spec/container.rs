@@ -154,6 +154,11 @@ fn take_storage_uri(
     match place.part {
         Part::Main => {
             let variable = env.iter_mut().find(|variable| named(&variable.name) && variable.from.is_none())?;
+            if variable.value.starts_with("file://") {
+                let message = "nothing is mounted for file://: the container gets this value as it is, and has to find \
+                               the files by itself";
+                report.warning(&at, &variable.value, message);
+            }
             let storage = storage::by_uri(&variable.value, &at, place.read_only, report)?;
             storage::MOUNT_PATH.clone_into(&mut variable.value);
             Some(storage)

@@ -1,5 +1,7 @@
 //! Which fields of a component are read, which have no effect, and which are refused.
 
+use super::field_names;
+
 /// KServe's fields of a component that this version reads.
 pub(super) const EXTENSION: [&str; 14] = [
     "minReplicas",
@@ -69,3 +71,11 @@ pub(super) const POD_UNSUPPORTED: [(&str, &str); 33] = [
 /// Pod fields without which the model could not work.
 pub(super) const POD_REFUSED: [(&str, &str); 1] =
     [("initContainers", "init containers are not supported by this version, and what they prepare would be missing")];
+
+/// Other fields of a service's `spec` and of its components that a misspelt one may stand for.
+const COMMON: [&str; 5] = ["predictor", "transformer", "explainer", "model", "containers"];
+
+/// The field of a service or a component that `name` is probably a misspelling of.
+pub(super) fn suggest(name: &str) -> Option<&'static str> {
+    field_names::closest(EXTENSION.into_iter().chain(COMMON), name)
+}

@@ -96,7 +96,7 @@ pub(super) fn read(key: &str, value: &Value, at: &str, report: &mut Report) -> O
     }
     let legacy = LEGACY.iter().find(|(legacy, _)| *legacy == key);
     if legacy.is_some() && fields.model_format.is_some() {
-        report.unknown(join(at, "modelFormat"));
+        report.unknown(join(at, "modelFormat"), None);
     }
     let format = match legacy {
         Some((name, _)) => Format { name: (*name).to_owned(), version: None },

@@ -9,6 +9,7 @@ use super::{
     API_VERSION, ParseOptions, annotations, chain,
     component::{self, Context, Role},
     documents::join,
+    fields,
     model::{Component, InferenceService},
     names,
     report::{Report, show},
@@ -92,7 +93,7 @@ pub(super) fn read_head(
     root.remove("status");
     for key in root.keys() {
         if !["apiVersion", "kind", "metadata"].contains(&key.as_str()) && !fields.contains(&key.as_str()) {
-            report.unknown(join("", key));
+            report.unknown(join("", key), None);
         }
     }
     read_metadata(root, namespace, report)
@@ -146,7 +147,7 @@ fn read_spec(spec: &Map<String, Value>, context: Context<'_>, report: &mut Repor
         if key == "canary" {
             report.unsupported("spec.canary", "all requests go to spec.predictor");
         } else if !["predictor", "transformer", "explainer"].contains(&key.as_str()) {
-            report.unknown(join("spec", key));
+            report.unknown(join("spec", key), fields::suggest(key));
         }
     }
     let predictor = match spec.get("predictor") {

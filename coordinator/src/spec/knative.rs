@@ -61,7 +61,7 @@ pub(super) fn read(
         &empty
     });
     for key in spec.keys().filter(|key| !["template", "traffic"].contains(&key.as_str())) {
-        report.unknown(join("spec", key));
+        report.unknown(join("spec", key), None);
     }
     // Annotations of the service itself do not reach its revisions.
     let none = BTreeMap::new();
@@ -96,7 +96,7 @@ fn read_template(
     report: &mut Report,
 ) -> (Component, Option<String>) {
     for key in template.keys().filter(|key| !["metadata", "spec"].contains(&key.as_str())) {
-        report.unknown(join("spec.template", key));
+        report.unknown(join("spec.template", key), None);
     }
     let mut metadata = template.get("metadata").cloned().unwrap_or_else(|| json!({}));
     let metadata: TemplateMetadata = typed::read(&mut metadata, METADATA, report);
@@ -121,7 +121,7 @@ fn read_template(
     // Fields that only KServe has at this place would otherwise be taken for its own.
     for key in ["timeout", "minReplicas", "maxReplicas", "labels", "annotations", "scaleTarget", "scaleMetric"] {
         if fields.remove(key).is_some() {
-            report.unknown(join(POD, key));
+            report.unknown(join(POD, key), None);
         }
     }
     let mut annotations = metadata.annotations.unwrap_or_default();

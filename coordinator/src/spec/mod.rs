@@ -30,6 +30,7 @@ mod depth;
 mod documents;
 mod env;
 mod expand;
+mod field_names;
 mod fields;
 mod framework;
 mod image;
@@ -65,6 +66,7 @@ use serde_json::{Map, Value};
 
 pub use self::{
     auxiliary::Data,
+    image::check as check_image,
     model::{
         Auxiliary, AuxiliaryKind, Component, ComponentKind, Container, EnvSource, EnvVar, InferenceService, MigRequest,
         Probe, ProbeHandler, Protocol, Resource, Resources, RevisionTemplate, RuntimeUse, Scaling, Security,
@@ -76,6 +78,7 @@ pub use self::{
     },
     placing::{PlacementPolicy, placement_policy, priority},
     runtimes::{NoRuntime, Runtimes},
+    storage::check_address as check_storage_uri,
     warmth::{IdleReplicas, SleepPaths, sleep_paths, warm_replicas},
 };
 use self::{

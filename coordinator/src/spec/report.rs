@@ -28,9 +28,14 @@ impl Report {
         self.findings.push(Finding::warning(field, shorten(&value.to_string()), message));
     }
 
-    /// A field that nobody knows: an error where the caller asked for strictness.
-    pub(super) fn unknown(&mut self, field: impl Into<String>) {
-        self.lenient(field, "unknown field, ignored");
+    /// A field that nobody knows: an error if the caller asked for strictness. `suggestion` is the field of the same
+    /// place that was probably meant.
+    pub(super) fn unknown(&mut self, field: impl Into<String>, suggestion: Option<&str>) {
+        let message = match suggestion {
+            Some(suggestion) => format!("unknown field, ignored; did you mean {suggestion}?"),
+            None => "unknown field, ignored".to_owned(),
+        };
+        self.lenient(field, &message);
     }
 
     /// A field that is known but has no effect; `consequence` says what happens instead.

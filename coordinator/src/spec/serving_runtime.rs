@@ -221,7 +221,7 @@ fn split(spec: &Map<String, Value>, report: &mut Report) -> (Map<String, Value>,
             key if OWN.contains(&key) => drop(own.insert(key.into(), value.clone())),
             key if POD.contains(&key) => drop(pod.insert(key.into(), value.clone())),
             key if MODEL_MESH.contains(&key) => report.unsupported(join("spec", key), "it is for ModelMesh"),
-            key => report.unknown(join("spec", key)),
+            key => report.unknown(join("spec", key), None),
         }
     }
     (own, pod)

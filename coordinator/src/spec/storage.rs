@@ -60,6 +60,16 @@ pub(super) fn by_uri(uri: &str, at: &str, read_only: bool, report: &mut Report) 
     })
 }
 
+/// Checks the address of a model by the rules for `storageUri`.
+///
+/// # Errors
+/// What is wrong with it and what is allowed.
+pub fn check_address(uri: &str) -> Result<(), String> {
+    let mut report = Report::new(false);
+    check_uri(uri, "uri", &mut report);
+    report.into_findings().into_iter().find(|finding| finding.is_error()).map_or(Ok(()), |wrong| Err(wrong.message))
+}
+
 /// A model by an entry of the secret `storage-config`.
 pub(super) fn by_entry(given: StorageSpec, read_only: bool) -> Storage {
     Storage {

@@ -8,6 +8,7 @@ use serde_path_to_error::{Segment, Track};
 
 use super::{
     documents::join,
+    field_names, fields,
     report::{Report, show},
 };
 
@@ -29,9 +30,11 @@ pub(super) fn read<T: DeserializeOwned + Default>(value: &mut Value, at: &str, r
         let mut track = Track::new();
         let mut unknown = Vec::new();
         let tracked = serde_path_to_error::Deserializer::new(&*value, &mut track);
-        match serde_ignored::deserialize::<_, _, T>(tracked, |path| unknown.push(render(&ignored_steps(&path), at))) {
+        match serde_ignored::deserialize::<_, _, T>(tracked, |path| unknown.push(ignored_steps(&path))) {
             Ok(typed) => {
-                unknown.into_iter().for_each(|field| report.unknown(field));
+                for steps in unknown {
+                    report.unknown(render(&steps, at), suggestion::<T>(&steps));
+                }
                 return typed;
             }
             Err(error) => {
@@ -94,6 +97,21 @@ fn ignored_steps(path: &serde_ignored::Path<'_>) -> Vec<Step> {
     let mut steps = ignored_steps(parent);
     steps.extend(step);
     steps
+}
+
+/// The field of the same struct that the last of these steps is probably a misspelling of.
+fn suggestion<T: DeserializeOwned>(steps: &[Step]) -> Option<&'static str> {
+    let keys: Vec<&str> = steps
+        .iter()
+        .filter_map(|step| match step {
+            Step::Key(key) => Some(key.as_str()),
+            Step::Index(_) => None,
+        })
+        .collect();
+    let (name, parents) = keys.split_last()?;
+    let own = field_names::suggest::<T>(parents, name);
+    // A component's own fields and those of its pod are read apart.
+    own.or_else(|| fields::suggest(name).filter(|_| parents.is_empty()))
 }
 
 fn error_steps(path: &serde_path_to_error::Path) -> Vec<Step> {

@@ -8,6 +8,7 @@ pub mod etcd;
 mod fenced;
 pub mod format;
 mod lease;
+mod measured;
 pub mod snapshot;
 mod transaction;
 
@@ -20,6 +21,7 @@ use serde::de::DeserializeOwned;
 
 pub use fenced::{COMMIT_KEY, Fenced};
 pub use lease::Lease;
+pub use measured::Measured;
 pub use transaction::{Compare, Transaction, Write};
 
 /// Operations in one transaction, compares included; etcd's own default.
