@@ -28,7 +28,7 @@ use crate::{
     api::{ControlService, Objects, access::Access},
     authority,
     config::{Config, Security, StoreConfig},
-    fleet::{EvictHub, FleetService, LogHub, enrollment::EnrollmentService},
+    fleet::{EvictHub, FleetService, LogHub, SessionServer, enrollment::EnrollmentService},
     leader::{self, LeaderRecord},
     reconcile::{Handle, Reconciler, record::Recorder, run::Setup, world::Settings},
     store::{Store, StoreError, embedded::EmbeddedStore, etcd::EtcdStore},
@@ -410,7 +410,7 @@ async fn services(
         evictions: Arc::clone(&evictions),
     };
     let fleet = FleetService::new(handle, logs, evictions, access, ending.clone());
-    let mut routes = Routes::new(ControlServer::new(control)).add_service(FleetServer::new(fleet));
+    let mut routes = Routes::new(ControlServer::new(control)).add_service(SessionServer::new(fleet));
     if let Some(authority) = authority {
         let enrollment = EnrollmentService::new(authority, Arc::clone(store), access);
         routes = routes.add_service(EnrollmentServer::new(enrollment));

@@ -2,9 +2,14 @@
 
 pub mod enrollment;
 pub mod evictions;
+pub mod feed;
 pub mod logs;
+mod outbox;
 pub mod session;
+pub mod wire;
 
 pub use evictions::EvictHub;
 pub use logs::LogHub;
+pub use feed::RouteFeed;
 pub use session::{FleetService, SessionHandle};
+pub use wire::SessionServer;

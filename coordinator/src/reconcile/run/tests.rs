@@ -60,8 +60,8 @@ const KEY: &str = "default/m-predictor-00001";
 struct Case {
     reconciler: Reconciler,
     store: Arc<Failing>,
-    /// What the agent of node "a" receives.
-    agent: mpsc::Receiver<Result<fleet::CoordinatorMessage, tonic::Status>>,
+    /// The session of node "a".
+    agent: SessionHandle,
     _directory: tempfile::TempDir,
 }
 
@@ -79,10 +79,11 @@ impl Case {
         let setup = Setup { store: store_of_loop, settings, tick, report_interval, recorder, inputs, changes };
         let mut reconciler = Reconciler::load(setup).await.unwrap();
         reconciler.world = cell.world;
-        let (session, agent) = SessionHandle::for_tests("a");
+        let agent = SessionHandle::for_tests("a");
+        agent.follow_routes(reconciler.routes.feed());
         let now = reconciler.clock.now();
         let node = reconciler.world.nodes.get_mut("a").unwrap();
-        (node.session, node.heard, node.last_seen) = (Some(session), true, now);
+        (node.session, node.heard, node.last_seen) = (Some(agent.clone()), true, now);
         Self { reconciler, store, agent, _directory: directory }
     }
 
@@ -114,8 +115,8 @@ impl Case {
     /// The failure in the routes that the agent received last.
     fn failure(&mut self) -> Option<RevisionFailure> {
         let mut last = None;
-        while let Ok(message) = self.agent.try_recv() {
-            if let Some(ToAgent::Routes(routes)) = message.unwrap().message {
+        while let Some(message) = self.agent.received() {
+            if let ToAgent::Routes(routes) = message {
                 let revisions = routes.services.into_iter().flat_map(|service| service.revisions);
                 last = revisions.into_iter().find(|revision| revision.revision == KEY);
             }

@@ -1,0 +1,108 @@
+//! The gRPC service of sessions. It is as generated but for the messages to agents, which are encoded already: many
+//! agents receive the same bytes.
+
+use std::{convert::Infallible, future::Future, pin::Pin, sync::Arc, task};
+
+use bytes::{BufMut as _, Bytes};
+use futures::Stream;
+use pilotlight_proto::fleet::v1::{AgentMessage, CoordinatorMessage, fleet_server};
+use tonic::{
+    Request, Response, Status, Streaming,
+    codec::{BufferSettings, Codec, EncodeBuf, Encoder},
+    server::{Grpc, NamedService, StreamingService},
+};
+use tonic_prost::ProstCodec;
+use tower::Service;
+
+use super::session::FleetService;
+
+const SESSION_PATH: &str = "/pilotlight.fleet.v1.Fleet/Session";
+/// Bytes of a session's buffers while little is said.
+const BUFFER_BYTES: usize = 1 << 10;
+/// Messages are sent together up to this many bytes.
+const YIELD_BYTES: usize = 32 << 10;
+
+/// Messages to one agent, encoded.
+pub(super) type ToAgentStream = Pin<Box<dyn Stream<Item = Result<Bytes, Status>> + Send>>;
+
+type BoxFuture<T, E> = Pin<Box<dyn Future<Output = Result<T, E>> + Send>>;
+
+/// Serves sessions. Cheap to clone.
+#[derive(Clone)]
+pub struct SessionServer(Arc<FleetService>);
+
+impl SessionServer {
+    /// Serves the sessions of this service.
+    pub fn new(service: FleetService) -> Self {
+        Self(Arc::new(service))
+    }
+}
+
+impl NamedService for SessionServer {
+    const NAME: &'static str = fleet_server::SERVICE_NAME;
+}
+
+impl Service<http::Request<tonic::body::Body>> for SessionServer {
+    type Response = http::Response<tonic::body::Body>;
+    type Error = Infallible;
+    type Future = BoxFuture<Self::Response, Self::Error>;
+
+    fn poll_ready(&mut self, _: &mut task::Context<'_>) -> task::Poll<Result<(), Self::Error>> {
+        task::Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: http::Request<tonic::body::Body>) -> Self::Future {
+        let method = Session(Arc::clone(&self.0));
+        Box::pin(async move {
+            if request.uri().path() != SESSION_PATH {
+                return Ok(Status::unimplemented("").into_http());
+            }
+            Ok(Grpc::new(SessionCodec).streaming(method, request).await)
+        })
+    }
+}
+
+struct Session(Arc<FleetService>);
+
+impl StreamingService<AgentMessage> for Session {
+    type Response = Bytes;
+    type ResponseStream = ToAgentStream;
+    type Future = BoxFuture<Response<ToAgentStream>, Status>;
+
+    fn call(&mut self, request: Request<Streaming<AgentMessage>>) -> Self::Future {
+        let service = Arc::clone(&self.0);
+        Box::pin(async move { service.session(request).await })
+    }
+}
+
+/// Decodes messages of agents, and copies bytes to them.
+struct SessionCodec;
+
+impl Codec for SessionCodec {
+    type Encode = Bytes;
+    type Decode = AgentMessage;
+    type Encoder = Self;
+    type Decoder = <ProstCodec<CoordinatorMessage, AgentMessage> as Codec>::Decoder;
+
+    fn encoder(&mut self) -> Self::Encoder {
+        Self
+    }
+
+    fn decoder(&mut self) -> Self::Decoder {
+        ProstCodec::<CoordinatorMessage, AgentMessage>::raw_decoder(BufferSettings::new(BUFFER_BYTES, YIELD_BYTES))
+    }
+}
+
+impl Encoder for SessionCodec {
+    type Item = Bytes;
+    type Error = Status;
+
+    fn encode(&mut self, message: Bytes, buffer: &mut EncodeBuf<'_>) -> Result<(), Status> {
+        buffer.put(message);
+        Ok(())
+    }
+
+    fn buffer_settings(&self) -> BufferSettings {
+        BufferSettings::new(BUFFER_BYTES, YIELD_BYTES)
+    }
+}
