@@ -5,12 +5,13 @@
 //! The claims, at 1,000 agents: a push of routes to all takes at most 0.2 MB and 0.1 CPU-s, an assignment follows a
 //! demand within 30 ms (median), all agents are back within 5 s, and an idle agent takes at most 64 KB.
 //!
-//! `PILOTLIGHT_TEST_BINARY` names the coordinator to measure, `PILOTLIGHT_BENCH_AGENTS` the sizes of the fleet.
+//! `PILOTLIGHT_BENCH_AGENTS` gives the sizes of the fleet. The coordinator is this program, started again;
+//! `PILOTLIGHT_TEST_BINARY` names another one, such as an earlier version.
 #![allow(clippy::print_stdout, missing_docs, reason = "a benchmark prints its result")]
 
 use std::{
     io,
-    path::Path,
+    path::{Path, PathBuf},
     pin::Pin,
     sync::{
         Arc,
@@ -23,6 +24,7 @@ use std::{
 use hyper_util::rt::TokioIo;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use pilotlight_benches::{from_environment, median};
+use pilotlight_coordinator::config::{Config, Security};
 use pilotlight_identity::{Authority, LiveIdentity, Member, Role, Trust, channel, connect_tls};
 use pilotlight_proto::{
     control::v1::{ApplyRequest, control_client::ControlClient},
@@ -31,10 +33,7 @@ use pilotlight_proto::{
         fleet_client::FleetClient,
     },
 };
-use pilotlight_tests::{
-    free_port,
-    process::{Process, pilotlight},
-};
+use pilotlight_tests::{free_port, process::Process};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     sync::mpsc,
@@ -77,7 +76,7 @@ impl Coordinator {
             format!("--ca-cert={}", certificate.display()),
             format!("--ca-key={}", key.display()),
         ];
-        let process = Process::start(pilotlight(), directory, "coordinator", args, &[]);
+        let process = Process::start(&program(), directory, "coordinator", args, &[]);
         let pid = process.id();
         Self { _process: process, pid, address: format!("127.0.0.1:{grpc}") }
     }
@@ -169,7 +168,10 @@ impl Agent {
         Session { say, stopping }
     }
 
-    async fn session(&self, mut outbox: mpsc::Receiver<FromAgent>) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+    async fn session(
+        &self,
+        mut outbox: mpsc::Receiver<FromAgent>,
+    ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
         let config = Arc::new(self.identity.client_config(&[b"h2"])?);
         let (address, bytes) = (self.fleet.address.clone(), Arc::clone(&self.fleet.bytes));
         let connect = service_fn(move |_: Uri| {
@@ -342,7 +344,8 @@ impl Bench {
     async fn connect_all(&mut self) -> Duration {
         let started = Instant::now();
         self.sessions = self.agents.iter().map(Agent::start).collect();
-        wait_until("all agents have routes", || self.agents.iter().all(|agent| agent.seen.version.load(Relaxed) > 0)).await;
+        wait_until("all agents have routes", || self.agents.iter().all(|agent| agent.seen.version.load(Relaxed) > 0))
+            .await;
         started.elapsed()
     }
 
@@ -436,6 +439,29 @@ async fn measure(count: usize) {
     );
 }
 
+/// What is started as the coordinator.
+fn program() -> PathBuf {
+    let given = std::env::var_os("PILOTLIGHT_TEST_BINARY").map(PathBuf::from);
+    given.unwrap_or_else(|| std::env::current_exe().expect("this program knows its path"))
+}
+
+/// Runs the coordinator with the arguments of [`Coordinator::start`], of which there are no others.
+async fn run_coordinator(args: &[String]) {
+    let value = |flag: &str| {
+        let value = args.iter().find_map(|arg| arg.strip_prefix(flag)?.strip_prefix('='));
+        value.unwrap_or_else(|| panic!("{flag} is missing"))
+    };
+    let ca = Some((value("--ca-cert").into(), value("--ca-key").into()));
+    let config = Config {
+        listen: value("--listen").parse().expect("an address"),
+        listen_http: value("--listen-http").parse().expect("an address"),
+        data_dir: value("--data-dir").into(),
+        security: Security::Mtls { names: vec!["127.0.0.1".to_owned()], ca },
+        ..Config::default()
+    };
+    pilotlight_coordinator::run(config, CancellationToken::new()).await.expect("the coordinator runs");
+}
+
 /// Two sockets per agent are open in this process and the coordinator's, which inherits the limit.
 fn raise_file_limit() {
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).expect("the limit is readable");
@@ -444,12 +470,28 @@ fn raise_file_limit() {
 
 #[tokio::main]
 async fn main() {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    if args.first().is_some_and(|first| first == "coordinator") {
+        return run_coordinator(&args).await;
+    }
     raise_file_limit();
     let sizes = std::env::var("PILOTLIGHT_BENCH_AGENTS").unwrap_or_else(|_| "100,300,1000".to_owned());
-    println!("coordinator: {}", pilotlight().display());
+    println!("coordinator: {}", program().display());
     println!(
         "{:>6}  {:>9}  {:>9}  {:>9}  {:>7}  {:>7}  {:>6}  {:>9}  {:>9}  {:>9}  {:>9}  {:>8}  {:>8}",
-        "agents", "push MB", "push CPU", "push ms", "p50 ms", "p99 ms", "join s", "back s", "back CPU", "back MB", "peak MB", "KB/agent", "idle CPU"
+        "agents",
+        "push MB",
+        "push CPU",
+        "push ms",
+        "p50 ms",
+        "p99 ms",
+        "join s",
+        "back s",
+        "back CPU",
+        "back MB",
+        "peak MB",
+        "KB/agent",
+        "idle CPU"
     );
     for size in sizes.split(',') {
         measure(size.trim().parse().expect("PILOTLIGHT_BENCH_AGENTS: numbers, separated by commas")).await;

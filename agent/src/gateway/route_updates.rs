@@ -97,7 +97,8 @@ mod tests {
         assert!(updates.move_nodes(&full));
         assert!(!updates.move_nodes(&full), "nothing has changed in the new session");
         assert!(!updates.move_nodes(&fleet::Routes::default()));
-        let change = fleet::Routes { nodes: vec![node("b", "3")], removed_nodes: vec!["a".into()], ..Default::default() };
+        let change =
+            fleet::Routes { nodes: vec![node("b", "3")], removed_nodes: vec!["a".into()], ..Default::default() };
         assert!(updates.move_nodes(&change));
         assert_eq!(*updates.addresses(), [("b".to_owned(), "3".to_owned())].into());
     }

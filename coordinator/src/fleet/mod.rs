@@ -9,7 +9,7 @@ pub mod session;
 pub mod wire;
 
 pub use evictions::EvictHub;
-pub use logs::LogHub;
 pub use feed::RouteFeed;
+pub use logs::LogHub;
 pub use session::{FleetService, SessionHandle};
 pub use wire::SessionServer;

@@ -106,3 +106,81 @@ impl Encoder for SessionCodec {
         BufferSettings::new(BUFFER_BYTES, YIELD_BYTES)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use pilotlight_proto::fleet::v1::{
+        self as fleet, agent_message::Message as FromAgent, coordinator_message::Message as ToAgent,
+        fleet_client::FleetClient,
+    };
+    use tokio_stream::wrappers::TcpListenerStream;
+    use tokio_util::sync::CancellationToken;
+    use tonic::transport::{Channel, Server};
+
+    use super::*;
+    use crate::{
+        api::access::Access,
+        fleet::{EvictHub, LogHub, RouteFeed},
+        reconcile::{Handle, commands::Input},
+    };
+
+    const SERVICES: usize = 1000;
+
+    /// Full routes of 10 MB.
+    fn feed() -> RouteFeed {
+        let route = |number| {
+            let (name, hosts) = (format!("s-{number}"), vec!["h".repeat(10_000)]);
+            let route = fleet::ServiceRoute { namespace: "default".into(), name, hosts, ..Default::default() };
+            (format!("default/s-{number}"), Some(route))
+        };
+        let feed = RouteFeed::default();
+        feed.publish((0..SERVICES).map(route), None);
+        feed
+    }
+
+    /// Serves sessions that follow these routes.
+    async fn serve(feed: RouteFeed) -> Channel {
+        let (handle, mut inputs, _) = Handle::new();
+        tokio::spawn(async move {
+            while let Some(input) = inputs.recv().await {
+                if let Input::Connected { session, .. } = input {
+                    assert!(session.tell(ToAgent::Welcome(fleet::Welcome::default())));
+                    session.follow_routes(feed.clone());
+                }
+            }
+        });
+        let (logs, evictions) = (Arc::new(LogHub::default()), Arc::new(EvictHub::default()));
+        let service = FleetService::new(handle, logs, evictions, Access::Open, CancellationToken::new());
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let server = Server::builder().add_service(SessionServer::new(service));
+        tokio::spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
+        Channel::from_shared(format!("http://{address}")).unwrap().connect().await.unwrap()
+    }
+
+    /// Number of services in the full routes that a new session receives.
+    async fn connect(channel: Channel) -> usize {
+        let hello = fleet::Hello { node_name: "a".into(), ..Default::default() };
+        let hello = AgentMessage { message: Some(FromAgent::Hello(hello)) };
+        let outbound = futures::StreamExt::chain(tokio_stream::once(hello), tokio_stream::pending());
+        let mut inbound = FleetClient::new(channel).session(outbound).await.unwrap().into_inner();
+        let first = inbound.message().await.unwrap().unwrap().message;
+        assert!(matches!(first, Some(ToAgent::Welcome(_))));
+        let mut services = 0;
+        loop {
+            let message = inbound.message().await.expect("no message exceeds the limit").unwrap().message;
+            let Some(ToAgent::Routes(routes)) = message else { panic!("{message:?}") };
+            services += routes.services.len();
+            if !routes.more {
+                return services;
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn an_agent_whose_routes_exceed_the_limit_of_grpc_connects_and_reconnects() {
+        let channel = serve(feed()).await;
+        assert_eq!(connect(channel.clone()).await, SERVICES);
+        assert_eq!(connect(channel).await, SERVICES);
+    }
+}
