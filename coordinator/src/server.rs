@@ -34,7 +34,7 @@ use crate::{
     },
     authority,
     config::{Config, Security, StoreConfig},
-    fleet::{EvictHub, FleetService, LiveSessions, LogHub, enrollment::EnrollmentService},
+    fleet::{EvictHub, FleetService, LiveSessions, LogHub, SessionServer, enrollment::EnrollmentService},
     leader::{self, CampaignEvent, LeaderRecord},
     members,
     metrics::{CoordinatorMetrics, GrpcMetricsLayer},
@@ -464,7 +464,7 @@ async fn services(
         Arc::clone(revocations),
         ending.clone(),
     );
-    let mut routes = Routes::new(ControlServer::new(control)).add_service(FleetServer::new(fleet));
+    let mut routes = Routes::new(ControlServer::new(control)).add_service(SessionServer::new(fleet));
     if let Some(authority) = authority {
         let enrollment = EnrollmentService::new(authority, Arc::clone(store), access.clone(), sessions);
         routes = routes.add_service(EnrollmentServer::new(enrollment));

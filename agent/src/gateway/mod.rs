@@ -24,7 +24,8 @@ pub mod metrics;
 pub mod peer;
 mod peer_connections;
 pub mod progress;
-pub mod routes;
+pub mod route_updates;
+mod routes;
 mod slot_stream;
 pub mod split;
 #[cfg(test)]
@@ -43,6 +44,7 @@ pub use clients::{ClientSettings, max_connections};
 pub use egress::Gateway;
 pub use forward::{Connect, PeerStream};
 pub use metrics::GatewayMetrics;
+use route_updates::RouteUpdates;
 pub use routes::RouteTable;
 
 use crate::sidecar::{Demands, Sidecar};
@@ -74,6 +76,7 @@ pub struct DataPath {
     pub(crate) demands: Demands,
     pub(crate) sidecar: Arc<Sidecar>,
     pub(crate) routes: RouteTable,
+    updates: Mutex<RouteUpdates>,
     /// Places for requests that come before all routes have.
     early: Semaphore,
     pub(crate) forwarder: Forwarder,
@@ -94,6 +97,7 @@ impl DataPath {
         SlotStreams::attach(&sidecar, Arc::clone(&peers));
         Arc::new(Self {
             routes: RouteTable::new(Arc::clone(&sidecar)),
+            updates: Mutex::default(),
             early: Semaphore::new(ingress::EARLY),
             forwarder: Forwarder::new(Arc::clone(&peers)),
             peers,
@@ -114,14 +118,20 @@ impl DataPath {
         &self.sidecar
     }
 
-    /// Takes in routes. Connections to nodes are opened when requests need them.
-    pub fn apply_routes(&self, routes: pilotlight_proto::fleet::v1::Routes) {
-        let nodes = routes.nodes.iter().map(|node| (node.name.clone(), node.peer_address.clone())).collect();
-        // First, because requests that wait may need these nodes at once.
-        self.peers.set_addresses(&nodes);
-        self.weights.set_addresses(&nodes);
-        self.routes.apply(&self.node, routes);
-        self.sidecar.links().retain(|node| nodes.contains_key(node));
+    /// Takes in routes, or a part of them. Connections to nodes are opened when requests need them.
+    pub fn apply_routes(&self, part: pilotlight_proto::fleet::v1::Routes) {
+        let mut updates = self.updates.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(update) = updates.add(part) else { return };
+        let nodes_moved = updates.move_nodes(&update);
+        if nodes_moved {
+            // First, because requests that wait may need these nodes at once.
+            self.peers.set_addresses(updates.addresses());
+            self.weights.set_addresses(updates.addresses());
+        }
+        self.routes.apply(&self.node, update);
+        if nodes_moved {
+            self.sidecar.links().retain(|node| updates.addresses().contains_key(node));
+        }
     }
 
     /// Notes whether there is a session with the coordinator.
@@ -131,6 +141,7 @@ impl DataPath {
 
     /// A new session has begun: routes of any version are taken next.
     pub fn session_opened(&self) {
+        self.updates.lock().unwrap_or_else(PoisonError::into_inner).session_opened();
         self.routes.session_opened();
     }
 

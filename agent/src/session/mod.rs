@@ -112,7 +112,7 @@ impl Session {
                     let Some(message) = message? else { return Ok(()) };
                     let Some(message) = message.message else { continue };
                     if let ToAgent::Welcome(welcome) = &message {
-                        backoff.reset();
+                        backoff.session_opened();
                         self.connected.send_replace(true);
                         info!(cell = %welcome.cell, "connected to the coordinator");
                         if let Some(interval) = report_interval(welcome) {
@@ -120,7 +120,10 @@ impl Session {
                             reports.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
                         }
                     }
-                    let routes = if let ToAgent::Routes(routes) = &message { Some(routes.version) } else { None };
+                    let routes = match &message {
+                        ToAgent::Routes(routes) if !routes.more => Some(routes.version),
+                        _ => None,
+                    };
                     self.told.take(message, &say);
                     if let Some(version) = routes {
                         say.if_room(FromAgent::RoutesApplied(fleet::RoutesApplied { version }));

@@ -1,7 +1,6 @@
 //! One gRPC stream per agent: authenticates it, reads what it says, writes what the loop tells it.
 
 use std::{
-    pin::Pin,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -9,30 +8,22 @@ use std::{
     time::Duration,
 };
 
-use futures::Stream;
+use futures::StreamExt as _;
 use pilotlight_identity::{Member, MemberCertificate, RevocationList, Revocations};
 use pilotlight_proto::fleet::v1::{
-    self as fleet, AgentMessage, CoordinatorMessage, agent_message::Message as FromAgent,
-    coordinator_message::Message as ToAgent,
+    self as fleet, AgentMessage, agent_message::Message as FromAgent, coordinator_message::Message as ToAgent,
 };
-use tokio::{
-    sync::{mpsc, watch},
-    time::Instant,
-};
-use tokio_stream::wrappers::ReceiverStream;
+use tokio::{sync::watch, time::Instant};
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 use tracing::{info, warn};
 
-use super::{EvictHub, LiveSessions, LogHub};
+use super::{EvictHub, LiveSessions, LogHub, RouteFeed, outbox::Outbox, wire::ToAgentStream};
 use crate::{
     api::access::Access,
     reconcile::{Handle, commands::Input},
 };
 
-/// Messages an agent may fall behind before its session is ended; it then reconnects and gets
-/// everything anew, which is cheaper than a queue that grows.
-const MESSAGES_WAITING: usize = 256;
 /// An agent that opens a stream and says nothing is let go after this time.
 const HELLO_WITHIN: Duration = Duration::from_secs(10);
 
@@ -43,7 +34,7 @@ pub struct SessionHandle {
     pub node: String,
     /// Tells sessions of one node apart; grows.
     pub id: u64,
-    outbound: mpsc::Sender<Result<CoordinatorMessage, Status>>,
+    outbox: Outbox,
     closed: CancellationToken,
     /// When the last message came; known even while the loop is busy.
     heard: Heard,
@@ -93,29 +84,45 @@ impl SessionHandle {
         self.heard.silence()
     }
 
-    /// Tells the agent something. False where the agent is too far behind or gone: the session ends.
+    /// Sends a message; an assignment replaces one that has not been sent yet. Returns `false` if the session has ended,
+    /// or ends because too many requests wait.
     #[must_use]
     pub fn tell(&self, message: ToAgent) -> bool {
-        let sent = self.outbound.try_send(Ok(CoordinatorMessage { message: Some(message) })).is_ok();
+        let sent = !self.closed.is_cancelled() && self.outbox.push(message);
         if !sent {
             self.close();
         }
         sent
     }
 
-    /// A session that nobody listens to, for virtual nodes.
-    pub fn to_nobody(node: &str) -> Self {
-        let (outbound, _) = mpsc::channel(1);
-        Self { node: node.to_owned(), id: 0, outbound, closed: CancellationToken::new(), heard: Heard::always() }
+    /// Sends all routes, and their changes from now on.
+    pub fn follow_routes(&self, feed: RouteFeed) {
+        self.outbox.follow(feed);
     }
 
-    /// A session, and what its agent receives.
+    /// There are newer routes in the feed.
+    pub fn notify_routes(&self) {
+        self.outbox.notify_routes();
+    }
+
+    /// A session that nobody listens to, for virtual nodes.
+    pub fn to_nobody(node: &str) -> Self {
+        let (outbox, closed) = (Outbox::new(), CancellationToken::new());
+        Self { node: node.to_owned(), id: 0, outbox, closed, heard: Heard::always() }
+    }
+
+    /// A session whose messages are taken with [`SessionHandle::received`].
     #[cfg(test)]
-    pub(crate) fn for_tests(node: &str) -> (Self, mpsc::Receiver<Result<CoordinatorMessage, Status>>) {
-        let (outbound, receiver) = mpsc::channel(100);
-        let session =
-            Self { node: node.to_owned(), id: 0, outbound, closed: CancellationToken::new(), heard: Heard::now() };
-        (session, receiver)
+    pub(crate) fn for_tests(node: &str) -> Self {
+        Self { heard: Heard::now(), ..Self::to_nobody(node) }
+    }
+
+    /// The next message that the agent receives, if there is one.
+    #[cfg(test)]
+    pub(crate) fn received(&self) -> Option<ToAgent> {
+        use prost::Message as _;
+        let bytes = self.outbox.take()?;
+        pilotlight_proto::fleet::v1::CoordinatorMessage::decode(bytes).unwrap().message
     }
 
     /// Ends the session.
@@ -157,14 +164,12 @@ impl FleetService {
     }
 }
 
-#[tonic::async_trait]
-impl fleet::fleet_server::Fleet for FleetService {
-    type SessionStream = Pin<Box<dyn Stream<Item = Result<CoordinatorMessage, Status>> + Send>>;
-
-    async fn session(
+impl FleetService {
+    /// Opens the session of one agent: the messages to it.
+    pub(super) async fn session(
         &self,
         request: Request<Streaming<AgentMessage>>,
-    ) -> Result<Response<Self::SessionStream>, Status> {
+    ) -> Result<Response<ToAgentStream>, Status> {
         let caller = self.access.caller(&request)?;
         let mut inbound = request.into_inner();
         let first = tokio::time::timeout(HELLO_WITHIN, inbound.message())
@@ -175,11 +180,10 @@ impl fleet::fleet_server::Fleet for FleetService {
         };
         check_node(caller.as_ref(), &hello.node_name)?;
 
-        let (outbound, receiver) = mpsc::channel(MESSAGES_WAITING);
         let session = SessionHandle {
             node: hello.node_name.clone(),
             id: self.next_session.fetch_add(1, Ordering::Relaxed),
-            outbound,
+            outbox: Outbox::new(),
             closed: self.stopping.child_token(),
             heard: Heard::now(),
         };
@@ -196,8 +200,9 @@ impl fleet::fleet_server::Fleet for FleetService {
             .map_err(stopped)?;
         let (logs, evictions) = (Arc::clone(&self.logs), Arc::clone(&self.evictions));
         let revocations = self.revocations.subscribe();
+        let messages = session.outbox.clone().stream(session.closed.clone()).map(Ok);
         tokio::spawn(listen(inbound, session, self.handle.clone(), logs, evictions, revocations));
-        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+        Ok(Response::new(Box::pin(messages)))
     }
 }
 

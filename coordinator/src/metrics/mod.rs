@@ -5,7 +5,6 @@ mod state;
 
 use std::time::Duration;
 
-use pilotlight_proto::fleet::v1::Routes;
 use prometheus_client::{
     encoding::EncodeLabelSet,
     metrics::{
@@ -16,7 +15,6 @@ use prometheus_client::{
     },
     registry::{Registry, Unit},
 };
-use prost::Message as _;
 
 use crate::{reconcile::scale::DecisionCounts, store::StoreError};
 pub use grpc::GrpcMetricsLayer;
@@ -172,10 +170,10 @@ impl CoordinatorMetrics {
         }
     }
 
-    /// Records one route update that was sent to this many agents.
-    pub fn record_route_push(&self, update: &Routes, agents: u64) {
+    /// Records one route update of this many bytes that is sent to this many agents.
+    pub fn record_route_push(&self, bytes: u64, agents: u64) {
         self.route_pushes.inc_by(agents);
-        self.route_push_bytes.inc_by(update.encoded_len() as u64 * agents);
+        self.route_push_bytes.inc_by(bytes * agents);
     }
 
     /// Records a gRPC call that has ended.

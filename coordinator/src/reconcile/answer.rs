@@ -41,13 +41,14 @@ impl Reconciler {
 
     /// Answers what all connected agents route by, or have had their time for.
     pub(super) fn answer(&mut self, now: Timestamp) {
-        let pushed = self.routes_version;
+        let pushed = self.routes.pushed();
         for unanswered in std::mem::take(&mut self.unanswered) {
-            let version = unanswered.routes.unwrap_or(pushed);
-            if arrived(&self.world, version) || since(unanswered.at, now) >= PATIENCE {
+            let version = unanswered.routes.or(pushed);
+            let has_arrived = version.is_some_and(|version| arrived(&self.world, version));
+            if has_arrived || since(unanswered.at, now) >= PATIENCE {
                 let _ = unanswered.reply.send(Ok(unanswered.outcome));
             } else {
-                self.unanswered.push(Unanswered { routes: Some(version), ..unanswered });
+                self.unanswered.push(Unanswered { routes: version, ..unanswered });
             }
         }
     }

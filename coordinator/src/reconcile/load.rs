@@ -11,6 +11,7 @@ use super::{
     failures::Failures,
     meter::{Meter, UsageRecord},
     observe::Dirty,
+    push::RoutePush,
     run::{Reconciler, Setup},
     world::{NodeState, RevisionState, ServiceState, World},
 };
@@ -65,6 +66,8 @@ impl Reconciler {
             nodes = world.nodes.len(),
             "desired state loaded"
         );
+        let mut routes = RoutePush::default();
+        routes.publish_all(&world);
         Ok(Self {
             world,
             store,
@@ -77,7 +80,7 @@ impl Reconciler {
             metered_at: now,
             warmed_at: now,
             looked_at: now,
-            routes_version: 0,
+            routes,
             tick: setup.tick,
             report_interval: setup.report_interval,
             inputs: setup.inputs,

@@ -22,6 +22,7 @@ mod mounted;
 mod nodes;
 pub mod observe;
 pub mod plan;
+mod push;
 pub mod record;
 mod returned;
 mod rolling;

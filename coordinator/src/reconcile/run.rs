@@ -26,6 +26,7 @@ use super::{
     meter::Meter,
     observe::{self, Dirty},
     plan,
+    push::RoutePush,
     record::Recorder,
     routes, scale, warmth,
     world::{Event, NodeState, Settings, World, since},
@@ -59,7 +60,7 @@ pub struct Reconciler {
     pub(super) metered_at: Timestamp,
     /// When it was last looked at what idle models hold.
     pub(super) warmed_at: Timestamp,
-    pub(super) routes_version: u64,
+    pub(super) routes: RoutePush,
     /// When it was last looked at how long sessions have been silent.
     pub(super) looked_at: Timestamp,
     pub(super) tick: Duration,
@@ -107,6 +108,7 @@ impl Reconciler {
                     self.observe_silence(self.clock.now());
                     self.on_tick().await;
                 }
+                () = self.routes.due() => began = Instant::now(),
                 input = self.inputs.recv() => {
                     let Some(input) = input else { break };
                     began = Instant::now();
@@ -182,7 +184,8 @@ impl Reconciler {
             report_interval: Some(routes::duration(self.report_interval)),
             node_lease: Some(routes::duration(self.world.settings.node_lease)),
         };
-        let told = session.tell(ToAgent::Welcome(welcome)) && session.tell(ToAgent::Routes(self.all_routes()));
+        let told = session.tell(ToAgent::Welcome(welcome));
+        session.follow_routes(self.routes.feed());
         let Some(node) = self.world.nodes.get_mut(&name) else { return };
         if let Some(former) = node.session.take() {
             former.close();
@@ -365,73 +368,6 @@ impl Reconciler {
             return Ok(());
         }
         self.store.commit(write).await.map(drop)
-    }
-
-    fn all_routes(&self) -> fleet::Routes {
-        fleet::Routes {
-            version: self.routes_version,
-            full: true,
-            services: self.world.services.values().map(|s| routes::service_route(&self.world, s)).collect(),
-            removed: Vec::new(),
-            nodes: routes::peer_nodes(&self.world),
-        }
-    }
-
-    /// Tells agents what has changed: assignments to the nodes concerned, routes to all.
-    pub(super) fn push(&mut self) {
-        // What changes a component changes what is shown of its service.
-        let owners: Vec<_> = self.dirty.services.iter().map(|key| owner(key).to_owned()).collect();
-        self.dirty.services.extend(owners);
-        let mut fallen_behind = Vec::new();
-        for name in std::mem::take(&mut self.dirty.nodes) {
-            let Some(node) = self.world.nodes.get_mut(&name) else { continue };
-            node.assignment_version += 1;
-            let node = &self.world.nodes[&name];
-            // An agent that has not told what it runs is not yet told what to run: its replicas may
-            // be from before, and the store may know better only after the next message.
-            if let (Some(session), true) = (&node.session, node.heard) {
-                let assignment = routes::assignment(&self.world, node);
-                if !session.tell(ToAgent::Assignment(assignment)) {
-                    fallen_behind.push(name);
-                }
-            }
-        }
-        if self.dirty.services.is_empty() && !self.dirty.peers {
-            return self.end_sessions(fallen_behind);
-        }
-        self.dirty.peers = false;
-        self.routes_version += 1;
-        let mut update = fleet::Routes {
-            version: self.routes_version,
-            full: false,
-            services: Vec::new(),
-            removed: Vec::new(),
-            nodes: routes::peer_nodes(&self.world),
-        };
-        for key in &self.dirty.services {
-            match self.world.services.get(key) {
-                Some(service) => update.services.push(routes::service_route(&self.world, service)),
-                None => update.removed.push(key.clone()),
-            }
-        }
-        let agents = self.world.nodes.values().filter(|node| node.session.is_some()).count();
-        self.metrics.record_route_push(&update, agents as u64);
-        for (name, node) in &self.world.nodes {
-            let Some(session) = &node.session else { continue };
-            if !session.tell(ToAgent::Routes(update.clone())) {
-                fallen_behind.push(name.clone());
-            }
-        }
-        self.end_sessions(fallen_behind);
-    }
-
-    fn end_sessions(&mut self, nodes: Vec<String>) {
-        for name in nodes {
-            warn!(node = %name, "agent is too far behind; it has to connect again");
-            if let Some(node) = self.world.nodes.get_mut(&name) {
-                node.session = None;
-            }
-        }
     }
 
     /// Tells watchers.

@@ -59,6 +59,18 @@ pub struct Users<'a> {
     models: BTreeMap<String, Vec<&'a RevisionState>>,
     /// By the name of their image.
     images: BTreeMap<&'a str, Vec<&'a RevisionState>>,
+    /// Models that were looked up.
+    #[cfg(test)]
+    looked_up: std::cell::Cell<usize>,
+}
+
+impl<'a> Users<'a> {
+    /// Those of one model, if there are any.
+    fn of_model(&self, uri: &str) -> Option<(&str, &[&'a RevisionState])> {
+        #[cfg(test)]
+        self.looked_up.set(self.looked_up.get() + 1);
+        self.models.get_key_value(uri).map(|(uri, users)| (uri.as_str(), users.as_slice()))
+    }
 }
 
 /// See [`Users`].
@@ -97,8 +109,9 @@ pub fn look(world: &World, node: &NodeState, users: &Users<'_>, now: Timestamp) 
     let sleepers = here.iter().filter(|replica| sleeps(replica));
     let mut entries: Vec<Entry> = sleepers.filter_map(|replica| sleeper(world, replica, &models, now)).collect();
     let by_revision: BTreeSet<&str> = here.iter().map(|replica| replica.record.revision.as_str()).collect();
-    let idle =
-        users.models.iter().filter(|(_, users)| !users.iter().any(|user| by_revision.contains(&*user.record.key())));
+    // Only what is on this node: the fleet has many times as many models.
+    let on_disk = || models.by_uri.keys().filter_map(|uri| users.of_model(uri));
+    let idle = on_disk().filter(|(_, users)| !users.iter().any(|user| by_revision.contains(&*user.record.key())));
     let staged: Vec<Entry> = idle.filter_map(|(uri, users)| stageable(uri, users, &models, now)).collect();
     let mut shelf = Shelf { staged: staged.iter().map(|entry| entry.name.clone()).collect(), ..Shelf::default() };
     entries.extend(staged);
@@ -113,7 +126,7 @@ pub fn look(world: &World, node: &NodeState, users: &Users<'_>, now: Timestamp) 
     if let Some(name) = makes_room_on_disk(world, node, &here, &entries, &leave) {
         leave.push(name);
     }
-    let keep = users.models.iter().filter_map(|(uri, users)| Some((uri.clone(), keep(users, models.bytes(uri)?, now))));
+    let keep = on_disk().filter_map(|(uri, users)| Some((uri.to_owned(), keep(users, models.bytes(uri)?, now))));
     shelf.keep = keep.collect();
     shelf.images = keep_images(node, users, now);
     let worth = here.iter().filter_map(|replica| worth(world, replica, &models, now)).collect();

@@ -60,8 +60,8 @@ const KEY: &str = "default/m-predictor-00001";
 struct Case {
     reconciler: Reconciler,
     store: Arc<Failing>,
-    /// What the agent of node "a" receives.
-    agent: mpsc::Receiver<Result<fleet::CoordinatorMessage, tonic::Status>>,
+    /// The session of node "a".
+    agent: SessionHandle,
     _directory: tempfile::TempDir,
 }
 
@@ -79,10 +79,11 @@ impl Case {
         let setup = Setup { store: store_of_loop, settings, tick, report_interval, recorder, inputs, changes };
         let mut reconciler = Reconciler::load(setup).await.unwrap();
         reconciler.world = cell.world;
-        let (session, agent) = SessionHandle::for_tests("a");
+        let agent = SessionHandle::for_tests("a");
+        agent.follow_routes(reconciler.routes.feed());
         let now = reconciler.clock.now();
         let node = reconciler.world.nodes.get_mut("a").unwrap();
-        (node.session, node.heard, node.last_seen) = (Some(session), true, now);
+        (node.session, node.heard, node.last_seen) = (Some(agent.clone()), true, now);
         Self { reconciler, store, agent, _directory: directory }
     }
 
@@ -114,8 +115,8 @@ impl Case {
     /// The failure in the routes that the agent received last.
     fn failure(&mut self) -> Option<RevisionFailure> {
         let mut last = None;
-        while let Ok(message) = self.agent.try_recv() {
-            if let Some(ToAgent::Routes(routes)) = message.unwrap().message {
+        while let Some(message) = self.agent.received() {
+            if let ToAgent::Routes(routes) = message {
                 let revisions = routes.services.into_iter().flat_map(|service| service.revisions);
                 last = revisions.into_iter().find(|revision| revision.revision == KEY);
             }
@@ -285,4 +286,77 @@ async fn a_replica_of_a_lost_node_is_not_adopted_where_another_one_is_ready() {
     case.reconciler.take(ready(&["m-2", "m-1"])).await;
     case.reconciler.act().await;
     assert!(!case.reconciler.world.replicas.contains_key("m-1"));
+}
+
+impl Case {
+    /// A node connects, and is sent what is due.
+    async fn connect(&mut self, name: &str, peer_address: &str) -> SessionHandle {
+        let session = SessionHandle::for_tests(name);
+        let hello = fleet::Hello { peer_address: peer_address.into(), ..Default::default() };
+        self.reconciler.take(Input::Connected { session: session.clone(), hello: Box::new(hello) }).await;
+        self.reconciler.act().await;
+        session
+    }
+
+    /// Routes that the agent of node "a" has received since the last time.
+    fn routes(&mut self) -> Vec<fleet::Routes> {
+        let received = std::iter::from_fn(|| self.agent.received());
+        let routes = received.filter_map(|message| match message {
+            ToAgent::Routes(routes) => Some(routes),
+            _ => None,
+        });
+        routes.collect()
+    }
+
+    async fn pass_time_of_a_push(&mut self) {
+        tokio::time::advance(Duration::from_millis(100)).await;
+        self.reconciler.act().await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_connect_with_an_unchanged_address_pushes_to_nobody_else() {
+    let mut case = Case::start(Case::world(true)).await;
+    case.connect("b", "10.0.0.2:7446").await;
+    case.pass_time_of_a_push().await;
+    assert_eq!(case.routes().pop().unwrap().nodes.len(), 1);
+    let again = case.connect("b", "10.0.0.2:7446").await;
+    case.pass_time_of_a_push().await;
+    assert_eq!(case.routes(), []);
+    let received: Vec<_> = std::iter::from_fn(|| again.received()).collect();
+    assert!(matches!(received[0], ToAgent::Welcome(_)));
+    assert!(matches!(&received[1], ToAgent::Routes(routes) if routes.full && routes.nodes.len() == 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn nodes_that_connect_together_are_one_push_of_their_addresses() {
+    let mut case = Case::start(Case::world(true)).await;
+    assert!(case.routes()[0].full);
+    for number in 0..50 {
+        case.connect(&format!("n-{number}"), &format!("10.0.0.{number}:7446")).await;
+        tokio::time::advance(Duration::from_millis(1)).await;
+    }
+    assert_eq!(case.routes(), []);
+    case.pass_time_of_a_push().await;
+    let routes = case.routes();
+    assert_eq!(routes.len(), 1);
+    assert_eq!((routes[0].nodes.len(), routes[0].full), (50, false));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_large_fleet_receives_changes_that_follow_each_other_together() {
+    let mut case = Case::serving().await;
+    for number in 0..300 {
+        case.connect(&format!("n-{number}"), "10.0.0.9:7446").await;
+    }
+    case.pass_time_of_a_push().await;
+    case.routes();
+    case.pass_time_of_a_push().await;
+    for turn in 0..11 {
+        case.reconciler.take(if turn % 2 == 0 { ready(&[]) } else { ready(&["m-1"]) }).await;
+        case.reconciler.act().await;
+    }
+    assert_eq!(case.routes().len(), 1, "the first change is sent at once");
+    case.pass_time_of_a_push().await;
+    assert!(case.routes().len() <= 1);
 }

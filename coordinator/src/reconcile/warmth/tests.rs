@@ -189,3 +189,16 @@ fn no_sleeper_leaves_the_disk_in_vain() {
     image(&mut cell, "often");
     assert!(look_at(&cell).leave.is_empty());
 }
+
+#[test]
+fn a_node_costs_what_is_on_its_disk_however_many_models_the_fleet_has() {
+    let mut cell = cached(cell(), "here", 6, false);
+    for number in 0..100 {
+        cell = cached(cell, &format!("elsewhere-{number}"), 6, false);
+    }
+    node(&mut cell).cached.models.truncate(1);
+    let users = users(&cell.world);
+    assert_eq!(users.models.len(), 101);
+    look(&cell.world, &cell.world.nodes["a"], &users, Timestamp::from_second(NOW).unwrap());
+    assert_eq!(users.looked_up.get(), 2, "once for the page cache, once for the disk");
+}
