@@ -421,7 +421,11 @@ fn watch(
                         if !asked(&namespace, of) || !asked(&name, called) {
                             continue;
                         }
-                        for service in services(&handle, of.to_owned(), called.to_owned()).await? {
+                        let look = move |world: &World, _| {
+                            world.services.get(&key).map(|state| view::service(world, state))
+                        };
+                        // It may have been deleted since; that is a change of its own.
+                        if let Some(service) = handle.read(look).await.map_err(status)? {
                             yield control::WatchResponse { deleted: false, service: Some(service) };
                         }
                     }
