@@ -10,7 +10,7 @@ use pilotlight_proto::control::v1::{self as control, control_server::Control};
 use tokio::sync::broadcast::error::RecvError;
 use tonic::{Request, Response, Status};
 
-use super::{access::Access, cache, logs, objects::Objects};
+use super::{access::Access, cache, logs, objects::Objects, snapshot};
 use crate::{
     autoscaler::Defaults,
     finding::Finding,
@@ -384,6 +384,13 @@ impl Control for ControlService {
             cell: self.cell.clone(),
             store: self.store.kind().to_owned(),
         }))
+    }
+
+    type SaveSnapshotStream = Streamed<control::SaveSnapshotResponse>;
+
+    async fn save_snapshot(&self, request: Request<control::SaveSnapshotRequest>) -> Answer<Self::SaveSnapshotStream> {
+        self.access.operator(&request, Role::Admin)?;
+        snapshot::save(&self.store, &self.cell).await.map(Response::new)
     }
 }
 

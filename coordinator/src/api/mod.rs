@@ -5,6 +5,7 @@ mod cache;
 pub mod control;
 mod logs;
 pub mod objects;
+mod snapshot;
 
 pub use control::ControlService;
 pub use objects::Objects;
