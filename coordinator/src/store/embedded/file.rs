@@ -247,6 +247,19 @@ mod tests {
         assert!(error.contains("is empty") && error.contains("restore"), "{error}");
     }
 
+    #[test]
+    fn a_missing_file_where_a_coordinator_ran_is_refused_with_advice() {
+        let directory = tempfile::tempdir().unwrap();
+        let open = || EmbeddedStore::open_in(directory.path(), "operator");
+        drop(open().unwrap());
+        fs::create_dir(directory.path().join("operator")).unwrap();
+        drop(open().unwrap());
+        fs::remove_file(directory.path().join("state.redb")).unwrap();
+        let error = open().unwrap_err().to_string();
+        assert!(error.contains("is missing") && error.contains("restore"), "{error}");
+        assert!(!directory.path().join("state.redb").exists(), "no file is made");
+    }
+
     #[tokio::test]
     async fn a_file_with_a_zeroed_page_is_refused_with_advice() {
         let directory = tempfile::tempdir().unwrap();
