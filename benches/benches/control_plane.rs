@@ -7,7 +7,7 @@
 //!
 //! `PILOTLIGHT_BENCH_AGENTS` gives the sizes of the fleet. The coordinator is this program, started again;
 //! `PILOTLIGHT_TEST_BINARY` names another one, such as an earlier version.
-#![allow(clippy::print_stdout, missing_docs, reason = "a benchmark prints its result")]
+#![allow(clippy::print_stdout, clippy::print_stderr, missing_docs, reason = "a benchmark prints its result")]
 
 use std::{
     io,

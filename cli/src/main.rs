@@ -160,7 +160,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
         Command::Node(command) => process::ask(node::run(connection, command)),
         Command::Cache(command) => process::ask(cache::run(connection, command)),
         Command::Token(command) => process::ask(token::run(connection, command)),
-        Command::Snapshot(command) => process::ask(snapshot::run(*command)),
+        Command::Snapshot(command) => process::ask(snapshot::run(connection, *command)),
         Command::User(command) => process::ask(user::run(connection, command)),
         Command::Version(args) => process::ask(version::run(connection, args)),
         Command::Completions { shell } => {

@@ -8,24 +8,26 @@ use std::{
 
 use anyhow::{Context as _, anyhow};
 use pilotlight_coordinator::{
-    config::StoreConfig,
+    config::{EtcdConfig, StoreConfig},
     store::{Store, embedded::EmbeddedStore, etcd::EtcdStore, snapshot::Snapshot},
 };
+use pilotlight_proto::control::v1::SaveSnapshotRequest;
 
-use crate::{coordinator::EtcdArgs, failure::Failure, output};
+use crate::{connect::ConnectionArgs, coordinator::EtcdArgs, failure::Failure, output};
 
 /// What to do with snapshots.
 #[derive(Debug, clap::Subcommand)]
 pub enum Command {
     /// Write everything that is stored for a cell to a file.
     ///
-    /// Reads etcd, or the store in the data directory of a coordinator that does not run. The file holds secrets as
-    /// they are stored: sealed with the secrets key, which is not in the file. Keep a copy of that key, too.
+    /// Asks the coordinator, which needs the role admin; or reads etcd, or the data directory of a coordinator that does
+    /// not run. The file holds secrets as they are stored: sealed with the secrets key, which is not in the file. Keep a
+    /// copy of that key, too.
     Save {
         /// File to write; it must not exist.
         file: PathBuf,
         #[command(flatten)]
-        place: Place,
+        source: Source,
     },
     /// Put a snapshot into a store. No coordinator of the cell may run.
     Restore {
@@ -42,6 +44,19 @@ pub enum Command {
         /// File that `save` has written.
         file: PathBuf,
     },
+}
+
+/// Where to read the store, if not through the coordinator.
+#[derive(Debug, clap::Args)]
+pub struct Source {
+    /// Name of the cell in etcd, and of the one in the data directory.
+    #[arg(long, env = "PILOTLIGHT_CELL", default_value = "main")]
+    cell: String,
+    /// Data directory of a coordinator with the embedded store, which must not run.
+    #[arg(long, value_name = "DIR")]
+    data_dir: Option<PathBuf>,
+    #[command(flatten)]
+    etcd: EtcdArgs,
 }
 
 /// Where the store is.
@@ -61,31 +76,64 @@ impl Place {
     fn etcd_or_file(self) -> anyhow::Result<Result<Arc<dyn Store>, PathBuf>> {
         Ok(match self.etcd.store() {
             StoreConfig::Embedded => Err(self.data_dir.join("state.redb")),
-            StoreConfig::Etcd(etcd) => Ok(Arc::new(EtcdStore::new(&etcd, &format!("/pilotlight/{}/", self.cell))?)),
+            StoreConfig::Etcd(etcd) => Ok(Arc::new(etcd_store(&etcd, &self.cell)?)),
         })
     }
 }
 
 /// Carries out a command.
-pub async fn run(command: Command) -> Result<(), Failure> {
+pub async fn run(connection: ConnectionArgs, command: Command) -> Result<(), Failure> {
     match command {
-        Command::Save { file, place } => save(&file, place).await?,
-        Command::Restore { file, force, place } => restore(&file, force, place).await?,
-        Command::Inspect { file } => print(&file, &read(&file)?, "")?,
+        Command::Save { file, source } => save(connection, &file, source).await,
+        Command::Restore { file, force, place } => Ok(restore(&file, force, place).await?),
+        Command::Inspect { file } => Ok(print(&file, &read(&file)?, "")?),
     }
-    Ok(())
 }
 
-async fn save(file: &Path, place: Place) -> anyhow::Result<()> {
-    let cell = place.cell.clone();
-    let store = match place.etcd_or_file()? {
-        Ok(store) => store,
-        Err(path) if path.exists() => Arc::new(EmbeddedStore::open(&path)?),
-        Err(path) => return Err(anyhow!("data-dir: {}: there is no store", path.display())),
+async fn save(connection: ConnectionArgs, file: &Path, source: Source) -> Result<(), Failure> {
+    if file.exists() {
+        return Err(anyhow!("{}: exists already", file.display()).into());
+    }
+    let Source { cell, data_dir, etcd } = source;
+    let snapshot = match (etcd.store(), data_dir) {
+        (StoreConfig::Embedded, None) => from_coordinator(connection).await?,
+        (StoreConfig::Embedded, Some(data_dir)) => from_directory(&cell, &data_dir).await?,
+        (StoreConfig::Etcd(etcd), _) => take(Arc::new(etcd_store(&etcd, &cell)?), &cell).await?,
     };
-    let snapshot = Snapshot::take(&store, &cell, jiff::Timestamp::now()).await?;
-    write_new(file, &snapshot.encode()?).with_context(|| file.display().to_string())?;
-    print(file, &snapshot, " saved")
+    let text = snapshot.encode().map_err(anyhow::Error::from)?;
+    write_new(file, &text).with_context(|| file.display().to_string())?;
+    Ok(print(file, &snapshot, " saved")?)
+}
+
+async fn from_coordinator(connection: ConnectionArgs) -> Result<Snapshot, Failure> {
+    let mut stream = connection.client()?.save_snapshot(SaveSnapshotRequest {}).await?.into_inner();
+    let mut file = Vec::new();
+    while let Some(chunk) = stream.message().await? {
+        file.extend(chunk.data);
+    }
+    let text = String::from_utf8(file).map_err(anyhow::Error::from)?;
+    Ok(Snapshot::parse(&text).map_err(anyhow::Error::from)?)
+}
+
+async fn from_directory(cell: &str, data_dir: &Path) -> anyhow::Result<Snapshot> {
+    let path = data_dir.join("state.redb");
+    if !path.exists() {
+        return Err(anyhow!("data-dir: {}: there is no store", path.display()));
+    }
+    let in_use = "; without --data-dir, the coordinator that uses it is asked";
+    let store = EmbeddedStore::open(&path).map_err(|error| {
+        let advice = if error.to_string().contains("in use") { in_use } else { "" };
+        anyhow!("{error}{advice}")
+    })?;
+    take(Arc::new(store), cell).await
+}
+
+async fn take(store: Arc<dyn Store>, cell: &str) -> anyhow::Result<Snapshot> {
+    Ok(Snapshot::take(&store, cell, jiff::Timestamp::now()).await?)
+}
+
+fn etcd_store(etcd: &EtcdConfig, cell: &str) -> anyhow::Result<EtcdStore> {
+    Ok(EtcdStore::new(etcd, &format!("/pilotlight/{cell}/"))?)
 }
 
 async fn restore(file: &Path, force: bool, place: Place) -> anyhow::Result<()> {
@@ -132,6 +180,10 @@ fn print(file: &Path, snapshot: &Snapshot, done: &str) -> anyhow::Result<()> {
         header.taken_at,
         header.keys
     );
+    match snapshot.format_version() {
+        Ok(version) => text += &format!("  store format version: {}\n", version.unwrap_or(1)),
+        Err(error) => text += &format!("  {error}\n"),
+    }
     for (kind, count) in snapshot.counts() {
         text += &format!("  {kind}: {count}\n");
     }

@@ -16,7 +16,7 @@ use crate::{
 /// Certificates of the coordinator and its first operator; renewed at each start.
 const COORDINATOR_LIFETIME: Duration = Duration::from_secs(365 * 24 * 3600);
 /// Directory below the data directory for the first operator's certificate.
-const OPERATOR_DIR: &str = "operator";
+pub(crate) const OPERATOR_DIR: &str = "operator";
 
 /// The operator's own authority, else the cell's, which the first coordinator makes.
 pub(crate) async fn open(

@@ -166,7 +166,8 @@ async fn wait_for_vacancy(
     }
 }
 
-fn record_of(entry: &Entry) -> LeaderRecord {
+/// The leader that the key names.
+pub(crate) fn record_of(entry: &Entry) -> LeaderRecord {
     serde_json::from_slice(&entry.value).unwrap_or_else(|_| {
         // As coordinators before format version 1 wrote it.
         LeaderRecord { address: String::from_utf8_lossy(&entry.value).into_owned(), process: String::new() }

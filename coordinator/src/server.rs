@@ -347,7 +347,7 @@ impl Coordinator {
     async fn open_store(&self, listener: &TcpListener) -> Result<Arc<dyn Store>, CoordinatorError> {
         let etcd = match &self.config.store {
             StoreConfig::Embedded => {
-                return Ok(Arc::new(EmbeddedStore::open(&self.config.data_dir.join("state.redb"))?));
+                return Ok(Arc::new(EmbeddedStore::open_in(&self.config.data_dir, authority::OPERATOR_DIR)?));
             }
             StoreConfig::Etcd(etcd) => etcd,
         };

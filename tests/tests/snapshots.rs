@@ -26,6 +26,8 @@ async fn a_cell_on_etcd_comes_back_from_a_snapshot_with_the_same_authority() {
     let (again, text) = snapshot(&["save", &file, &etcd]);
     assert!(!again && text.contains("exists"), "a snapshot is not overwritten: {text}");
 
+    let (restored, text) = snapshot(&["restore", &file, &etcd, "--force"]);
+    assert!(!restored && text.contains("a coordinator leads this cell"), "{text}");
     assert!(cluster.coordinators[0].terminate());
     let (restored, text) = snapshot(&["restore", &file, &etcd]);
     assert!(!restored && text.contains("--force"), "{text}");
@@ -34,6 +36,25 @@ async fn a_cell_on_etcd_comes_back_from_a_snapshot_with_the_same_authority() {
     cluster.ready(0).await;
     let after = cluster.operator.replicas_are("iris", 1, "Ready").await;
     assert_eq!((&after[0]["name"], &after[0]["pid"]), (&before[0]["name"], &before[0]["pid"]));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_running_coordinator_saves_a_snapshot_of_its_store() {
+    let mut dev = Dev::start(&[], vec![]).await;
+    assert_eq!(dev.operator.apply(&Iris::default().yaml(), &[]).code, 0);
+    let file = dev.data().join("cell.snapshot").display().to_string();
+    let saved = dev.operator.must(&["snapshot", "save", &file]);
+    assert!(saved.contains("services: 1") && saved.contains("store format version: 1"), "{saved}");
+    let again = dev.operator.run(&["snapshot", "save", &file]);
+    assert!(again.code == 1 && again.err.contains("exists already"), "{again:?}");
+    assert!(snapshot(&["inspect", &file]).1.contains("services: 1"));
+
+    dev.operator.must(&["delete", "isvc", "iris"]);
+    dev.terminate();
+    let place = format!("--data-dir={}", dev.data().join("coordinator").display());
+    assert!(snapshot(&["restore", &file, &place, "--force"]).0);
+    dev.restart().await;
+    assert!(dev.operator.must(&["get", "isvc"]).contains("iris"));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -9,7 +9,7 @@ use pilotlight_proto::control::v1::{self as control, control_server::Control};
 use tokio::sync::broadcast::error::RecvError;
 use tonic::{Request, Response, Status};
 
-use super::{access::Access, audit::audited, cache, logs, objects::Objects};
+use super::{access::Access, audit::audited, cache, logs, objects::Objects, snapshot};
 use crate::{
     autoscaler::Defaults,
     finding::Finding,
@@ -448,6 +448,13 @@ impl Control for ControlService {
             store: self.store.kind().to_owned(),
         }))
     }
+
+    type SaveSnapshotStream = Streamed<control::SaveSnapshotResponse>;
+
+    async fn save_snapshot(&self, request: Request<control::SaveSnapshotRequest>) -> Answer<Self::SaveSnapshotStream> {
+        self.access.operator(&request, Role::Admin)?;
+        snapshot::save(&self.store, &self.cell).await.map(Response::new)
+    }
 }
 
 /// The services of a namespace and name; empty means any.
@@ -484,7 +491,11 @@ fn watch(
                         if !asked(&namespace, of) || !asked(&name, called) {
                             continue;
                         }
-                        for service in services(&handle, of.to_owned(), called.to_owned()).await? {
+                        let look = move |world: &World, _| {
+                            world.services.get(&key).map(|state| view::service(world, state))
+                        };
+                        // It may have been deleted since; that is a change of its own.
+                        if let Some(service) = handle.read(look).await.map_err(status)? {
                             yield control::WatchResponse { deleted: false, service: Some(service) };
                         }
                     }

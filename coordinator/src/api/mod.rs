@@ -7,6 +7,7 @@ pub mod control;
 mod logs;
 mod members;
 pub mod objects;
+mod snapshot;
 
 pub use control::ControlService;
 pub use objects::Objects;

@@ -1,9 +1,9 @@
 //! What operators and agents ask of the loop, as messages; [`Handle`] is how they send them.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, sync::Arc};
 
 use pilotlight_proto::fleet::v1 as fleet;
-use tokio::sync::{broadcast, mpsc, oneshot};
+use tokio::sync::{Semaphore, broadcast, mpsc, oneshot};
 
 use super::{meter::UsageRecord, shelf::ModelChange, world::World};
 use crate::{
@@ -18,6 +18,10 @@ use crate::{
 const INPUTS_WAITING: usize = 4096;
 /// Changes a slow watcher may fall behind; beyond that it starts over with a full list.
 const CHANGES_KEPT: usize = 1024;
+
+/// Reads that may be queued for the loop at the same time; callers of others wait outside its queue. So what agents send
+/// waits for at most this many reads, however many callers list and watch.
+const MAX_CONCURRENT_READS: usize = 8;
 
 /// A look at the world, at a moment.
 pub type Look = Box<dyn FnOnce(&World, jiff::Timestamp) + Send>;
@@ -167,6 +171,7 @@ pub enum Change {
 pub struct Handle {
     inputs: mpsc::Sender<Input>,
     changes: broadcast::Sender<Change>,
+    reads: Arc<Semaphore>,
 }
 
 impl Handle {
@@ -174,7 +179,8 @@ impl Handle {
     pub fn new() -> (Self, mpsc::Receiver<Input>, broadcast::Sender<Change>) {
         let (inputs, receiver) = mpsc::channel(INPUTS_WAITING);
         let (changes, _) = broadcast::channel(CHANGES_KEPT);
-        (Self { inputs, changes: changes.clone() }, receiver, changes)
+        let reads = Arc::new(Semaphore::new(MAX_CONCURRENT_READS));
+        (Self { inputs, changes: changes.clone(), reads }, receiver, changes)
     }
 
     /// Sends an input, waiting while the loop is behind.
@@ -260,8 +266,11 @@ impl Handle {
         &self,
         look: impl FnOnce(&World, jiff::Timestamp) -> T + Send + 'static,
     ) -> Result<T, CommandError> {
+        let permit = Arc::clone(&self.reads).acquire_owned().await.map_err(|_| CommandError::Stopping)?;
         let (reply, answer) = oneshot::channel();
         self.send(Input::Read(Box::new(move |world, now| {
+            // Held until the loop gets here, so that a caller that hangs up and asks again gains nothing.
+            let _permit = permit;
             // The asker may have hung up; then nobody needs the answer.
             let _ = reply.send(look(world, now));
         })))
@@ -282,5 +291,46 @@ impl Handle {
     /// Changes from now on.
     pub fn changes(&self) -> broadcast::Receiver<Change> {
         self.changes.subscribe()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::reconcile::world::Settings;
+
+    #[tokio::test]
+    async fn agents_wait_for_a_few_reads_however_many_are_asked_for() {
+        let (handle, mut inputs, _changes) = Handle::new();
+        let read = |handle: &Handle| {
+            let handle = handle.clone();
+            tokio::spawn(async move { handle.read(|world, _| world.nodes.len()).await })
+        };
+        let mut waiting: Vec<_> = (0..100).map(|_| read(&handle)).collect();
+        // Callers that hang up and ask again do not get more in.
+        for _ in 0..3 {
+            while inputs.len() < MAX_CONCURRENT_READS {
+                tokio::task::yield_now().await;
+            }
+            waiting.drain(..20).for_each(|read| read.abort());
+            waiting.extend((0..20).map(|_| read(&handle)));
+            for _ in 0..1000 {
+                tokio::task::yield_now().await;
+            }
+        }
+        assert_eq!(inputs.len(), MAX_CONCURRENT_READS);
+        handle.send(Input::Disconnected { node: "a".to_owned(), session: 1 }).await.unwrap();
+        assert_eq!(inputs.len(), MAX_CONCURRENT_READS + 1, "an agent's message is queued at once");
+
+        drop(handle);
+        let world = World::new(Settings::for_tests());
+        while let Some(input) = inputs.recv().await {
+            if let Input::Read(look) = input {
+                look(&world, jiff::Timestamp::UNIX_EPOCH);
+            }
+        }
+        for read in waiting {
+            assert_eq!(read.await.unwrap().unwrap(), 0);
+        }
     }
 }

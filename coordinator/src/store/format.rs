@@ -6,7 +6,7 @@ use super::{Store, StoreError, Transaction, snapshot};
 
 /// Version of the records that this coordinator reads and writes.
 pub const FORMAT_VERSION: u32 = 1;
-const KEY: &str = "format-version";
+pub(super) const KEY: &str = "format-version";
 
 /// Checks that this version can read what is stored.
 ///
@@ -30,11 +30,19 @@ pub async fn claim(store: &Arc<dyn Store>) -> Result<(), StoreError> {
 async fn read(store: &Arc<dyn Store>) -> Result<Option<u32>, StoreError> {
     snapshot::check_complete(store).await?;
     let Some(entry) = store.get(KEY).await? else { return Ok(None) };
-    let text = String::from_utf8_lossy(&entry.value);
+    parse(&entry.value).map(Some)
+}
+
+/// The version that a stored value names.
+///
+/// # Errors
+/// It is newer than this program's, or no number.
+pub(super) fn parse(value: &[u8]) -> Result<u32, StoreError> {
+    let text = String::from_utf8_lossy(value);
     match text.trim().parse::<u32>() {
-        Ok(version) if version <= FORMAT_VERSION => Ok(Some(version)),
+        Ok(version) if version <= FORMAT_VERSION => Ok(version),
         _ => Err(StoreError::Open(format!(
-            "the store has format version {text}, and this coordinator ({}) reads up to {FORMAT_VERSION}: run the version \
+            "the store has format version {text}, and this program ({}) reads up to {FORMAT_VERSION}: run the version \
              that wrote it, or a newer one",
             env!("CARGO_PKG_VERSION")
         ))),

@@ -10,7 +10,7 @@ use jiff::Timestamp;
 use ring::digest;
 use serde::{Deserialize, Serialize};
 
-use super::{COMMIT_KEY, OPERATIONS_MOST, Store, StoreError, Transaction, embedded::EmbeddedStore};
+use super::{COMMIT_KEY, OPERATIONS_MOST, Store, StoreError, Transaction, embedded::EmbeddedStore, format};
 use crate::leader;
 
 /// First field of the header.
@@ -29,6 +29,9 @@ pub enum SnapshotError {
     /// There is something in the store already.
     #[error("the store holds {0} keys already; --force replaces them")]
     NotEmpty(usize),
+    /// A coordinator would write meanwhile.
+    #[error("a coordinator leads this cell, {0}: stop all coordinators; one that was killed leads for 5 s more")]
+    Led(String),
     /// A file cannot be read or written.
     #[error("{0}")]
     File(String),
@@ -148,29 +151,40 @@ impl Snapshot {
         counts
     }
 
+    /// Version of the format of what is stored; `None` if it was stored before versions were.
+    ///
+    /// # Errors
+    /// It is newer than this program's.
+    pub fn format_version(&self) -> Result<Option<u32>, SnapshotError> {
+        let Some(line) = self.entries.iter().find(|line| line.key == format::KEY) else { return Ok(None) };
+        Ok(Some(format::parse(&decode(line)?)?))
+    }
+
     /// Puts everything into a store. No coordinator may run meanwhile; one that is started before the end refuses to.
     ///
     /// # Errors
-    /// The store holds something and `force` is not given, or it fails: then it has to be restored again.
+    /// A newer version has stored this, a coordinator leads the cell, the store holds something and `force` is not
+    /// given, or it fails: then it has to be restored again.
     pub async fn restore(&self, store: &Arc<dyn Store>, force: bool) -> Result<(), SnapshotError> {
+        self.format_version()?;
+        let writes = batches(&self.entries)?;
         let present = store.list("").await?.entries;
+        if let Some(leader) = present.iter().find(|entry| entry.key == leader::KEY) {
+            return Err(SnapshotError::Led(leader::record_of(leader).address));
+        }
         if !present.is_empty() && !force {
             return Err(SnapshotError::NotEmpty(present.len()));
         }
-        store.commit(Transaction::new().put(RESTORING_KEY, self.header.taken_at.to_string())).await?;
-        let foreign = present.iter().filter(|entry| entry.key != RESTORING_KEY).collect::<Vec<_>>();
-        for chunk in foreign.chunks(OPERATIONS_MOST) {
-            store.commit(chunk.iter().fold(Transaction::new(), |write, entry| write.delete(&entry.key))).await?;
+        let step = || Transaction::new().expect_absent(leader::KEY);
+        store.commit(step().put(RESTORING_KEY, self.header.taken_at.to_string())).await?;
+        let previous = present.iter().filter(|entry| entry.key != RESTORING_KEY).collect::<Vec<_>>();
+        for chunk in previous.chunks(OPERATIONS_MOST - 1) {
+            store.commit(chunk.iter().fold(step(), |write, entry| write.delete(&entry.key))).await?;
         }
-        for chunk in self.entries.chunks(CHUNK) {
-            let mut write = Transaction::new();
-            for line in chunk {
-                let value = STANDARD.decode(&line.value).map_err(|e| SnapshotError::Unreadable(e.to_string()))?;
-                write = write.put(&line.key, value);
-            }
-            store.commit(write).await?;
+        for batch in writes {
+            store.commit(batch.into_iter().fold(step(), |write, (key, value)| write.put(key, value))).await?;
         }
-        store.commit(Transaction::new().delete(RESTORING_KEY)).await?;
+        store.commit(step().delete(RESTORING_KEY)).await?;
         Ok(())
     }
 
@@ -200,12 +214,46 @@ impl Snapshot {
             let store: Arc<dyn Store> = Arc::new(EmbeddedStore::open(&new)?);
             self.restore(&store, false).await?;
         }
-        std::fs::rename(&new, path).map_err(failed)
+        std::fs::rename(&new, path).map_err(failed)?;
+        // The new name is on disk, too.
+        match path.parent() {
+            Some(directory) => {
+                std::fs::File::open(directory).and_then(|directory| directory.sync_all()).map_err(failed)
+            }
+            None => Ok(()),
+        }
     }
 }
 
-/// Keys in one transaction of a restore: etcd takes 1.5 MiB in one request.
-const CHUNK: usize = 16;
+/// Bytes in one transaction of a restore, unless one key has more: etcd takes 1.5 MiB in one request.
+const MAX_BATCH_BYTES: usize = 1 << 20;
+
+/// What is written in one transaction: keys and their values.
+type Batch<'a> = Vec<(&'a str, Vec<u8>)>;
+
+/// The transactions that write these keys.
+fn batches(entries: &[Line]) -> Result<Vec<Batch<'_>>, SnapshotError> {
+    let (mut batches, mut bytes) = (Vec::<Batch<'_>>::new(), 0);
+    for line in entries {
+        let value = decode(line)?;
+        let size = line.key.len() + value.len();
+        match batches.last_mut() {
+            Some(batch) if batch.len() < OPERATIONS_MOST - 1 && bytes + size <= MAX_BATCH_BYTES => {
+                bytes += size;
+                batch.push((&line.key, value));
+            }
+            _ => {
+                bytes = size;
+                batches.push(vec![(&line.key, value)]);
+            }
+        }
+    }
+    Ok(batches)
+}
+
+fn decode(line: &Line) -> Result<Vec<u8>, SnapshotError> {
+    STANDARD.decode(&line.value).map_err(|error| SnapshotError::Unreadable(format!("{}: {error}", line.key)))
+}
 
 /// Checks that no restore was broken off.
 ///
@@ -265,6 +313,37 @@ mod tests {
         let again = Snapshot::take(&other, "main", Timestamp::UNIX_EPOCH).await.unwrap();
         assert_eq!(again.entries, snapshot.entries, "what was there before is gone");
         check_complete(&other).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_snapshot_is_not_restored_under_a_coordinator_or_from_a_newer_version() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = filled(directory.path()).await;
+        let snapshot = Snapshot::take(&store, "main", Timestamp::UNIX_EPOCH).await.unwrap();
+        let before = store.list("").await.unwrap();
+        let led = snapshot.restore(&store, true).await.unwrap_err().to_string();
+        assert!(led.contains("a coordinator leads this cell"), "{led}");
+        assert_eq!(store.list("").await.unwrap(), before, "nothing was changed");
+
+        store.commit(Transaction::new().put(format::KEY, "2")).await.unwrap();
+        let newer = Snapshot::take(&store, "main", Timestamp::UNIX_EPOCH).await.unwrap();
+        let empty = open(directory.path(), "b.redb");
+        let refused = newer.restore(&empty, false).await.unwrap_err().to_string();
+        assert!(refused.contains("format version 2") && refused.contains("up to 1"), "{refused}");
+        assert!(empty.list("").await.unwrap().entries.is_empty(), "nothing was changed");
+    }
+
+    #[test]
+    fn a_restore_writes_no_more_at_once_than_etcd_takes() {
+        let line = |n: usize, size: usize| Line { key: format!("services/{n}"), value: STANDARD.encode(vec![7; size]) };
+        let sizes = |entries: &[Line]| batches(entries).unwrap().iter().map(Vec::len).collect::<Vec<_>>();
+        let large: Vec<_> = (0..5).map(|n| line(n, 400_000)).collect();
+        assert_eq!(sizes(&large), [2, 2, 1]);
+        let huge = [line(0, 10), line(1, 1_400_000), line(2, 10)];
+        assert_eq!(sizes(&huge), [1, 1, 1]);
+        let small: Vec<_> = (0..300).map(|n| line(n, 10)).collect();
+        assert_eq!(sizes(&small), [127, 127, 46], "and the leader's key is compared");
+        assert!(sizes(&[]).is_empty());
     }
 
     #[tokio::test]

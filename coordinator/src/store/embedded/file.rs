@@ -8,12 +8,12 @@ use std::{
     io::ErrorKind,
     os::unix::fs::PermissionsExt as _,
     panic::{AssertUnwindSafe, catch_unwind},
-    path::Path,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
-use redb::{Database, DatabaseError};
+use redb::{Builder, Database, DatabaseError};
 use tracing::{info, warn};
 
 use super::super::StoreError;
@@ -49,13 +49,15 @@ impl DatabaseFile {
     /// It is empty, damaged, in use, or cannot be read.
     pub(super) fn at(path: &Path) -> Result<Self, StoreError> {
         refuse_empty(path)?;
+        let database = open(path, Builder::create)?;
         let path = path.to_owned();
-        Self::new(Box::new(move || open(&path)))
+        // Never made again: a file that has been removed must not become an empty store under a running coordinator.
+        Ok(Self::new(database, Box::new(move || open(&path, Builder::open))))
     }
 
-    pub(super) fn new(open: Open) -> Result<Self, StoreError> {
-        let database = Some(Arc::new(open()?));
-        Ok(Self { open, state: Mutex::new(State { database, failure: None }) })
+    /// `database` is open already; `open` opens it again.
+    pub(super) fn new(database: Database, open: Open) -> Self {
+        Self { open, state: Mutex::new(State { database: Some(Arc::new(database)), failure: None }) }
     }
 
     /// The open database; opens it again where it was closed.
@@ -116,13 +118,14 @@ fn refuse_empty(path: &Path) -> Result<(), StoreError> {
     }
 }
 
-fn open(path: &Path) -> Result<Database, StoreError> {
+/// Opens the file with `open`: [`Builder::create`] or [`Builder::open`].
+fn open(path: &Path, open: fn(&Builder, PathBuf) -> Result<Database, DatabaseError>) -> Result<Database, StoreError> {
     let shown = path.display();
     // With the check, damage is an error and not a panic later on; the files are small.
     let is_new = !path.exists();
     let private = |error: pilotlight_identity::IdentityError| StoreError::Open(error.to_string());
     pilotlight_identity::private_file(path).map_err(private)?;
-    let opening = || Database::builder().set_check_integrity_on_open(true).create(path);
+    let opening = || open(Database::builder().set_check_integrity_on_open(true), path.to_owned());
     match catch_unwind(AssertUnwindSafe(opening)) {
         Ok(Ok(database)) => {
             if is_new {
@@ -205,7 +208,8 @@ mod tests {
             let backend = SmallDisk { file: FileBackend::new(file).unwrap(), full: Arc::clone(&disk_full) };
             Database::builder().create_with_backend(backend).map_err(|error| StoreError::Open(error.to_string()))
         };
-        let store = EmbeddedStore::with_file(DatabaseFile::new(Box::new(open)).unwrap(), 100).unwrap();
+        let file = DatabaseFile::new(open().unwrap(), Box::new(open));
+        let store = EmbeddedStore::with_file(file, 100).unwrap();
         store.commit(Transaction::new().put("before", "1")).await.unwrap();
 
         full.store(true, Ordering::SeqCst);
@@ -224,12 +228,46 @@ mod tests {
     }
 
     #[test]
+    fn a_file_that_is_removed_or_truncated_while_it_is_closed_does_not_become_an_empty_store() {
+        type Damage = fn(&Path);
+        let damages: [(Damage, &str); 2] = [
+            (|path| fs::remove_file(path).unwrap(), "No such file"),
+            (|path| fs::write(path, "").unwrap(), "is empty"),
+        ];
+        for (damage, reason) in damages {
+            let directory = tempfile::tempdir().unwrap();
+            let path = directory.path().join("state.redb");
+            let file = DatabaseFile::at(&path).unwrap();
+            let database = file.get().unwrap();
+            file.failed(&database, "the disk is full");
+            drop(database);
+            damage(&path);
+            file.lock().failure = None;
+            let error = file.get().unwrap_err();
+            assert!(matches!(&error, StoreError::Unavailable(text) if text.contains(reason)), "{error}");
+        }
+    }
+
+    #[test]
     fn an_empty_file_is_refused_with_advice() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("state.redb");
         fs::write(&path, "").unwrap();
         let error = EmbeddedStore::open(&path).unwrap_err().to_string();
         assert!(error.contains("is empty") && error.contains("restore"), "{error}");
+    }
+
+    #[test]
+    fn a_missing_file_where_a_coordinator_ran_is_refused_with_advice() {
+        let directory = tempfile::tempdir().unwrap();
+        let open = || EmbeddedStore::open_in(directory.path(), "operator");
+        drop(open().unwrap());
+        fs::create_dir(directory.path().join("operator")).unwrap();
+        drop(open().unwrap());
+        fs::remove_file(directory.path().join("state.redb")).unwrap();
+        let error = open().unwrap_err().to_string();
+        assert!(error.contains("is missing") && error.contains("restore"), "{error}");
+        assert!(!directory.path().join("state.redb").exists(), "no file is made");
     }
 
     #[tokio::test]

@@ -62,6 +62,27 @@ impl EmbeddedStore {
         Self::open_with_history(path, HISTORY)
     }
 
+    /// Opens `state.redb` in a coordinator's data directory, or makes it at the first start.
+    ///
+    /// `trace` is a file or directory there that the coordinator makes only after the store: where it exists without the
+    /// store, this is not the first start, and an empty cell with a new certificate authority would lock all agents and
+    /// operators out.
+    ///
+    /// # Errors
+    /// The store is missing although `trace` exists, or as [`EmbeddedStore::open`].
+    pub fn open_in(data_dir: &Path, trace: &str) -> Result<Self, StoreError> {
+        let path = data_dir.join("state.redb");
+        if !path.exists() && data_dir.join(trace).exists() {
+            return Err(StoreError::Open(format!(
+                "{}: is missing, but {trace} shows that a coordinator ran here; restore a snapshot (docs/backup.md), name \
+                 etcd's addresses if the cell is stored there, or remove {trace} to begin with an empty cell and a new \
+                 certificate authority",
+                path.display()
+            )));
+        }
+        Self::open(&path)
+    }
+
     /// As [`EmbeddedStore::open`], with another number of revisions kept for watchers.
     ///
     /// # Errors
