@@ -452,8 +452,8 @@ impl Control for ControlService {
     type SaveSnapshotStream = Streamed<control::SaveSnapshotResponse>;
 
     async fn save_snapshot(&self, request: Request<control::SaveSnapshotRequest>) -> Answer<Self::SaveSnapshotStream> {
-        self.access.operator(&request, Role::Admin)?;
-        snapshot::save(&self.store, &self.cell).await.map(Response::new)
+        let caller = self.access.operator(&request, Role::Admin)?;
+        audited(&caller, "save-snapshot", &self.cell, snapshot::save(&self.store, &self.cell)).await.map(Response::new)
     }
 }
 
