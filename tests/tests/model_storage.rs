@@ -248,7 +248,8 @@ fn cached(cell: &Cell, more: &[&str]) -> Vec<(String, String, u64, bool)> {
     let of = |model: &serde_json::Value| {
         (text(&model["node"]), text(&model["uri"]), model["bytes"].as_u64().unwrap(), model["inUse"] == true)
     };
-    list["items"].as_array().unwrap().iter().map(of).collect()
+    let whole = |model: &&serde_json::Value| !["Pending", "Failed"].contains(&text(&model["rung"]).as_str());
+    list["items"].as_array().unwrap().iter().filter(whole).map(of).collect()
 }
 
 #[tokio::test(flavor = "multi_thread")]
