@@ -374,7 +374,7 @@ impl Coordinator {
         }
     }
 
-    /// The authority of the cell; `None` where access is open.
+    /// The authority of the cell; `None` without TLS.
     async fn authority(&self, store: &Arc<dyn Store>) -> Result<Option<Arc<Authority>>, CoordinatorError> {
         let Security::Mtls { ca, .. } = &self.config.security else { return Ok(None) };
         let ca = ca.as_ref().map(|(certificate, key)| (certificate.as_path(), key.as_path()));

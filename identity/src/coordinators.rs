@@ -64,7 +64,7 @@ impl Coordinators {
     }
 
     /// Takes in that the coordinator at `address` did not serve a call: the leader that it names is asked next, else the
-    /// one after it. True where a leader was named.
+    /// one after it. Returns `true` if a leader was named.
     pub fn failed(&self, address: &str, status: &Status) -> bool {
         let named = status.metadata().get(LEADER_HEADER).and_then(|leader| leader.to_str().ok());
         let mut state = self.lock();

@@ -148,7 +148,7 @@ impl Attempts {
         Self { addresses, addresses_left: addresses.saturating_sub(1), redirects_left: REDIRECTS_MAX }
     }
 
-    /// True where the next attempt needs no pause.
+    /// Returns `true` if the next attempt needs no pause.
     fn goes_on_at_once(&mut self, redirected: bool) -> bool {
         let left = if redirected { &mut self.redirects_left } else { &mut self.addresses_left };
         let more = *left > 0;

@@ -41,7 +41,7 @@ impl Reconciler {
     }
 }
 
-/// True where the replica serves or will, fewer others are ready than are wanted, and nobody else has its GPUs.
+/// Returns `true` if the replica serves or will, fewer others are ready than are wanted, and nobody else has its GPUs.
 fn is_of_use(world: &World, record: &ReplicaRecord, status: &fleet::ReplicaStatus) -> bool {
     if matches!(status.phase(), ReplicaPhase::Unspecified | ReplicaPhase::Failed | ReplicaPhase::Stopped) {
         return false;
@@ -57,7 +57,7 @@ fn is_of_use(world: &World, record: &ReplicaRecord, status: &fleet::ReplicaStatu
     is_missed && (record.asleep || !others.any(|other| shares_gpu(record, &other.record)))
 }
 
-/// True where both use one GPU, or one part of it, at the same time.
+/// Returns `true` if both use one GPU, or one part of it, at the same time.
 fn shares_gpu(one: &ReplicaRecord, other: &ReplicaRecord) -> bool {
     let overlap = |a: &[String], b: &[String]| a.iter().any(|device| b.contains(device));
     match (one.mig_devices.as_slice(), other.mig_devices.as_slice()) {

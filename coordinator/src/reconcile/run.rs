@@ -209,7 +209,7 @@ impl Reconciler {
     }
 
     /// Takes in which sessions are silent. A loop that stood still (a paused machine, a store that was slow) cannot tell
-    /// silent agents from messages that were not read: then all leases begin anew.
+    /// silent agents from messages that were not read: the leases of all nodes then start again.
     fn observe_silence(&mut self, now: Timestamp) {
         let stood_still = since(self.looked_at, now) > self.world.settings.node_lease / 2;
         if stood_still {

@@ -239,7 +239,7 @@ impl NodeState {
         }
     }
 
-    /// True where it has been silent for longer than its lease, with or without an open session: a frozen agent keeps
+    /// Returns `true` if it has been silent for longer than its lease, with or without an open session: a frozen agent keeps
     /// its connections.
     pub fn lost(&self, lease: Duration, now: Timestamp) -> bool {
         since(self.last_seen, now) > lease

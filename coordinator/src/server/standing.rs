@@ -40,7 +40,7 @@ impl Standing {
         Self(watch::Sender::new(State { role: Role::Starting, serves: false, store_fault: None }))
     }
 
-    /// Sets the role. True where it was another one.
+    /// Sets the role. Returns `true` if it was another one.
     pub(crate) fn set_role(&self, role: Role) -> bool {
         self.0.send_if_modified(|state| {
             let changes = state.role != role;

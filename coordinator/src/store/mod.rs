@@ -137,7 +137,7 @@ pub trait Store: Send + Sync + std::fmt::Debug {
     /// A lease that is kept alive while its handle is held. Keys bound to it vanish when it ends; a
     /// process that dies lets go of it after `ttl` at the latest.
     async fn lease(&self, ttl: Duration) -> Result<Lease, StoreError>;
-    /// True where a commit that failed with [`StoreError::Unavailable`] may have taken place, or may still do so.
+    /// Returns `true` if a commit that failed with [`StoreError::Unavailable`] may have taken place, or may still do so.
     fn may_commit_late(&self) -> bool {
         true
     }

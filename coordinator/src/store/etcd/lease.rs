@@ -87,7 +87,7 @@ impl Keeper {
         self.lost.cancel();
     }
 
-    /// True where the lease goes on, false where etcd has ended it. Each member has a share of the time left, so that
+    /// Returns `true` if the lease goes on, `false` if etcd has ended it. Each member has a share of the time left, so that
     /// one that is frozen leaves time for the others.
     async fn renew(&self, left: Duration) -> Result<bool, StoreError> {
         let id = self.id;

@@ -162,7 +162,7 @@ impl Member {
     }
 }
 
-/// True where another member, or another attempt, gets the same answer.
+/// Returns `true` if another member, or another attempt, gets the same answer.
 fn is_final(error: &etcd_client::Error) -> bool {
     use tonic::Code;
     match error {
