@@ -1,5 +1,6 @@
 //! Puts a coordinator together and runs it.
 
+mod grpc;
 mod standing;
 mod switch;
 
@@ -10,37 +11,23 @@ use std::{
 };
 
 use jiff::Timestamp;
-use pilotlight_identity::{Authority, LiveIdentity, Revocations};
-use pilotlight_proto::{
-    FILE_DESCRIPTOR_SET,
-    control::v1::control_server::ControlServer,
-    fleet::v1::{enrollment_server::EnrollmentServer, fleet_server::FleetServer},
-};
+use pilotlight_identity::{Authority, Revocations};
 use standing::{Role, Standing};
 use switch::Switch;
 use tokio::net::TcpListener;
-use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::{CancellationToken, DropGuard};
-use tonic::{
-    service::{Routes, interceptor::InterceptedService},
-    transport::Server,
-};
-use tracing::{error, info, warn};
+use tracing::{info, warn};
 
 use crate::{
-    api::{
-        ControlService, Objects,
-        access::{Access, CellMembers},
-    },
+    api::access::{Access, CellMembers},
     authority,
     config::{Config, Security, StoreConfig},
-    fleet::{EvictHub, FleetService, LiveSessions, LogHub, SessionServer, enrollment::EnrollmentService},
     leader::{self, CampaignEvent, LeaderRecord},
     members,
-    metrics::{CoordinatorMetrics, GrpcMetricsLayer},
+    metrics::CoordinatorMetrics,
     reconcile::{Handle, Reconciler, record::Recorder, run::Setup, world::Settings},
     store::{Measured, Store, StoreError, embedded::EmbeddedStore, etcd::EtcdStore, format},
-    threads::{self, ApiThreads, Parsing},
+    threads::{self, ApiThreads},
     values::{Values, ValuesError, Vault},
 };
 
@@ -195,7 +182,7 @@ impl Coordinator {
             authority = self.authority(&store) => authority?,
             () = self.stopping.cancelled() => return Ok(()),
         };
-        let mut grpc = tokio::spawn(serve_grpc(
+        let mut grpc = tokio::spawn(grpc::serve(
             listener,
             match (&self.config.security, &authority) {
                 (Security::Mtls { names, .. }, Some(authority)) => {
@@ -308,7 +295,8 @@ impl Coordinator {
         let reconciler = Reconciler::load(setup).await?.with_metrics(self.measures.clone());
         let mut looping = threads::spawn_loop(reconciler.run(ending.clone())).map_err(CoordinatorError::Threads)?;
         tokio::spawn(self.measures.state.clone().follow(handle.clone(), ending.clone()));
-        let services = services(config, &store, vault, handle, access, authority, &self.revocations, &ending).await;
+        let services =
+            grpc::services(config, &store, vault, handle, access, authority, &self.revocations, &ending).await;
         self.switch.lead(services.into_axum_router());
         self.former.forget();
         self.standing.set_role(Role::Leading);
@@ -394,90 +382,6 @@ impl Coordinator {
                 Err(CoordinatorError::Store(StoreError::Unavailable(_))) => self.answers(&**store).await,
                 Err(error) => return Err(error),
             }
-        }
-    }
-}
-
-/// Serves gRPC until `stopping`, with TLS where there is an identity.
-async fn serve_grpc(
-    listener: TcpListener,
-    identity: Option<Arc<LiveIdentity>>,
-    switch: Switch,
-    measures: CoordinatorMetrics,
-    revocations: Arc<Revocations>,
-    stopping: CancellationToken,
-) -> Result<(), CoordinatorError> {
-    let (health, health_service) = tonic_health::server::health_reporter();
-    health.set_serving::<ControlServer<ControlService>>().await;
-    health.set_serving::<FleetServer<FleetService>>().await;
-    let router = Routes::new(health_service).into_axum_router().fallback_service(switch);
-    let server = Server::builder()
-        .http2_keepalive_interval(Some(Duration::from_secs(10)))
-        .trace_fn(|request| tracing::debug_span!("grpc", path = request.uri().path()))
-        .layer(GrpcMetricsLayer(measures))
-        .add_routes(Routes::from(router));
-    match identity {
-        Some(identity) => {
-            let tls = identity.server_config_optional_client(&[b"h2"])?;
-            let incoming = pilotlight_identity::accept_tls(listener, tls, revocations);
-            server.serve_with_incoming_shutdown(incoming, stopping.cancelled_owned()).await?;
-        }
-        None => {
-            let incoming = TcpListenerStream::new(listener);
-            server.serve_with_incoming_shutdown(incoming, stopping.cancelled_owned()).await?;
-        }
-    }
-    Ok(())
-}
-
-#[expect(clippy::too_many_arguments, reason = "each is needed, and this is called once")]
-async fn services(
-    config: &Config,
-    store: &Arc<dyn Store>,
-    vault: &Arc<Vault>,
-    handle: Handle,
-    access: Access,
-    authority: Option<Arc<Authority>>,
-    revocations: &Arc<Revocations>,
-    ending: &CancellationToken,
-) -> Routes {
-    let sessions: Arc<LiveSessions> = Arc::default();
-    let (logs, evictions) = (Arc::new(LogHub::default()), Arc::new(EvictHub::default()));
-    let control = ControlService {
-        handle: handle.clone(),
-        store: Arc::clone(store),
-        objects: Objects::new(Arc::clone(store), Arc::clone(vault), handle.clone()),
-        authority: authority.clone(),
-        access: access.clone(),
-        scaling: config.scaling.clone(),
-        cell: config.cell.clone(),
-        logs: Arc::clone(&logs),
-        evictions: Arc::clone(&evictions),
-        parsing: Parsing::default(),
-    };
-    let fleet = FleetService::new(
-        handle,
-        logs,
-        evictions,
-        access.clone(),
-        Arc::clone(&sessions),
-        Arc::clone(revocations),
-        ending.clone(),
-    );
-    let mut routes = Routes::new(ControlServer::new(control)).add_service(SessionServer::new(fleet));
-    if let Some(authority) = authority {
-        let enrollment = EnrollmentService::new(authority, Arc::clone(store), access.clone(), sessions);
-        routes = routes.add_service(EnrollmentServer::new(enrollment));
-    }
-    let reflection = tonic_reflection::server::Builder::configure()
-        .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
-        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-        .build_v1();
-    match reflection {
-        Ok(reflection) => routes.add_service(InterceptedService::new(reflection, access)),
-        Err(error) => {
-            error!(%error, "no gRPC reflection");
-            routes
         }
     }
 }
