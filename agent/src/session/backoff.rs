@@ -6,12 +6,12 @@ use rand::Rng as _;
 use tokio::time::Instant;
 
 const FIRST: Duration = Duration::from_millis(100);
-const LONGEST: Duration = Duration::from_secs(5);
+const LONGEST: Duration = Duration::from_secs(3);
 /// Pauses start over after a session that lasted this long. A coordinator that accepts sessions and ends them, for
 /// example because it is overloaded, is not asked ever faster.
 const STABLE_SESSION: Duration = Duration::from_secs(10);
 
-/// Doubles from 100 ms to 5 s, each with up to half as much again at random, so that a fleet does not
+/// Doubles from 100 ms to 3 s, each with up to half as much again at random, so that a fleet does not
 /// come back in one wave.
 #[derive(Debug, Default)]
 pub(super) struct Backoff {
