@@ -108,6 +108,7 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), Agen
         return Err(AgentError::PlaintextOffLoopback { what: "listen-peer", address: config.listen_peer });
     }
     make_data_dir(&config)?;
+    let _lock = pilotlight_identity::lock_dir(&config.data_dir)?;
     let mut inventory = inventory::discover(&config)?;
     let ingress = listen("listen-ingress", config.listen_ingress).await?;
     let peers = listen("listen-peer", config.listen_peer).await?;

@@ -1,6 +1,9 @@
 //! `pilotlight dev`: coordinator and agent in one process, on loopback, in plaintext, for the user who started it.
 
-use std::{net::SocketAddr, path::PathBuf};
+use std::{
+    net::{SocketAddr, TcpListener},
+    path::PathBuf,
+};
 
 use anyhow::Context as _;
 use pilotlight_agent::{config::InventorySource, gateway::ClientSettings};
@@ -37,6 +40,11 @@ pub async fn run(args: Args, stopping: CancellationToken) -> anyhow::Result<()> 
         pilotlight_identity::passable_dir(&data_dir)?;
     } else {
         pilotlight_identity::private_dir(&data_dir)?;
+    }
+    // Before there is a new token: whoever uses this directory already must not lose the one that works.
+    let _lock = pilotlight_identity::lock_dir(&data_dir)?;
+    for address in [args.listen, args.listen_ingress, args.listen_http] {
+        TcpListener::bind(address).with_context(|| format!("cannot listen on {address}"))?;
     }
     let (token, _record) = dev_token::create(&data_dir, args.listen)?;
     let ingress = args.listen_ingress;

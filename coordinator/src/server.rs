@@ -106,6 +106,7 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), Coor
         return Err(CoordinatorError::ShortLease { lease: config.node_lease, interval: config.report_interval });
     }
     pilotlight_identity::private_dir(&config.data_dir)?;
+    let _lock = pilotlight_identity::lock_dir(&config.data_dir)?;
     let listener = listen("listen", config.listen).await?;
     let http = listen("listen-http", config.listen_http).await?;
     let metrics = pilotlight_telemetry::Metrics::new("pilotlight-coordinator", env!("CARGO_PKG_VERSION"));
@@ -290,7 +291,7 @@ impl Coordinator {
             inputs,
             changes,
         };
-        format::claim(&store).await?;
+        format::claim(&store, &config.cell).await?;
         vault.load(&store).await?;
         let reconciler = Reconciler::load(setup).await?.with_metrics(self.measures.clone());
         let mut looping = threads::spawn_loop(reconciler.run(ending.clone())).map_err(CoordinatorError::Threads)?;
@@ -367,7 +368,7 @@ impl Coordinator {
         let Security::Mtls { ca, .. } = &self.config.security else { return Ok(None) };
         let ca = ca.as_ref().map(|(certificate, key)| (certificate.as_path(), key.as_path()));
         loop {
-            match format::check(store).await {
+            match format::check(store, &self.config.cell).await {
                 Ok(()) => {}
                 Err(StoreError::Unavailable(_)) => {
                     self.answers(&**store).await;

@@ -5,7 +5,12 @@
 //! - Calls of the control API are handled on a small runtime of their own ([`ApiThreads`]), and manifests are parsed on
 //!   its blocking threads, a few at a time ([`Parsing`]).
 
-use std::{future::Future, io, sync::Arc};
+use std::{
+    collections::HashMap,
+    future::Future,
+    io,
+    sync::{Arc, Mutex, PoisonError},
+};
 
 use tokio::{
     runtime::{Builder, Runtime},
@@ -20,6 +25,8 @@ const API_THREADS: usize = 2;
 const PARSING_MAX: usize = 2;
 /// Manifests that may wait to be parsed; each has at most 1 MiB.
 const PARSING_WAITING_MAX: usize = 30;
+/// Those of them that may be one caller's, so that no caller keeps all others out.
+const PARSING_PER_CALLER_MAX: usize = 8;
 
 /// A runtime for calls of the control API. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -79,6 +86,26 @@ where
 pub(crate) struct Parsing {
     admitted: Arc<Semaphore>,
     running: Arc<Semaphore>,
+    /// Manifests that are parsed or wait, by caller.
+    callers: Arc<Mutex<HashMap<String, usize>>>,
+}
+
+/// One manifest of a caller, counted until it is dropped.
+struct Counted {
+    callers: Arc<Mutex<HashMap<String, usize>>>,
+    caller: String,
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        let mut callers = self.callers.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = callers.get_mut(&self.caller) {
+            *count -= 1;
+            if *count == 0 {
+                callers.remove(&self.caller);
+            }
+        }
+    }
 }
 
 impl Default for Parsing {
@@ -86,17 +113,19 @@ impl Default for Parsing {
         Self {
             admitted: Arc::new(Semaphore::new(PARSING_MAX + PARSING_WAITING_MAX)),
             running: Arc::new(Semaphore::new(PARSING_MAX)),
+            callers: Arc::default(),
         }
     }
 }
 
 impl Parsing {
-    /// Parses once it is its turn.
+    /// Parses a manifest of `caller` once it is its turn.
     ///
     /// # Errors
     /// `RESOURCE_EXHAUSTED` where too many manifests wait, `INTERNAL` where the parser panicked.
     pub(crate) async fn parse<T: Send + 'static>(
         &self,
+        caller: &str,
         parse: impl FnOnce() -> T + Send + 'static,
     ) -> Result<T, Status> {
         let full = || {
@@ -104,14 +133,27 @@ impl Parsing {
                 "{PARSING_WAITING_MAX} manifests wait to be read already; try again later"
             ))
         };
+        let counted = self.count(caller)?;
         let admitted = Arc::clone(&self.admitted).try_acquire_owned().map_err(|_| full())?;
         let running = Arc::clone(&self.running).acquire_owned().await.map_err(|_| full())?;
         let work = move || {
             // A caller that hangs up does not stop the parser: its turn lasts as long as the work.
-            let _turn: (OwnedSemaphorePermit, OwnedSemaphorePermit) = (admitted, running);
+            let _turn: (OwnedSemaphorePermit, OwnedSemaphorePermit, Counted) = (admitted, running, counted);
             parse()
         };
         tokio::task::spawn_blocking(work).await.map_err(|error| Status::internal(format!("manifest: {error}")))
+    }
+
+    fn count(&self, caller: &str) -> Result<Counted, Status> {
+        let mut callers = self.callers.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = callers.entry(caller.to_owned()).or_default();
+        if *count >= PARSING_PER_CALLER_MAX {
+            return Err(Status::resource_exhausted(format!(
+                "{PARSING_PER_CALLER_MAX} manifests of {caller} are being read already; try again later"
+            )));
+        }
+        *count += 1;
+        Ok(Counted { callers: Arc::clone(&self.callers), caller: caller.to_owned() })
     }
 }
 
@@ -127,14 +169,17 @@ mod tests {
         let (release, blocked) = mpsc::channel::<()>();
         let blocked = Arc::new(std::sync::Mutex::new(blocked));
         let started = Arc::new(std::sync::atomic::AtomicUsize::new(0));
+        let callers = std::cell::Cell::new(0);
         let parse = || {
+            callers.set(callers.get() + 1);
+            let caller = format!("user-{}", callers.get() / PARSING_PER_CALLER_MAX);
             let (parsing, blocked, started) = (parsing.clone(), Arc::clone(&blocked), Arc::clone(&started));
             tokio::spawn(async move {
                 let work = move || {
                     started.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
                     blocked.lock().unwrap().recv().unwrap();
                 };
-                parsing.parse(work).await
+                parsing.parse(&caller, work).await
             })
         };
         let waiting: Vec<_> = (0..PARSING_MAX + PARSING_WAITING_MAX).map(|_| parse()).collect();
@@ -153,6 +198,21 @@ mod tests {
             parsed.await.unwrap().unwrap();
         }
         assert_eq!(parsing.admitted.available_permits(), PARSING_MAX + PARSING_WAITING_MAX);
+    }
+
+    #[tokio::test]
+    async fn one_caller_does_not_keep_all_others_out() {
+        let parsing = Parsing::default();
+        let mine: Vec<_> = (0..PARSING_PER_CALLER_MAX).map(|_| parsing.count("flood").unwrap()).collect();
+        let refused = parsing.parse("flood", || ()).await.unwrap_err();
+        assert!(
+            refused.code() == tonic::Code::ResourceExhausted && refused.message().contains("of flood"),
+            "{refused}"
+        );
+        parsing.parse("other", || ()).await.unwrap();
+        drop(mine);
+        parsing.parse("flood", || ()).await.unwrap();
+        assert!(parsing.callers.lock().unwrap().is_empty());
     }
 
     #[tokio::test]

@@ -22,7 +22,7 @@ pub use coordinators::{Coordinators, LEADER_HEADER, STATE_TIME_HEADER};
 pub use credentials::Credentials;
 pub use live::LiveIdentity;
 pub use member::{Member, MemberCertificate, Role, check_label};
-pub use private::{passable_dir, private_dir, private_file};
+pub use private::{DirLock, lock_dir, passable_dir, private_dir, private_file};
 pub use revocations::{Revocable, RevocationList, Revocations, Revoked};
 pub use token::{JoinToken, TokenRecord, check_pattern, random_token};
 pub use transport::{BearerToken, Channel, Trust, channel, connect_node, connect_tls, member_of, peer_of};

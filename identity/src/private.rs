@@ -1,9 +1,9 @@
 //! Directories and files that only their owner may read, whatever the umask.
 
 use std::{
-    fs::{DirBuilder, Metadata, Permissions, set_permissions},
+    fs::{DirBuilder, File, Metadata, Permissions, TryLockError, set_permissions},
     io::{self, ErrorKind},
-    os::unix::fs::{DirBuilderExt as _, PermissionsExt as _},
+    os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _},
     path::Path,
 };
 
@@ -41,6 +41,28 @@ pub fn passable_dir(path: &Path) -> Result<(), IdentityError> {
         set_permissions(path, Permissions::from_mode(PASSABLE_MODE))
     };
     create().map_err(|error| IdentityError::File { path: path.to_owned(), error })
+}
+
+/// Keeps other processes out of a data directory until it is dropped.
+#[derive(Debug)]
+pub struct DirLock(#[expect(dead_code, reason = "the lock is held as long as the file is open")] File);
+
+/// Locks a data directory, which exists, for this process. The lock ends with the process, however that ends.
+///
+/// # Errors
+/// Another process has it, or the file `lock` in it cannot be opened.
+pub fn lock_dir(path: &Path) -> Result<DirLock, IdentityError> {
+    let failed = |error| IdentityError::File { path: path.to_owned(), error };
+    let options = &mut File::options();
+    let file =
+        options.create(true).truncate(false).write(true).mode(FILE_MODE).open(path.join("lock")).map_err(failed)?;
+    match file.try_lock() {
+        Ok(()) => Ok(DirLock(file)),
+        Err(TryLockError::WouldBlock) => {
+            Err(failed(io::Error::new(ErrorKind::ResourceBusy, "another process uses this data directory")))
+        }
+        Err(TryLockError::Error(error)) => Err(failed(error)),
+    }
 }
 
 /// Sets the mode of a file to 0600 if it allows more, which is logged. A missing file is no error.
@@ -96,5 +118,15 @@ mod tests {
         set_permissions(&path, Permissions::from_mode(0o644)).unwrap();
         private_file(&path).unwrap();
         assert_eq!(mode_of(&path), 0o600);
+    }
+
+    #[test]
+    fn a_data_directory_is_used_by_one_process_at_a_time() {
+        let directory = tempfile::tempdir().unwrap();
+        let lock = lock_dir(directory.path()).unwrap();
+        let refused = lock_dir(directory.path()).unwrap_err().to_string();
+        assert!(refused.contains("another process uses this data directory"), "{refused}");
+        drop(lock);
+        lock_dir(directory.path()).unwrap();
     }
 }

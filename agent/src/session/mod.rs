@@ -26,6 +26,8 @@ pub use reports::Told;
 const MESSAGES_WAITING: usize = 256;
 /// A coordinator that does not answer a hello within this time is left for the next one.
 const WELCOME_WITHIN: Duration = Duration::from_secs(5);
+/// Bytes of one message of the coordinator. An assignment holds the commands and variables of all replicas of a node.
+const MESSAGE_MAX_BYTES: usize = 256 << 20;
 /// Times in a row that a session follows the address of a leader without a pause.
 const REDIRECTS_MAX: usize = 3;
 
@@ -84,7 +86,7 @@ impl Session {
         say.now(FromAgent::CacheReport(self.cached.borrow_and_update().clone()))?;
         say.now(FromAgent::ReplicaStatuses(self.statuses.borrow_and_update().clone()))?;
 
-        let mut client = FleetClient::new(channel);
+        let mut client = FleetClient::new(channel).max_decoding_message_size(MESSAGE_MAX_BYTES);
         let opening = client.session(ReceiverStream::new(receiver));
         let mut inbound = tokio::time::timeout(WELCOME_WITHIN, opening)
             .await

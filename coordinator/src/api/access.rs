@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use pilotlight_identity::{Member, MemberCertificate, Revocations, Role};
 use tonic::{Request, Status, metadata::MetadataMap, service::Interceptor};
+use tracing::warn;
 
 /// How callers are told apart.
 #[derive(Clone)]
@@ -88,7 +89,10 @@ impl Access {
         match self.caller(request)?.map(|certificate| certificate.member) {
             None => Ok(Caller { name: "dev".to_owned(), namespace: None }),
             Some(Member::Operator { role: held, name, namespace }) if held >= role => Ok(Caller { name, namespace }),
-            Some(member) => Err(Status::permission_denied(format!("{member} needs the role {role}"))),
+            Some(member) => {
+                warn!(target: "audit", caller = %member, needs = %role, outcome = "denied");
+                Err(Status::permission_denied(format!("{member} needs the role {role}")))
+            }
         }
     }
 }
@@ -101,6 +105,7 @@ impl Caller {
     pub fn check_namespace(&self, namespace: &str) -> Result<(), Status> {
         match &self.namespace {
             Some(scope) if scope != namespace => {
+                warn!(target: "audit", caller = %self.name, namespace, scope, outcome = "denied");
                 let asked = if namespace.is_empty() { "all namespaces".to_owned() } else { format!("{namespace:?}") };
                 Err(Status::permission_denied(format!(
                     "namespace: {asked}, but {} may only use {scope:?}; pass `-n {scope}`",

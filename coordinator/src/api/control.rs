@@ -146,7 +146,7 @@ impl Control for ControlService {
         }
         let (runtimes, scaling) = (self.objects.runtimes().await?, self.scaling.clone());
         let dry_run = request.dry_run;
-        let documents = self.parsing.parse(move || documents(&request, &scaling, &runtimes)).await?;
+        let documents = self.parsing.parse(&caller.name, move || documents(&request, &scaling, &runtimes)).await?;
         for document in documents.iter().filter(|document| document.object.is_some()) {
             caller.check_namespace(namespace_of(document))?;
         }

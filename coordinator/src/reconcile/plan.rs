@@ -268,11 +268,10 @@ fn sort_out<'a>(world: &'a World, revision: &'a RevisionState, now: Timestamp, p
         let node = world.nodes.get(&replica.record.node);
         if node.is_none_or(|node| node.lost(world.settings.node_lease, now)) {
             plan.forget.push((name.clone(), Gone::NodeLost));
-        } else if replica.record.draining {
-            if replica.phase() == ReplicaPhase::Stopped {
-                plan.forget.push((name.clone(), Gone::Stopped));
-            }
-        } else {
+        } else if replica.phase() == ReplicaPhase::Stopped {
+            // Without having been asked to leave, where the store was restored to a time before that.
+            plan.forget.push((name.clone(), Gone::Stopped));
+        } else if !replica.record.draining {
             live.push(name.as_str());
         }
     }

@@ -8,7 +8,7 @@ use serde_json::Value;
 use super::{
     documents::join,
     env,
-    expand::expand,
+    expand::{Budget, EXPANDED_MAX},
     model::{Container, Probe, Security, Storage},
     probe::{self, Purpose},
     report::Report,
@@ -100,7 +100,15 @@ pub(super) fn read(
         .filter(|variable| variable.from.is_none())
         .map(|variable| (variable.name.clone(), variable.value.clone()))
         .collect();
-    let expand_all = |texts: &[String]| texts.iter().map(|text| expand(text, &variables)).collect();
+    let mut budget = Budget::default();
+    let mut expand_all = |texts: &[String], key: &str, report: &mut Report| -> Vec<String> {
+        let expanded: Option<Vec<_>> = texts.iter().map(|text| budget.expand(text, &variables)).collect();
+        expanded.unwrap_or_else(|| {
+            let message = format!("command and args expand to more than {EXPANDED_MAX} bytes together");
+            report.error(join(at, key), "", message);
+            Vec::new()
+        })
+    };
     let (port, h2c) = read_port(given.ports.as_deref().unwrap_or_default(), place.part, &join(at, "ports"), report);
     let port_name = given.ports.iter().flatten().next().and_then(|port| port.name.as_deref());
     let mut read_probe = |given: &Option<k8s::Probe>, purpose: Purpose, key: &str| -> Option<Probe> {
@@ -112,8 +120,8 @@ pub(super) fn read(
     let startup = read_probe(&given.startup_probe, Purpose::Restart, "startupProbe");
     let container = Container {
         image,
-        command: expand_all(&command),
-        args: expand_all(given.args.as_deref().unwrap_or_default()),
+        command: expand_all(&command, "command", report),
+        args: expand_all(given.args.as_deref().unwrap_or_default(), "args", report),
         env,
         working_dir: given.working_dir.clone().unwrap_or_default(),
         port,

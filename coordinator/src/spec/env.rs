@@ -7,7 +7,7 @@ use k8s_openapi::api::core::v1 as k8s;
 use super::{
     auxiliary::AuxiliaryKind,
     documents::join,
-    expand::expand,
+    expand::{Budget, EXPANDED_MAX},
     model::{EnvSource, EnvVar},
     names,
     report::Report,
@@ -25,6 +25,7 @@ pub(super) fn read(container: &k8s::Container, at: &str, report: &mut Report) ->
         variables.extend(source.map(|from| EnvVar { name, value: String::new(), from: Some(from) }));
     }
     let mut known = BTreeMap::new();
+    let mut budget = Budget::default();
     for (index, given) in container.env.iter().flatten().enumerate() {
         let at = format!("{at}.env[{index}]");
         check_name(&given.name, &join(&at, "name"), report);
@@ -44,7 +45,11 @@ pub(super) fn read(container: &k8s::Container, at: &str, report: &mut Report) ->
             }));
             continue;
         }
-        let value = expand(text, &known);
+        let Some(value) = budget.expand(text, &known) else {
+            let message = format!("the values expand to more than {EXPANDED_MAX} bytes together");
+            report.error(join(&at, "value"), "", message);
+            break;
+        };
         if value.contains('\0') {
             report.error(join(&at, "value"), "", "must not hold a zero byte");
         }

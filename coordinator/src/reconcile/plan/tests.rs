@@ -108,6 +108,14 @@ fn created(plan: &Plan) -> Vec<(&str, &str)> {
 }
 
 #[test]
+fn a_replica_that_has_stopped_is_replaced_although_it_was_not_asked_to_leave() {
+    let cell = Cell::of(&[2]).revision("m", 1, 0).replica("m-1", "a", 0, ReplicaPhase::Stopped);
+    let plan = cell.plan();
+    assert_eq!(plan.forget, [("m-1".to_owned(), Gone::Stopped)]);
+    assert_eq!(plan.create.len(), 1);
+}
+
+#[test]
 fn a_draining_nodes_replica_stays_until_another_one_is_ready() {
     let cell = Cell::of(&[1, 1]).revision("m", 1, 0).replica("m-1", "a", 0, READY).draining("a");
     let plan = cell.plan();

@@ -216,6 +216,8 @@ mod tests {
         let failed = store.commit(Transaction::new().put("during", "1")).await.unwrap_err();
         assert!(matches!(failed, StoreError::Unavailable(_)), "{failed:?}");
         assert!(store.ping().await.is_err(), "it is not healthy meanwhile");
+        tokio::time::sleep(REOPEN_INTERVAL * 3 / 2).await;
+        assert!(store.ping().await.is_err(), "nor after another attempt to open it");
 
         full.store(false, Ordering::SeqCst);
         // The file is opened again at most once a second.

@@ -8,7 +8,7 @@ use std::{
     path::Path,
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -35,6 +35,8 @@ const LOG: TableDefinition<'_, (u64, u64), LogRow> = TableDefinition::new("log")
 const META: TableDefinition<'_, &str, u64> = TableDefinition::new("meta");
 const REVISION: &str = "revision";
 const OLDEST: &str = "oldest";
+/// Counts the writes that only tested whether the disk takes one.
+const PROBE: &str = "probe";
 
 /// Revisions whose history is kept for watchers.
 const HISTORY: u64 = 10_000;
@@ -51,6 +53,8 @@ struct File {
     revision: watch::Sender<u64>,
     next_lease: AtomicU64,
     history: u64,
+    /// True after a write that failed, until another one has succeeded.
+    write_failed: AtomicBool,
 }
 
 impl EmbeddedStore {
@@ -93,7 +97,13 @@ impl EmbeddedStore {
 
     fn with_file(database: DatabaseFile, history: u64) -> Result<Self, StoreError> {
         let open = database.get()?;
-        let file = File { database, revision: watch::Sender::new(0), next_lease: AtomicU64::new(1), history };
+        let file = File {
+            database,
+            revision: watch::Sender::new(0),
+            next_lease: AtomicU64::new(1),
+            history,
+            write_failed: AtomicBool::new(false),
+        };
         let store = Self { file: Arc::new(file) };
         let revision = store.end_leases(&open, |_| true)?;
         store.file.revision.send_replace(revision);
@@ -276,6 +286,17 @@ fn entry(key: &str, (create_revision, mod_revision, version, _, value): (u64, u6
     Entry { key: key.to_owned(), value: Bytes::copy_from_slice(value), create_revision, mod_revision, version }
 }
 
+/// Writes something that nobody reads.
+fn probe_writing(database: &Database) -> Result<(), StoreError> {
+    let write = database.begin_write().map_err(unavailable)?;
+    {
+        let mut meta = write.open_table(META).map_err(unavailable)?;
+        let count = meta.get(PROBE).map_err(unavailable)?.map_or(0, |row| row.value());
+        meta.insert(PROBE, count.wrapping_add(1)).map_err(unavailable)?;
+    }
+    write.commit().map_err(unavailable)
+}
+
 fn unavailable(error: impl std::fmt::Display) -> StoreError {
     StoreError::Unavailable(error.to_string())
 }
@@ -299,7 +320,14 @@ impl Store for EmbeddedStore {
     }
 
     async fn commit(&self, transaction: Transaction) -> Result<u64, StoreError> {
-        self.blocking(move |store, database| store.write(database, &transaction)).await
+        self.blocking(move |store, database| {
+            let written = store.write(database, &transaction);
+            if let Ok(_) | Err(StoreError::Unavailable(_)) = written {
+                store.file.write_failed.store(written.is_err(), Ordering::Relaxed);
+            }
+            written
+        })
+        .await
     }
 
     async fn watch(&self, prefix: &str, from_revision: u64) -> Result<Events, StoreError> {
@@ -351,7 +379,15 @@ impl Store for EmbeddedStore {
     }
 
     async fn ping(&self) -> Result<(), StoreError> {
-        self.blocking(|_, database| database.begin_read().map(drop).map_err(unavailable)).await
+        self.blocking(|store, database| {
+            // A full disk can be read: after a failed write only another one shows that it is cured.
+            if store.file.write_failed.load(Ordering::Relaxed) {
+                probe_writing(database)?;
+                store.file.write_failed.store(false, Ordering::Relaxed);
+            }
+            database.begin_read().map(drop).map_err(unavailable)
+        })
+        .await
     }
 
     fn may_commit_late(&self) -> bool {

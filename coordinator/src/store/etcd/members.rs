@@ -76,6 +76,9 @@ impl Members {
             let mut unreachable = String::new();
             for _ in 0..self.members.len() {
                 let left = deadline.saturating_duration_since(Instant::now());
+                if left.is_zero() {
+                    break;
+                }
                 match self.once(&call, left.min(self.member_timeout())).await {
                     Err(StoreError::Unavailable(reason)) => unreachable = reason,
                     answered => return answered,
