@@ -17,8 +17,9 @@ const PREDICT: &str = "/v1/models/iris:predict";
 
 /// A cluster with two agents, a service that is always warm, and one at zero.
 struct Story {
-    cluster: Cluster,
+    /// They end before the cluster ends their replicas, which they would start again.
     agents: [Agent; 2],
+    cluster: Cluster,
     warm: Value,
 }
 
