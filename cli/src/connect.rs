@@ -16,7 +16,10 @@ use tokio::{sync::OnceCell, time::Instant};
 use tonic::{Code, Status, body::Body, service::interceptor::ResponseBody};
 use tower::{BoxError, Service, ServiceExt as _};
 
-use crate::{dev_token, failure::Failure};
+use crate::{
+    dev_token,
+    failure::{Failure, UNREACHABLE_HINT, is_transport_error},
+};
 
 /// Where the coordinator is, and who is asking.
 #[derive(Debug, clap::Args)]
@@ -99,7 +102,8 @@ impl ToLeader {
                     },
                     Err(status) if status.code() == Code::Unavailable => {
                         standby_seen |= self.coordinators.failed(&address, &status);
-                        failure = Status::unavailable(format!("{address}: {}", status.message()));
+                        let hint = if is_transport_error(&status) { UNREACHABLE_HINT } else { "" };
+                        failure = Status::unavailable(format!("{address}: {}{hint}", status.message()));
                     }
                     // The call itself is answered in the same way.
                     Err(_) => return Ok(channel),

@@ -64,11 +64,23 @@ impl From<std::io::Error> for Failure {
     }
 }
 
+/// What to look at if no coordinator can be reached.
+pub const UNREACHABLE_HINT: &str = "; is the coordinator running, and is --server right?";
+
+/// Returns `true` if the call did not reach a coordinator.
+pub fn is_transport_error(status: &Status) -> bool {
+    std::error::Error::source(status).is_some()
+}
+
 impl From<Status> for Failure {
     fn from(status: Status) -> Self {
         let hint = match status.code() {
-            Code::Unavailable => "; is the coordinator running, and is --server right?",
-            Code::Unauthenticated => "; give --credentials, the directory `operator` below the coordinator's data-dir",
+            // The coordinator itself says what is wrong in its own words.
+            Code::Unavailable if is_transport_error(&status) => UNREACHABLE_HINT,
+            // Without one the token of `dev` is what is wrong.
+            Code::Unauthenticated if status.message().contains("certificate") => {
+                "; give --credentials, the directory `operator` below the coordinator's data-dir"
+            }
             _ => "",
         };
         Self::Error(anyhow::anyhow!("{}{hint}", status.message()))
