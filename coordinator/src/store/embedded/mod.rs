@@ -35,8 +35,9 @@ const LOG: TableDefinition<'_, (u64, u64), LogRow> = TableDefinition::new("log")
 const META: TableDefinition<'_, &str, u64> = TableDefinition::new("meta");
 const REVISION: &str = "revision";
 const OLDEST: &str = "oldest";
-/// Counts the writes that only tested whether the disk takes one.
-const PROBE: &str = "probe";
+/// Holds a value only while it is tested whether the disk takes one.
+const PROBE: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("probe");
+const PROBE_BYTES: usize = 64 << 10;
 
 /// Revisions whose history is kept for watchers.
 const HISTORY: u64 = 10_000;
@@ -286,15 +287,21 @@ fn entry(key: &str, (create_revision, mod_revision, version, _, value): (u64, u6
     Entry { key: key.to_owned(), value: Bytes::copy_from_slice(value), create_revision, mod_revision, version }
 }
 
-/// Writes something that nobody reads.
+/// Writes something that nobody reads, as large as a service with its revisions may be, and removes it again: on a disk
+/// that is nearly full a small write still succeeds.
 fn probe_writing(database: &Database) -> Result<(), StoreError> {
-    let write = database.begin_write().map_err(unavailable)?;
-    {
-        let mut meta = write.open_table(META).map_err(unavailable)?;
-        let count = meta.get(PROBE).map_err(unavailable)?.map_or(0, |row| row.value());
-        meta.insert(PROBE, count.wrapping_add(1)).map_err(unavailable)?;
+    for value in [Some([0_u8; PROBE_BYTES]), None] {
+        let write = database.begin_write().map_err(unavailable)?;
+        {
+            let mut probe = write.open_table(PROBE).map_err(unavailable)?;
+            match &value {
+                Some(value) => probe.insert("", value.as_slice()).map_err(unavailable)?,
+                None => probe.remove("").map_err(unavailable)?,
+            };
+        }
+        write.commit().map_err(unavailable)?;
     }
-    write.commit().map_err(unavailable)
+    Ok(())
 }
 
 fn unavailable(error: impl std::fmt::Display) -> StoreError {
