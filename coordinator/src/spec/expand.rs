@@ -17,34 +17,18 @@ impl Default for Budget {
 }
 
 impl Budget {
-    /// As [`expand`]; `None` if the result exceeds what is left, which is told from lengths alone.
+    /// As [`expand`], within what is left; `None` if the result is longer.
     pub(super) fn expand(&mut self, text: &str, variables: &BTreeMap<String, String>) -> Option<String> {
-        // A reference takes at least four bytes and is replaced by at most the longest value.
-        let longest = variables.values().map(String::len).max().unwrap_or(0);
-        let bound = text.len() + text.matches("$(").count() * longest;
-        let expanded = if bound <= self.0 { expand(text, variables) } else { expand_within(text, variables, self.0)? };
-        self.0 = self.0.checked_sub(expanded.len())?;
+        let expanded = expand(text, variables, self.0)?;
+        self.0 -= expanded.len();
         Some(expanded)
     }
 }
 
-/// Expands a text whose result may be longer than `limit` bytes; `None` if it is.
-fn expand_within(text: &str, variables: &BTreeMap<String, String>, limit: usize) -> Option<String> {
-    let mut expanded = String::new();
-    // Each piece ends with a reference, so that it grows by at most one value.
-    for piece in text.split_inclusive(')') {
-        expanded.push_str(&expand(piece, variables));
-        if expanded.len() > limit {
-            return None;
-        }
-    }
-    Some(expanded)
-}
-
 /// Replaces `$(NAME)` by the variable's value. An unknown name stays as it is (the agent's `PORT` is
-/// known only where the replica runs), and `$$` is a literal `$`.
-pub(super) fn expand(text: &str, variables: &BTreeMap<String, String>) -> String {
-    let mut expanded = String::with_capacity(text.len());
+/// known only where the replica runs), and `$$` is a literal `$`. `None` if the result exceeds `limit` bytes.
+fn expand(text: &str, variables: &BTreeMap<String, String>, limit: usize) -> Option<String> {
+    let mut expanded = String::new();
     let mut rest = text;
     while let Some(at) = rest.find('$') {
         expanded.push_str(&rest[..at]);
@@ -62,9 +46,12 @@ pub(super) fn expand(text: &str, variables: &BTreeMap<String, String>) -> String
             expanded.push('$');
             rest = &rest[1..];
         }
+        if expanded.len() > limit {
+            return None;
+        }
     }
     expanded.push_str(rest);
-    expanded
+    (expanded.len() <= limit).then_some(expanded)
 }
 
 #[cfg(test)]
@@ -79,8 +66,9 @@ mod tests {
         assert_eq!(budget.expand(&"$(A)".repeat(10), &variables), None, "the budget is for all texts together");
         assert_eq!(Budget::default().expand(&"$(A)".repeat(250_000), &variables), None);
         let mixed = format!("{}$$(A)$(B)(A)$(NONE)", "$(A)".repeat(1000));
-        let exact = expand(&mixed, &variables);
-        assert_eq!(expand_within(&mixed, &variables, exact.len()), Some(exact));
+        let exact = expand(&mixed, &variables, usize::MAX).unwrap();
+        assert_eq!(expand(&mixed, &variables, exact.len() - 1), None);
+        assert_eq!(expand(&mixed, &variables, exact.len()), Some(exact));
     }
 
     #[test]
@@ -98,7 +86,7 @@ mod tests {
             ("$(é) €$(A)", "$(é) €one"),
             ("", ""),
         ] {
-            assert_eq!(expand(text, &variables), expected, "{text:?}");
+            assert_eq!(expand(text, &variables, usize::MAX).as_deref(), Some(expected), "{text:?}");
         }
     }
 }
