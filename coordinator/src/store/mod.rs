@@ -121,6 +121,9 @@ pub enum StoreError {
     /// The store cannot be opened.
     #[error("{0}")]
     Open(String),
+    /// Another process has the store's file, which this is, open.
+    #[error("{0}: in use by another coordinator")]
+    InUse(String),
 }
 
 /// A durable, ordered map with transactions, watches and leases.

@@ -199,10 +199,8 @@ impl Snapshot {
                 return Err(SnapshotError::File(format!("{}: exists already; --force replaces it", path.display())));
             }
             // A damaged file is replaced; one that a coordinator has open is not.
-            if let Err(StoreError::Open(reason)) = EmbeddedStore::open(path)
-                && reason.contains("in use")
-            {
-                return Err(SnapshotError::File(reason));
+            if let Err(error @ StoreError::InUse(_)) = EmbeddedStore::open(path) {
+                return Err(error.into());
             }
         }
         let new = path.with_extension("restoring");

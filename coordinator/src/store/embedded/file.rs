@@ -134,9 +134,7 @@ fn open(path: &Path, open: fn(&Builder, PathBuf) -> Result<Database, DatabaseErr
             }
             Ok(database)
         }
-        Ok(Err(DatabaseError::DatabaseAlreadyOpen)) => {
-            Err(StoreError::Open(format!("{shown}: in use by another coordinator")))
-        }
+        Ok(Err(DatabaseError::DatabaseAlreadyOpen)) => Err(StoreError::InUse(shown.to_string())),
         Ok(Err(error)) => Err(StoreError::Open(format!("{shown}: {error}{}", advice(&error)))),
         Err(_) => Err(StoreError::Open(format!("{shown}: is damaged; restore a snapshot (docs/backup.md)"))),
     }
