@@ -35,7 +35,7 @@ impl Member {
         }
     }
 
-    /// As an operator would: SIGTERM. True where it exits with status 0.
+    /// As an operator would: SIGTERM. Returns `true` if it exits with status 0.
     pub fn terminate(&mut self) -> bool {
         self.process.take().is_some_and(|process| process.terminate().success())
     }
@@ -55,7 +55,7 @@ impl Member {
         self.process.as_mut().is_some_and(Process::running)
     }
 
-    /// `GET path` of its HTTP interface: status code and body. `None` where it does not answer.
+    /// `GET path` of its HTTP interface: status code and body. Returns `None` if it does not answer.
     pub async fn get(&self, path: &str) -> Option<(u16, String)> {
         let asking = Gateway::at(self.http);
         let answer = tokio::time::timeout(std::time::Duration::from_secs(2), asking.get("localhost", path)).await;

@@ -5,6 +5,7 @@
 pub mod cell;
 pub mod cluster;
 pub mod container;
+pub mod disk;
 pub mod http;
 pub mod load;
 pub mod manifest;

@@ -1,10 +1,9 @@
 //! Containers and the node's disk: models that do not fit together into the cache's budget, a full disk, and
 //! models and containers that cannot be had. Left out, with a message, where no Docker Engine answers.
 
-use std::{path::Path, process::Command};
-
 use pilotlight_tests::{
     container::{image, left_out},
+    disk::SmallDisk,
     eventually,
     store::{Disk, Files, Service, Store, uri},
 };
@@ -156,39 +155,15 @@ async fn what_cannot_be_had_is_said_and_tried_again_with_growing_pauses() {
     }
 }
 
-/// A small disk. Unmounted with the value.
-struct SmallDisk(tempfile::TempDir);
-
-impl SmallDisk {
-    /// `None` where none can be mounted, which is said.
-    fn mount(size: &str) -> Option<Self> {
-        let directory = tempfile::tempdir().unwrap();
-        let size = format!("size={size}");
-        let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", &size, "tmpfs"]).arg(directory.path()).output();
-        if mounted.as_ref().is_ok_and(|output| output.status.success()) {
-            return Some(Self(directory));
-        }
-        left_out(&format!("no tmpfs can be mounted: {mounted:?}"), "a full disk");
-        None
-    }
-
-    fn path(&self) -> &Path {
-        self.0.path()
-    }
-}
-
-impl Drop for SmallDisk {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg("-l").arg(self.path()).status();
-    }
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn a_full_disk_is_said_and_nothing_else_suffers() {
     if image().is_none() {
         return;
     }
-    let Some(small) = SmallDisk::mount("64m") else { return };
+    let small = match SmallDisk::mount("64m") {
+        Ok(small) => small,
+        Err(reason) => return left_out(&reason, "a full disk"),
+    };
     let Some(store) = Store::start().await else { return };
     let dev = store.dev_in(tempfile::tempdir_in(small.path()).unwrap(), &["--simulate-gpus=2"]).await;
     let (operator, disk) = (&dev.operator, Disk::of(&dev));

@@ -1,33 +1,16 @@
 //! The disk of the embedded store is full for a while.
 #![allow(clippy::print_stderr, reason = "says why the story is left out")]
 
-use std::{path::Path, process::Command};
+use std::process::Command;
 
 use pilotlight_tests::{
     cell::Dev,
+    disk::SmallDisk,
     eventually,
     http::Gateway,
     manifest::{Iris, TWO_FLOWERS},
     steady::SteadyLoad,
 };
-
-/// A small file system, unmounted when dropped.
-struct SmallDisk(std::path::PathBuf);
-
-impl SmallDisk {
-    /// `None` where this user may not mount.
-    fn mount(at: &Path) -> Option<Self> {
-        let mount = Command::new("mount").args(["-t", "tmpfs", "-o", "size=16m", "tmpfs"]).arg(at).status();
-        mount.is_ok_and(|status| status.success()).then(|| Self(at.to_owned()))
-    }
-}
-
-impl Drop for SmallDisk {
-    fn drop(&mut self) {
-        // Lazily: a replica may still have its log open.
-        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
-    }
-}
 
 async fn readiness(status: &Gateway) -> Option<(u16, String)> {
     let answer = status.get("localhost", "/readyz").await.ok()?;
@@ -36,13 +19,11 @@ async fn readiness(status: &Gateway) -> Option<(u16, String)> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_full_disk_stops_no_warm_service_and_writes_work_once_there_is_room() {
-    let directory = tempfile::tempdir().unwrap();
-    let path = directory.path().to_owned();
-    let Some(disk) = SmallDisk::mount(&path) else {
-        eprintln!("left out: mounting a file system needs root");
-        return;
+    let disk = match SmallDisk::mount("16m") {
+        Ok(disk) => disk,
+        Err(reason) => return eprintln!("left out: {reason}"),
     };
-    let dev = Dev::start_in(directory, &[], vec![]).await;
+    let dev = Dev::start_in(tempfile::tempdir_in(disk.path()).unwrap(), &[], vec![]).await;
     assert_eq!(dev.operator.apply(&Iris { min_replicas: 1, ..Iris::default() }.yaml(), &[]).code, 0);
     dev.operator.replicas_are("iris", 1, "Ready").await;
     eventually("the gateway serves", || async {
@@ -55,7 +36,7 @@ async fn a_full_disk_stops_no_warm_service_and_writes_work_once_there_is_room() 
     assert_eq!(readiness(&status).await.unwrap().0, 200);
 
     // `dd` ends once nothing more fits.
-    let filler = path.join("filler");
+    let filler = disk.path().join("filler");
     let _ = Command::new("dd").arg("if=/dev/zero").arg(format!("of={}", filler.display())).arg("bs=4096").output();
     let mut refused = None;
     for size in 0..200 {
@@ -82,6 +63,4 @@ async fn a_full_disk_stops_no_warm_service_and_writes_work_once_there_is_room() 
     .await;
     eventually("/readyz is 200 again", || async { (readiness(&status).await?.0 == 200).then_some(()) }).await;
     load.stop().await.assert_all_answered("while the disk is full");
-    drop(dev);
-    drop(disk);
 }
