@@ -12,7 +12,7 @@ use crate::{
 pub struct Config {
     /// Unique in the cell, a DNS label.
     pub node_name: String,
-    /// `https://host:port` of each coordinator, at least one; `http://` only with [`Security::Plaintext`].
+    /// `https://host:port` of each coordinator, at least one; `http://` only with [`Security::Token`].
     pub coordinators: Vec<String>,
     /// How this agent proves who it is.
     pub security: Security,
@@ -67,8 +67,6 @@ pub enum RuntimeChoice {
 /// How an agent proves who it is.
 #[derive(Debug, Clone)]
 pub enum Security {
-    /// Not at all; for `dev`, where the coordinator is on this machine's loopback.
-    Plaintext,
     /// In plaintext with this bearer token; for `dev`.
     Token(String),
     /// A certificate kept in `data_dir`; got with the token where there is none yet.

@@ -116,11 +116,12 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), Agen
     // Port 0 asks for any; others must be told which.
     let ingress_address = ingress.local_addr().unwrap_or(config.listen_ingress);
     let peer_address = peers.local_addr().unwrap_or(config.listen_peer);
-    let identity = identity(&config).await?;
-    let trust = match (&config.security, &identity) {
-        (Security::Token(token), _) => Trust::Bearer(token.clone()),
-        (_, Some(identity)) => Trust::Cell(Arc::clone(identity)),
-        (_, None) => Trust::Plaintext,
+    let (identity, trust) = match &config.security {
+        Security::Token(token) => (None, Trust::Bearer(token.clone())),
+        Security::Mtls { token } => {
+            let identity = identity(&config, token.as_deref()).await?;
+            (Some(Arc::clone(&identity)), Trust::Cell(identity))
+        }
     };
     let revocations: Arc<Revocations> = Arc::default();
     let coordinators = Arc::new(Coordinators::new(&config.coordinators, trust)?);
@@ -313,8 +314,7 @@ fn is_good_node(stream: &TlsConnection, revocations: &Revocations) -> bool {
 }
 
 /// The node's certificate: kept from before, or got by the token.
-async fn identity(config: &Config) -> Result<Option<Arc<LiveIdentity>>, AgentError> {
-    let Security::Mtls { token } = &config.security else { return Ok(None) };
+async fn identity(config: &Config, token: Option<&str>) -> Result<Arc<LiveIdentity>, AgentError> {
     let directory = config.data_dir.join("identity");
     let still_valid =
         Credentials::exist(&directory) && Credentials::load(&directory)?.validity()?.1 > SystemTime::now();
@@ -328,7 +328,7 @@ async fn identity(config: &Config) -> Result<Option<Arc<LiveIdentity>>, AgentErr
         }
         None => return Err(AgentError::NoToken(directory)),
     };
-    Ok(Some(LiveIdentity::new(&credentials)?))
+    Ok(LiveIdentity::new(&credentials)?)
 }
 
 async fn join(config: &Config, token: &str) -> Result<Credentials, AgentError> {

@@ -17,7 +17,7 @@ pub struct Config {
     /// HTTP: `/metrics`, `/healthz`, `/readyz`.
     pub listen_http: SocketAddr,
     /// URL at which agents and operators reach this coordinator; a standby sends them there while this one leads.
-    /// `None`: the first of the certificate's names, with the port of `listen`.
+    /// `None` means the first of the certificate's names, with the port of `listen`.
     pub advertise: Option<String>,
     /// Directory for the embedded store and the operator's first certificate; made where missing.
     pub data_dir: PathBuf,
@@ -42,7 +42,7 @@ pub struct Config {
     /// What becomes of a service's last replica once nobody needs it, unless its annotations say.
     pub idle_replicas: IdleReplicas,
     /// File with the key that secrets are sealed with, 32 bytes in base64; all coordinators of a cell need
-    /// the same. `None`: systemd's credential `secrets.key`, else `secrets.key` below `data_dir`, made if missing.
+    /// the same. `None` means systemd's credential `secrets.key`, else `secrets.key` below `data_dir`, made if missing.
     pub secrets_key: Option<PathBuf>,
     /// Where to write what the autoscaler observes and decides, as JSON lines, for `pilotlight simulate`.
     pub record: Option<PathBuf>,
@@ -75,8 +75,6 @@ pub struct EtcdConfig {
 /// Who may connect to the gRPC listener.
 #[derive(Debug, Clone)]
 pub enum Security {
-    /// Anyone on this machine, in plaintext. Refused on an address that is not loopback.
-    Plaintext,
     /// In plaintext, whoever presents this bearer token. Refused on an address that is not loopback.
     Token(String),
     /// Mutual TLS.
@@ -94,7 +92,7 @@ impl Config {
         let port = self.listen.port();
         match (&self.advertise, &self.security) {
             (Some(url), _) => url.clone(),
-            (None, Security::Plaintext | Security::Token(_)) => format!("http://{}", self.listen),
+            (None, Security::Token(_)) => format!("http://{}", self.listen),
             (None, Security::Mtls { names, .. }) => match names.first() {
                 Some(name) => format!("https://{name}:{port}"),
                 None => format!("https://{}", self.listen),

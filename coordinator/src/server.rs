@@ -98,7 +98,7 @@ pub enum CoordinatorError {
 /// A setting cannot be used, or the store holds what this version cannot read. A store that does not answer is no
 /// error: the coordinator steps down, and comes back with the store.
 pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), CoordinatorError> {
-    if matches!(config.security, Security::Plaintext | Security::Token(_)) && !config.listen.ip().is_loopback() {
+    if matches!(config.security, Security::Token(_)) && !config.listen.ip().is_loopback() {
         return Err(CoordinatorError::PlaintextOffLoopback(config.listen));
     }
     config.scaling.validate().map_err(|wrong| CoordinatorError::Scaling(wrong.join("; ")))?;
@@ -266,7 +266,6 @@ impl Coordinator {
     ) -> Result<Ended, CoordinatorError> {
         let (config, store) = (&self.config, leadership.fenced());
         let access = match &config.security {
-            Security::Plaintext => Access::Open,
             Security::Token(token) => Access::Token(token.as_str().into()),
             Security::Mtls { .. } => {
                 members::load(&store, &self.revocations).await?;

@@ -55,7 +55,7 @@ impl ApiThreads {
         Ok(Self(Arc::new(OwnedRuntime(Some(runtime)))))
     }
 
-    /// Runs a call there. It ends when the result is dropped. `None` where it panicked.
+    /// Runs a call there. It ends when the result is dropped. Returns `None` if it panicked.
     pub(crate) async fn run<T: Send + 'static>(&self, call: impl Future<Output = T> + Send + 'static) -> Option<T> {
         let runtime = self.0.0.as_ref()?;
         AbortOnDropHandle::new(runtime.spawn(call)).await.ok()

@@ -1,7 +1,7 @@
 //! The coordinators of a cell, and which of them leads.
 //!
 //! Only the leader serves. A standby answers every call with `UNAVAILABLE` and the leader's address in
-//! [`LEADER_HEADER`]. Callers know several addresses and follow what they are told.
+//! [`LEADER_HEADER`]. Callers have several addresses and follow that answer.
 
 use std::{
     future::Future,

@@ -9,8 +9,6 @@ use tracing::warn;
 /// How callers are told apart.
 #[derive(Clone)]
 pub enum Access {
-    /// Everyone who reaches the listener may do everything: simulations and tests, on loopback.
-    Open,
     /// Whoever presents this bearer token may do everything: `dev`, on loopback.
     Token(Arc<str>),
     /// By certificate; no certificate, no access.
@@ -43,7 +41,6 @@ impl Access {
     /// certificate is another cell's or was revoked.
     pub fn caller<T>(&self, request: &Request<T>) -> Result<Option<MemberCertificate>, Status> {
         match self {
-            Self::Open => Ok(None),
             Self::Token(token) => check_token(token, request.metadata()).map(|()| None),
             Self::Certified(members) => {
                 let certificate = pilotlight_identity::peer_of(request).map_err(|error| {

@@ -154,7 +154,7 @@ mod tests {
             handle,
             logs,
             evictions,
-            Access::Open,
+            Access::Token("secret".into()),
             Arc::default(),
             Arc::default(),
             CancellationToken::new(),
@@ -171,7 +171,9 @@ mod tests {
         let hello = fleet::Hello { node_name: "a".into(), ..Default::default() };
         let hello = AgentMessage { message: Some(FromAgent::Hello(hello)) };
         let outbound = futures::StreamExt::chain(tokio_stream::once(hello), tokio_stream::pending());
-        let mut inbound = FleetClient::new(channel).session(outbound).await.unwrap().into_inner();
+        let mut request = Request::new(outbound);
+        request.metadata_mut().insert("authorization", "Bearer secret".parse().unwrap());
+        let mut inbound = FleetClient::new(channel).session(request).await.unwrap().into_inner();
         let mut services = 0;
         loop {
             match inbound.message().await.expect("no message exceeds the limit").unwrap().message {
