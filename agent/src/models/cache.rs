@@ -76,10 +76,14 @@ impl Cache {
         Ok(cache)
     }
 
-    /// Blobs that no model lists or links to, and staged folders; data of cut-off fetches stays, to be resumed.
+    /// Removes blobs that no model lists or links to, staged folders, and what is left of fetches whose model is
+    /// published. Data of cut-off fetches stays, to be resumed.
     fn sweep(&self) -> io::Result<()> {
         for partial in fs::read_dir(self.root.join("partial"))? {
-            unless_missing(fs::remove_dir_all(partial?.path().join(STAGED)))?;
+            let partial = partial?;
+            let is_published = self.root.join("trees").join(partial.file_name()).exists();
+            let left = if is_published { partial.path() } else { partial.path().join(STAGED) };
+            unless_missing(fs::remove_dir_all(left))?;
         }
         let listed: BTreeSet<String> = self.trees().into_iter().flat_map(|(_, record)| record.blobs).collect();
         for blob in fs::read_dir(self.root.join("blobs"))? {

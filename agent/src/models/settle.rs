@@ -166,6 +166,19 @@ mod tests {
         assert!(again.record("k").is_none() && !again.blob(&content::unnamed("k", 0)).exists());
     }
 
+    #[test]
+    fn notes_of_a_fetch_that_a_crash_left_beside_its_published_model_are_removed() {
+        let root = tempfile::tempdir().unwrap();
+        let there = cache(root.path(), boot_id().as_deref());
+        there.begin("k", "u").unwrap();
+        fs::write(root.path().join("partial/k/0.done"), "0\n").unwrap();
+        there.begin("other", "v").unwrap();
+        fs::write(root.path().join("partial/other/0.done"), "0\n").unwrap();
+        let again = Cache::open(root.path().to_owned()).unwrap();
+        assert!(again.record("k").is_some() && !again.begun("k"));
+        assert!(again.begun("other"), "a fetch that was cut off is resumed");
+    }
+
     #[tokio::test]
     async fn what_this_boot_left_unsettled_is_shown_and_settled() {
         let root = tempfile::tempdir().unwrap();
