@@ -11,7 +11,7 @@ use rustls::pki_types::{CertificateDer, pem::PemObject as _};
 use time::OffsetDateTime;
 use x509_parser::{prelude::FromDer as _, prelude::X509Certificate};
 
-use crate::{Credentials, IdentityError, Member, check_label};
+use crate::{CaCertificate, Credentials, IdentityError, Member, check_label};
 
 /// Life of a node's certificate. Agents renew after two thirds of it.
 pub const NODE_LIFETIME: Duration = Duration::from_secs(24 * 3600);
@@ -88,6 +88,15 @@ impl Authority {
     /// The authority's key. Keep it secret.
     pub fn key_pem(&self) -> String {
         self.issuer.key().serialize_pem()
+    }
+
+    /// The authority's certificate, read.
+    ///
+    /// # Errors
+    /// The certificate cannot be read.
+    pub fn certificate(&self) -> Result<CaCertificate, IdentityError> {
+        let mut bundle = CaCertificate::bundle(&self.certificate_pem)?;
+        Ok(bundle.swap_remove(0))
     }
 
     /// SHA-256 of the certificate, by which join tokens pin it.

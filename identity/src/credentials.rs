@@ -11,7 +11,7 @@ use std::{
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _};
 use x509_parser::{prelude::FromDer as _, prelude::X509Certificate};
 
-use crate::IdentityError;
+use crate::{CaCertificate, IdentityError, member::issuer_key_id};
 
 /// File names in a credentials directory.
 const FILES: [&str; 3] = ["cert.pem", "key.pem", "ca.pem"];
@@ -23,7 +23,7 @@ pub struct Credentials {
     pub certificate_pem: String,
     /// The holder's key. Secret.
     pub key_pem: String,
-    /// The authority's certificate.
+    /// Certificates of the authorities that the holder trusts, one or more.
     pub ca_pem: String,
 }
 
@@ -85,15 +85,24 @@ impl Credentials {
         Ok(())
     }
 
-    /// The certificate and its authority's.
+    /// The certificate and its authority's. If the certificate does not name its authority, all that are trusted.
     pub(crate) fn chain(&self) -> Result<Vec<CertificateDer<'static>>, IdentityError> {
         let mut chain = certificates("certificate", &self.certificate_pem)?;
-        chain.extend(self.authorities()?);
+        let authorities = CaCertificate::bundle(&self.ca_pem)?;
+        let issuer = issuer_key_id(&chain[0]).unwrap_or_default();
+        let is_issuer = |authority: &&CaCertificate| !issuer.is_empty() && authority.key_id == issuer;
+        match authorities.iter().find(is_issuer) {
+            Some(authority) => chain.push(authority.der().clone()),
+            None => chain.extend(authorities.into_iter().map(|authority| authority.der().clone())),
+        }
         Ok(chain)
     }
 
-    pub(crate) fn authorities(&self) -> Result<Vec<CertificateDer<'static>>, IdentityError> {
-        certificates("authority's certificate", &self.ca_pem)
+    /// Returns `true` if the certificate names this authority as its issuer.
+    pub fn is_issued_by(&self, authority: &CaCertificate) -> bool {
+        let chain = certificates("certificate", &self.certificate_pem).unwrap_or_default();
+        let issuer = chain.first().and_then(issuer_key_id);
+        issuer.is_some_and(|issuer| issuer == authority.key_id)
     }
 
     pub(crate) fn key(&self) -> Result<PrivateKeyDer<'static>, IdentityError> {

@@ -75,8 +75,7 @@ async fn strangers_and_other_cells_are_refused() {
 
     let nobody = || {
         let mut roots = rustls::RootCertStore::empty();
-        let ours = ours.issue(&node("x"), &[], HOUR).unwrap().authorities().unwrap();
-        roots.add(ours[0].clone()).unwrap();
+        roots.add(ours.certificate().unwrap().der().clone()).unwrap();
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let config = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
         config.with_root_certificates(roots).with_no_client_auth()
@@ -108,6 +107,62 @@ async fn a_renewed_certificate_is_used_without_a_restart() {
     let ca_pem = authority.certificate_pem().to_owned();
     server.replace(&Credentials { certificate_pem, key_pem, ca_pem }).unwrap();
     assert_eq!(greet(address, &node("a"), client.client_config(&[]).unwrap()).await.unwrap(), "node b");
+}
+
+/// What `authority` issues to a node that trusts all of these.
+fn trusting(authority: &Authority, name: &str, trusted: &[&Authority]) -> Credentials {
+    let ca_pem = trusted.iter().map(|authority| authority.certificate_pem()).collect();
+    Credentials { ca_pem, ..authority.issue(&node(name), &[], HOUR).unwrap() }
+}
+
+#[tokio::test]
+async fn members_pass_from_one_authority_to_the_next_without_new_listeners_or_connectors() {
+    let (old, new) = (Authority::generate("main").unwrap(), Authority::generate("main").unwrap());
+    let (a, b) = (live(&old, &node("a")), live(&old, &node("b")));
+    let address = serve(a.server_config(&[]).unwrap()).await;
+    let connector = b.client_config(&[]).unwrap();
+    let greets = async || greet(address, &node("a"), connector.clone()).await.is_ok();
+    assert!(greets().await);
+    a.replace(&trusting(&old, "a", &[&old, &new])).unwrap();
+    b.replace(&trusting(&new, "b", &[&old, &new])).unwrap();
+    assert!(greets().await, "both authorities are trusted");
+    a.replace(&trusting(&new, "a", &[&new])).unwrap();
+    assert!(greets().await, "the new one is trusted");
+    b.replace(&trusting(&old, "b", &[&old, &new])).unwrap();
+    assert!(!greets().await, "the old one is trusted no longer, and nothing that it has verified counts");
+    b.replace(&trusting(&new, "b", &[&old])).unwrap();
+    assert!(!greets().await, "the connector does not trust the new one any more");
+}
+
+#[tokio::test]
+async fn a_token_of_the_signing_authority_admits_while_several_are_trusted() {
+    let (old, new) = (Authority::generate("main").unwrap(), Authority::generate("main").unwrap());
+    for (signer, other) in [(&old, &new), (&new, &old)] {
+        let issued = signer.issue(&Member::Coordinator, &[], HOUR).unwrap();
+        let both = Credentials { ca_pem: old.certificate_pem().to_owned() + new.certificate_pem(), ..issued };
+        let server = LiveIdentity::new(&both).unwrap();
+        let address = serve(server.server_config_optional_client(&[b"h2"]).unwrap()).await;
+        let pinned = |authority: &Authority| transport::pinned_config(authority.pin()).unwrap();
+        assert!(greet(address, &Member::Coordinator, pinned(signer)).await.is_ok());
+        assert!(greet(address, &Member::Coordinator, pinned(other)).await.is_err());
+    }
+}
+
+#[tokio::test]
+async fn connections_of_an_authority_that_is_trusted_no_longer_are_closed() {
+    let (old, new) = (Authority::generate("main").unwrap(), Authority::generate("main").unwrap());
+    let revocations = Revocations::default();
+    let watch = |authority: &Authority| {
+        let issued = authority.issue(&node("a"), &[], HOUR).unwrap();
+        revocations.watch(&MemberCertificate::from_pem(&issued.certificate_pem).unwrap()).unwrap()
+    };
+    let (mut stale, mut fresh) = (watch(&old), watch(&new));
+    let is_closed =
+        async |watched: &mut Revoked| futures::poll!(std::future::poll_fn(|cx| watched.poll_revoked(cx))).is_ready();
+    revocations.close_untrusted(&[old.certificate().unwrap(), new.certificate().unwrap()]);
+    assert!(!is_closed(&mut stale).await && !is_closed(&mut fresh).await);
+    revocations.close_untrusted(&[new.certificate().unwrap()]);
+    assert!(is_closed(&mut stale).await && !is_closed(&mut fresh).await);
 }
 
 #[tokio::test]

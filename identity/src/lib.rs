@@ -5,6 +5,7 @@
 
 mod accept;
 mod authority;
+mod ca_certificate;
 mod coordinators;
 mod credentials;
 #[cfg(test)]
@@ -18,6 +19,7 @@ mod transport;
 
 pub use accept::{TlsConnection, accept_tls};
 pub use authority::{Authority, NODE_LIFETIME, new_csr};
+pub use ca_certificate::CaCertificate;
 pub use coordinators::{Coordinators, LEADER_HEADER, STATE_TIME_HEADER};
 pub use credentials::Credentials;
 pub use live::LiveIdentity;

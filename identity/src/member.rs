@@ -3,7 +3,10 @@
 use std::fmt;
 
 use rustls::pki_types::{CertificateDer, pem::PemObject as _};
-use x509_parser::{extensions::GeneralName, prelude::FromDer as _, prelude::X509Certificate};
+use x509_parser::{
+    extensions::{GeneralName, ParsedExtension},
+    prelude::{FromDer as _, X509Certificate},
+};
 
 use crate::{IdentityError, authority};
 
@@ -39,6 +42,8 @@ pub struct MemberCertificate {
     pub issued_at: i64,
     /// SHA-256 of the certificate, hexadecimal.
     pub fingerprint: String,
+    /// Key identifier of the authority that issued it, hexadecimal; empty if the certificate does not say.
+    pub issuer_key_id: String,
 }
 
 impl MemberCertificate {
@@ -62,7 +67,8 @@ impl MemberCertificate {
             IdentityError::Member(format!("it names no member of a cell (URI {})", uri.unwrap_or("missing")))
         })?;
         let issued_at = certificate.validity().not_before.timestamp() + authority::CLOCK_SKEW.as_secs() as i64;
-        Ok(Self { member, cell, issued_at, fingerprint: fingerprint(der) })
+        let issuer_key_id = key_id_of_issuer(&certificate).unwrap_or_default();
+        Ok(Self { member, cell, issued_at, fingerprint: hex(&authority::pin(der)), issuer_key_id })
     }
 
     /// Reads the first certificate of PEM text.
@@ -76,8 +82,22 @@ impl MemberCertificate {
     }
 }
 
-fn fingerprint(der: &CertificateDer<'_>) -> String {
-    authority::pin(der).iter().map(|byte| format!("{byte:02x}")).collect()
+/// Key identifier of the authority that issued a certificate, hexadecimal; `None` if the certificate does not say.
+pub(crate) fn issuer_key_id(der: &CertificateDer<'_>) -> Option<String> {
+    let (_, certificate) = X509Certificate::from_der(der).ok()?;
+    key_id_of_issuer(&certificate)
+}
+
+fn key_id_of_issuer(certificate: &X509Certificate<'_>) -> Option<String> {
+    certificate.extensions().iter().find_map(|extension| match extension.parsed_extension() {
+        ParsedExtension::AuthorityKeyIdentifier(issuer) => issuer.key_identifier.as_ref().map(|id| hex(id.0)),
+        _ => None,
+    })
+}
+
+/// Bytes as hexadecimal text.
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// What an operator may do; a higher role may do all that a lower one may.

@@ -1,4 +1,4 @@
-//! Certificates that members refuse before they expire.
+//! Certificates that members refuse before they expire, and the open connections of their holders.
 
 use std::{
     collections::BTreeMap,
@@ -14,7 +14,7 @@ use tokio::{
     sync::{oneshot, watch},
 };
 
-use crate::MemberCertificate;
+use crate::{CaCertificate, MemberCertificate};
 
 /// By subject (see [`crate::Member::subject`]): certificates issued at this time or earlier are refused, in seconds
 /// since the Unix epoch.
@@ -37,10 +37,22 @@ impl Revocations {
     /// Replaces the list, and closes the connections of members that it revokes.
     pub fn replace(&self, list: RevocationList) {
         self.list.send_replace(Arc::new(list));
+        self.close(|certificate| self.revoked_at(certificate).is_some());
+    }
+
+    /// Closes the connections of members whose certificates name an issuer that is not among `trusted`.
+    pub fn close_untrusted(&self, trusted: &[CaCertificate]) {
+        self.close(|certificate| {
+            let issuer = &certificate.issuer_key_id;
+            !issuer.is_empty() && trusted.iter().all(|authority| authority.key_id != *issuer)
+        });
+    }
+
+    fn close(&self, is_refused: impl Fn(&MemberCertificate) -> bool) {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         let connections = std::mem::take(&mut *open);
         for connection in connections {
-            if self.revoked_at(&connection.certificate).is_some() {
+            if is_refused(&connection.certificate) {
                 // It may have been closed by its peer.
                 let _ = connection.close.send(());
             } else if !connection.close.is_closed() {
@@ -76,7 +88,7 @@ impl Revocations {
     }
 }
 
-/// Resolves once a certificate is revoked.
+/// Resolves once a certificate is revoked, or its authority is trusted no longer.
 #[derive(Debug)]
 pub struct Revoked(Option<oneshot::Receiver<()>>);
 
@@ -96,7 +108,10 @@ impl Revoked {
     }
 
     pub(crate) fn error() -> io::Error {
-        io::Error::new(io::ErrorKind::PermissionDenied, "the peer's certificate was revoked")
+        io::Error::new(
+            io::ErrorKind::PermissionDenied,
+            "the peer's certificate was revoked, or its authority is trusted no longer",
+        )
     }
 }
 

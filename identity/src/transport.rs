@@ -9,7 +9,6 @@ use rustls::{
         WebPkiServerVerifier,
         danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
     },
-    crypto::{verify_tls12_signature, verify_tls13_signature},
     pki_types::{CertificateDer, ServerName, UnixTime},
 };
 use tokio::net::TcpStream;
@@ -23,8 +22,10 @@ use tonic::{
 use tower::service_fn;
 
 use crate::{
-    IdentityError, LiveIdentity, Member, MemberCertificate, Revocable, Revocations, accept::TlsConnection, authority,
-    live::provider,
+    IdentityError, LiveIdentity, Member, MemberCertificate, Revocable, Revocations,
+    accept::TlsConnection,
+    authority,
+    live::{provider, signatures},
 };
 
 const CONNECT_WITHIN: Duration = Duration::from_secs(5);
@@ -240,7 +241,7 @@ impl ServerCertVerifier for Pinned {
         certificate: &CertificateDer<'_>,
         signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls12_signature(message, certificate, signature, &provider().signature_verification_algorithms)
+        signatures::tls12(message, certificate, signature)
     }
 
     fn verify_tls13_signature(
@@ -249,10 +250,10 @@ impl ServerCertVerifier for Pinned {
         certificate: &CertificateDer<'_>,
         signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls13_signature(message, certificate, signature, &provider().signature_verification_algorithms)
+        signatures::tls13(message, certificate, signature)
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        provider().signature_verification_algorithms.supported_schemes()
+        signatures::schemes()
     }
 }
