@@ -4,6 +4,7 @@ pub mod config;
 pub mod endpoint;
 pub mod gateway;
 pub mod inventory;
+mod membership;
 pub mod models;
 mod node;
 pub mod reconcile;

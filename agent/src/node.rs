@@ -6,18 +6,16 @@ use std::{
     net::SocketAddr,
     path::PathBuf,
     sync::{Arc, Mutex, PoisonError},
-    time::{Duration, SystemTime},
+    time::Duration,
 };
 
 use async_trait::async_trait;
 use futures::StreamExt as _;
 use pilotlight_identity::{
-    Coordinators, Credentials, IdentityError, JoinToken, LiveIdentity, Member, RevocationList, Revocations,
-    TlsConnection, Trust, new_csr,
+    Coordinators, IdentityError, LiveIdentity, Member, RevocationList, Revocations, TlsConnection, Trust,
 };
 use pilotlight_proto::fleet::v1::{
-    self as fleet, JoinRequest, RenewRequest, agent_message::Message as FromAgent,
-    coordinator_message::Message as ToAgent, enrollment_client::EnrollmentClient,
+    self as fleet, agent_message::Message as FromAgent, coordinator_message::Message as ToAgent,
 };
 use pilotlight_telemetry::Metrics;
 use rustix::process::{Resource, getrlimit};
@@ -33,6 +31,7 @@ use crate::{
     config::{Config, RuntimeChoice, Security},
     gateway::{self, ClientSettings, Connect, DataPath, GatewayMetrics, PeerStream, Setup},
     inventory::{self, InventoryError},
+    membership::{self, Membership, ToldBundle},
     models::{Models, Shelf},
     reconcile::Reconciler,
     runtime::{AnyRuntime, DockerRuntime, EndedLogs, ProcessRuntime, RunAs, Runtime, RuntimeError, logs},
@@ -43,8 +42,6 @@ use crate::{
 const DEMANDS_WAITING: usize = 1024;
 /// How often logs are looked at for their size.
 const LOG_CARE: Duration = Duration::from_secs(10);
-/// Pause before a renewal that failed is tried again.
-const RENEW_PAUSE: Duration = Duration::from_secs(30);
 
 /// Why an agent could not start.
 #[derive(Debug, thiserror::Error)]
@@ -119,7 +116,7 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), Agen
     let (identity, trust) = match &config.security {
         Security::Token(token) => (None, Trust::Bearer(token.clone())),
         Security::Mtls { token } => {
-            let identity = identity(&config, token.as_deref()).await?;
+            let identity = membership::identity(&config, token.as_deref()).await?;
             (Some(Arc::clone(&identity)), Trust::Cell(identity))
         }
     };
@@ -165,15 +162,26 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), Agen
     let status = pilotlight_telemetry::http_router(&metrics, move || readiness(*is_connected.borrow()));
     tokio::spawn(pilotlight_telemetry::serve_status(http, status, stopping.clone()));
     tokio::spawn(care_for_logs(Arc::clone(&reconciler), stopping.clone()));
+    let (trust_bundles, told_bundles) = watch::channel(None);
     if let Some(identity) = &identity {
-        tokio::spawn(renew(config.clone(), Arc::clone(&coordinators), Arc::clone(identity), stopping.clone()));
+        let membership = Membership::new(&config, Arc::clone(identity), Arc::clone(&coordinators));
+        let membership = membership.affects(Arc::clone(&revocations), Arc::clone(&data_path));
+        tokio::spawn(membership.run(told_bundles, stopping.clone()));
     }
     serve_peers(&data_path, identity.as_ref(), &revocations, peers, models, &stopping)?;
 
     let (_inventory, inventory) = watch::channel(inventory);
     let (path, replicas) = (Arc::clone(&data_path), Arc::clone(&reconciler));
     let ended_logs = EndedLogs::new(&config.data_dir);
-    let told = Node { data_path: path, reconciler: replicas, shelf, ended_logs, revocations, logs: Mutex::default() };
+    let told = Node {
+        data_path: path,
+        reconciler: replicas,
+        shelf,
+        ended_logs,
+        revocations,
+        trust_bundles,
+        logs: Mutex::default(),
+    };
     let session = Session {
         coordinators,
         hello: hello(&config, ingress_address, peer_address),
@@ -313,80 +321,6 @@ fn is_good_node(stream: &TlsConnection, revocations: &Revocations) -> bool {
     })
 }
 
-/// The node's certificate: kept from before, or got by the token.
-async fn identity(config: &Config, token: Option<&str>) -> Result<Arc<LiveIdentity>, AgentError> {
-    let directory = config.data_dir.join("identity");
-    let still_valid =
-        Credentials::exist(&directory) && Credentials::load(&directory)?.validity()?.1 > SystemTime::now();
-    let credentials = match token {
-        _ if still_valid => Credentials::load(&directory)?,
-        Some(token) => {
-            let credentials = join(config, token).await?;
-            credentials.save(&directory)?;
-            info!(node = %config.node_name, "joined the cell");
-            credentials
-        }
-        None => return Err(AgentError::NoToken(directory)),
-    };
-    Ok(LiveIdentity::new(&credentials)?)
-}
-
-async fn join(config: &Config, token: &str) -> Result<Credentials, AgentError> {
-    let token: JoinToken = token.parse()?;
-    let coordinators = Coordinators::new(&config.coordinators, Trust::Pinned(token.pin()))?;
-    let (key_pem, csr_pem) = new_csr()?;
-    let request = JoinRequest { token: token.to_string(), node_name: config.node_name.clone(), csr_pem };
-    let join = |channel| {
-        let request = request.clone();
-        async move { EnrollmentClient::new(channel).join(request).await }
-    };
-    let answer = coordinators.call(join).await.map_err(AgentError::Join)?.into_inner();
-    Ok(Credentials { certificate_pem: answer.certificate_pem, key_pem, ca_pem: answer.ca_pem })
-}
-
-/// Renews the certificate after two thirds of its life, again and again.
-async fn renew(
-    config: Config,
-    coordinators: Arc<Coordinators>,
-    identity: Arc<LiveIdentity>,
-    stopping: CancellationToken,
-) {
-    let directory = config.data_dir.join("identity");
-    let renewing = async {
-        loop {
-            let due = Credentials::load(&directory).and_then(|credentials| credentials.renew_at());
-            let wait = due.map_or(RENEW_PAUSE, |due| due.duration_since(SystemTime::now()).unwrap_or_default());
-            tokio::time::sleep(wait).await;
-            if let Err(error) = renew_once(&directory, &coordinators, &identity).await {
-                warn!(%error, "certificate not renewed; trying again");
-                tokio::time::sleep(RENEW_PAUSE).await;
-            }
-        }
-    };
-    tokio::select! {
-        () = renewing => {}
-        () = stopping.cancelled() => {}
-    }
-}
-
-async fn renew_once(
-    directory: &std::path::Path,
-    coordinators: &Coordinators,
-    identity: &LiveIdentity,
-) -> Result<(), AgentError> {
-    let (key_pem, csr_pem) = new_csr()?;
-    let renew = |channel| {
-        let request = RenewRequest { csr_pem: csr_pem.clone() };
-        async move { EnrollmentClient::new(channel).renew(request).await }
-    };
-    let answer = coordinators.call(renew).await.map_err(AgentError::Join)?.into_inner();
-    let credentials = Credentials { certificate_pem: answer.certificate_pem, key_pem, ca_pem: answer.ca_pem };
-    credentials.save(directory)?;
-    identity.replace(&credentials)?;
-    info!("certificate renewed");
-    Ok(())
-}
-
 /// Lets the data path know whether there is a session with the coordinator, until the session's task ends.
 async fn follow_session(data_path: Arc<DataPath>, mut connected: watch::Receiver<bool>) {
     loop {
@@ -460,6 +394,8 @@ struct Node {
     ended_logs: EndedLogs,
     /// Nodes whose connections are refused and closed.
     revocations: Arc<Revocations>,
+    /// Takes whom this node must trust.
+    trust_bundles: watch::Sender<Option<ToldBundle>>,
     /// Log requests that are being answered.
     logs: Mutex<HashMap<u64, CancellationToken>>,
 }
@@ -482,6 +418,9 @@ impl Told for Node {
                 tokio::spawn(evict(self.shelf.clone(), request, say.clone()));
             }
             ToAgent::Revocations(list) => self.revocations.replace(revocation_list(list)),
+            ToAgent::TrustBundle(bundle) => {
+                self.trust_bundles.send_replace(Some(ToldBundle { bundle, say: say.clone() }));
+            }
             ToAgent::Welcome(_) => {}
         }
     }

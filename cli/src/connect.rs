@@ -3,7 +3,7 @@
 use std::{
     future::Future,
     io::{Write as _, stderr},
-    path::PathBuf,
+    path::{Path, PathBuf},
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
@@ -56,6 +56,11 @@ const LEADER_TIMEOUT: Duration = Duration::from_secs(15);
 const ROUND_PAUSE: Duration = Duration::from_millis(500);
 
 impl ConnectionArgs {
+    /// The directory of `--credentials`.
+    pub fn credentials(&self) -> Option<&Path> {
+        self.credentials.as_deref()
+    }
+
     /// Connects when it is first used.
     pub fn client(&self) -> Result<Client, Failure> {
         let trust = match &self.credentials {

@@ -2,6 +2,7 @@
 
 mod agent;
 mod apply;
+mod ca;
 mod cache;
 mod clients;
 mod config;
@@ -102,9 +103,12 @@ enum Command {
     /// Save, restore and verify copies of what is stored for a cell.
     #[command(subcommand)]
     Snapshot(Box<snapshot::Command>),
-    /// Create and revoke credentials of operators.
+    /// Create, renew and revoke credentials of operators.
     #[command(subcommand)]
     User(user::Command),
+    /// Show and rotate the cell's certificate authority.
+    #[command(subcommand)]
+    Ca(ca::Command),
     /// Run a model server for the examples.
     #[command(subcommand)]
     ExampleServer(example_server::Command),
@@ -161,6 +165,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
         Command::Cache(command) => process::ask(cache::run(connection, command)),
         Command::Token(command) => process::ask(token::run(connection, command)),
         Command::Snapshot(command) => process::ask(snapshot::run(connection, *command)),
+        Command::Ca(command) => process::ask(ca::run(connection, command)),
         Command::User(command) => process::ask(user::run(connection, command)),
         Command::Version(args) => process::ask(version::run(connection, args)),
         Command::Completions { shell } => {

@@ -1,10 +1,13 @@
 //! `pilotlight user`.
 
-use std::{path::PathBuf, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use clap::ValueEnum;
 use pilotlight_identity::Credentials;
-use pilotlight_proto::control::v1::{CreateUserRequest, ListUsersRequest, RevokeUserRequest, User};
+use pilotlight_proto::control::v1::{CreateUserRequest, ListUsersRequest, RenewUserRequest, RevokeUserRequest, User};
 
 use crate::{connect::ConnectionArgs, failure::Failure, output, table, table::Table};
 
@@ -29,6 +32,9 @@ pub enum Command {
         #[arg(long, value_name = "DIR")]
         out: Option<PathBuf>,
     },
+    /// Renew your own certificate, the one of `--credentials`, and take over the authorities that are trusted now. It
+    /// expires when the one before would have.
+    Renew,
     /// List users.
     List,
     /// Refuse all certificates of a user, and end the user's open calls.
@@ -48,6 +54,7 @@ pub enum Role {
 
 /// Executes a command.
 pub async fn run(connection: ConnectionArgs, command: Command) -> Result<(), Failure> {
+    let directory = connection.credentials().map(Path::to_owned);
     let mut client = connection.client()?;
     match command {
         Command::Create { name, role, namespace, ttl, out } => {
@@ -67,6 +74,14 @@ pub async fn run(connection: ConnectionArgs, command: Command) -> Result<(), Fai
             let credentials = Credentials { certificate_pem: answer.certificate_pem, key_pem, ca_pem: answer.ca_pem };
             credentials.save(&directory).map_err(anyhow::Error::from)?;
             output::print(&format!("user/{name} created; use --credentials {}\n", directory.display()))
+        }
+        Command::Renew => {
+            let directory = directory.ok_or_else(|| anyhow::anyhow!("credentials: pass --credentials DIR"))?;
+            let (key_pem, csr_pem) = pilotlight_identity::new_csr().map_err(anyhow::Error::from)?;
+            let answer = client.renew_user(RenewUserRequest { csr_pem }).await?.into_inner();
+            let credentials = Credentials { certificate_pem: answer.certificate_pem, key_pem, ca_pem: answer.ca_pem };
+            credentials.save(&directory).map_err(anyhow::Error::from)?;
+            output::print(&format!("certificate in {} renewed\n", directory.display()))
         }
         Command::List => {
             let users = client.list_users(ListUsersRequest {}).await?.into_inner().users;

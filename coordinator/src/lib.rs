@@ -11,6 +11,7 @@ pub mod config;
 pub mod eviction;
 pub mod finding;
 pub mod fleet;
+mod follow;
 pub mod leader;
 pub mod manifest;
 pub mod members;

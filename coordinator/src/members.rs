@@ -5,12 +5,10 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use futures::StreamExt as _;
 use jiff::Timestamp;
 use pilotlight_identity::{RevocationList, Revocations};
 use serde::{Deserialize, Serialize};
-use tokio_util::sync::CancellationToken;
-use tracing::{info, warn};
+use tracing::info;
 
 use crate::{
     model::keys,
@@ -19,8 +17,6 @@ use crate::{
 
 /// Joins that are kept of one node; older ones are dropped.
 pub(crate) const MAX_JOINS: usize = 20;
-/// Pause before the revocations are read again after the store failed.
-const RETRY_PAUSE: Duration = Duration::from_secs(1);
 
 /// All joins under one node name that are kept, oldest first.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
@@ -69,6 +65,10 @@ pub struct UserRecord {
     /// When it was revoked.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub revoked_at: Option<Timestamp>,
+    /// SHA-256 of the authorities that the user was told to trust, hexadecimal; the one that issued the certificate comes
+    /// first. Empty in records of earlier versions.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub trusted: Vec<String>,
 }
 
 impl UserRecord {
@@ -122,30 +122,4 @@ pub(crate) async fn load(store: &Arc<dyn Store>, revocations: &Revocations) -> R
         revocations.replace(list);
     }
     Ok(listing.revision)
-}
-
-/// Follows the revocations in the store until `shutdown`.
-pub(crate) async fn follow(store: Arc<dyn Store>, revocations: Arc<Revocations>, shutdown: CancellationToken) {
-    let following = async {
-        loop {
-            if let Err(error) = follow_once(&store, &revocations).await {
-                warn!(%error, "cannot follow the revocations; trying again");
-            }
-            tokio::time::sleep(RETRY_PAUSE).await;
-        }
-    };
-    tokio::select! {
-        () = following => {}
-        () = shutdown.cancelled() => {}
-    }
-}
-
-async fn follow_once(store: &Arc<dyn Store>, revocations: &Revocations) -> Result<(), StoreError> {
-    let revision = load(store, revocations).await?;
-    let mut events = store.watch(keys::REVOCATIONS, revision + 1).await?;
-    while let Some(change) = events.next().await {
-        change?;
-        load(store, revocations).await?;
-    }
-    Ok(())
 }

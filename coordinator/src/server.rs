@@ -6,12 +6,13 @@ mod switch;
 
 use std::{
     net::SocketAddr,
+    path::Path,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
 use jiff::Timestamp;
-use pilotlight_identity::{Authority, Revocations};
+use pilotlight_identity::Revocations;
 use standing::{Role, Standing};
 use switch::Switch;
 use tokio::net::TcpListener;
@@ -20,11 +21,13 @@ use tracing::{info, warn};
 
 use crate::{
     api::access::{Access, CellMembers},
-    authority,
+    authority::{self, Authorities, LiveAuthorities, OwnIdentity},
     config::{Config, Security, StoreConfig},
+    follow::follow,
     leader::{self, CampaignEvent, LeaderRecord},
     members,
     metrics::CoordinatorMetrics,
+    model::keys,
     reconcile::{Handle, Reconciler, record::Recorder, run::Setup, world::Settings},
     store::{Measured, Store, StoreError, embedded::EmbeddedStore, etcd::EtcdStore, format},
     threads::{self, ApiThreads},
@@ -179,29 +182,24 @@ impl Coordinator {
             () = self.stopping.cancelled() => return Ok(()),
         };
         let store: Arc<dyn Store> = Arc::new(Measured::new(store, self.measures.clone()));
-        let authority = tokio::select! {
-            authority = self.authority(&store) => authority?,
+        let own = tokio::select! {
+            own = self.identity(&store) => own?,
             () = self.stopping.cancelled() => return Ok(()),
         };
         let mut grpc = tokio::spawn(grpc::serve(
             listener,
-            match (&self.config.security, &authority) {
-                (Security::Mtls { names, .. }, Some(authority)) => {
-                    Some(authority::own_identity(&self.config, authority, names)?)
-                }
-                _ => None,
-            },
+            own.as_ref().map(|(own, _)| own.identity()),
             self.switch.clone(),
             self.measures.clone(),
             Arc::clone(&self.revocations),
             self.stopping.clone(),
         ));
-        if authority.is_some() {
-            let (store, revocations) = (Arc::clone(&store), Arc::clone(&self.revocations));
-            tokio::spawn(members::follow(store, revocations, self.stopping.clone()));
-        }
+        let authorities = own.map(|(own, authorities)| {
+            self.follow_members(&store, own, &authorities);
+            authorities
+        });
         self.standing.set_serves();
-        let mut turns = std::pin::pin!(self.take_turns(&store, authority));
+        let mut turns = std::pin::pin!(self.take_turns(&store, authorities));
         tokio::select! {
             served = &mut grpc => {
                 served.map_err(|error| CoordinatorError::Panicked(error.to_string()))??;
@@ -218,7 +216,7 @@ impl Coordinator {
     async fn take_turns(
         &self,
         store: &Arc<dyn Store>,
-        authority: Option<Arc<Authority>>,
+        authorities: Option<LiveAuthorities>,
     ) -> Result<(), CoordinatorError> {
         let candidate = LeaderRecord::of_this_process(self.config.advertised());
         loop {
@@ -242,7 +240,7 @@ impl Coordinator {
             };
             self.standing.set_role(Role::TakingOver);
             info!(cell = %self.config.cell, store = store.kind(), "leading");
-            let term = self.lead(&leadership, authority.clone()).await;
+            let term = self.lead(&leadership, authorities.clone()).await;
             self.measures.set_leader(false);
             // A store that does not answer cannot be told; the lease then ends by itself.
             let _ = tokio::time::timeout(RESIGN_TIMEOUT, leadership.resign()).await;
@@ -262,7 +260,7 @@ impl Coordinator {
     async fn lead(
         &self,
         leadership: &leader::Leadership,
-        authority: Option<Arc<Authority>>,
+        authorities: Option<LiveAuthorities>,
     ) -> Result<Ended, CoordinatorError> {
         let (config, store) = (&self.config, leadership.fenced());
         let access = match &config.security {
@@ -296,7 +294,7 @@ impl Coordinator {
         let mut looping = threads::spawn_loop(reconciler.run(ending.clone())).map_err(CoordinatorError::Threads)?;
         tokio::spawn(self.measures.state.clone().follow(handle.clone(), ending.clone()));
         let services =
-            grpc::services(config, &store, vault, handle, access, authority, &self.revocations, &ending).await;
+            grpc::services(config, &store, vault, handle, access, authorities, &self.revocations, &ending).await;
         self.switch.lead(services.into_axum_router());
         self.former.forget();
         self.standing.set_role(Role::Leading);
@@ -362,10 +360,23 @@ impl Coordinator {
         }
     }
 
-    /// The authority of the cell; `None` without TLS.
-    async fn authority(&self, store: &Arc<dyn Store>) -> Result<Option<Arc<Authority>>, CoordinatorError> {
-        let Security::Mtls { ca, .. } = &self.config.security else { return Ok(None) };
+    /// Who this coordinator is, and the authorities of the cell; `None` without TLS.
+    async fn identity(
+        &self,
+        store: &Arc<dyn Store>,
+    ) -> Result<Option<(OwnIdentity, LiveAuthorities)>, CoordinatorError> {
+        let Security::Mtls { ca, names } = &self.config.security else { return Ok(None) };
         let ca = ca.as_ref().map(|(certificate, key)| (certificate.as_path(), key.as_path()));
+        let authorities = self.authorities(store, ca).await?;
+        let own = OwnIdentity::issue(&self.config, &authorities, names)?;
+        Ok(Some((own, LiveAuthorities::new(authorities))))
+    }
+
+    async fn authorities(
+        &self,
+        store: &Arc<dyn Store>,
+        ca: Option<(&Path, &Path)>,
+    ) -> Result<Authorities, CoordinatorError> {
         loop {
             match format::check(store, &self.config.cell).await {
                 Ok(()) => {}
@@ -376,13 +387,36 @@ impl Coordinator {
                 Err(error) => return Err(error.into()),
             }
             match authority::open(store, &self.config.cell, ca, &self.vault).await {
-                Ok(authority) => return Ok(Some(Arc::new(authority))),
+                Ok(authorities) => return Ok(authorities),
                 // Another coordinator has just made it; or the store is away again.
                 Err(CoordinatorError::Store(StoreError::Conflict { .. })) => {}
                 Err(CoordinatorError::Store(StoreError::Unavailable(_))) => self.answers(&**store).await,
                 Err(error) => return Err(error),
             }
         }
+    }
+
+    /// Follows who may be trusted, in whichever role.
+    fn follow_members(&self, store: &Arc<dyn Store>, own: OwnIdentity, authorities: &LiveAuthorities) {
+        let revocations = Arc::clone(&self.revocations);
+        tokio::spawn(own.follow(authorities.clone(), Arc::clone(&revocations), self.stopping.clone()));
+        let reading = Arc::clone(store);
+        let load = move || {
+            let (store, revocations) = (Arc::clone(&reading), Arc::clone(&revocations));
+            async move { members::load(&store, &revocations).await }
+        };
+        tokio::spawn(follow(Arc::clone(store), keys::REVOCATIONS, load, self.stopping.clone()));
+        if authorities.current().is_external() {
+            return;
+        }
+        let (reading, cell, vault) = (Arc::clone(store), self.config.cell.clone(), Arc::clone(&self.vault));
+        let authorities = authorities.clone();
+        let load = move || {
+            let (store, cell, vault) = (Arc::clone(&reading), cell.clone(), Arc::clone(&vault));
+            let authorities = authorities.clone();
+            async move { authorities.reload(&store, &cell, &vault).await }
+        };
+        tokio::spawn(follow(Arc::clone(store), keys::AUTHORITY, load, self.stopping.clone()));
     }
 }
 

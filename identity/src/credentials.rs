@@ -11,7 +11,12 @@ use std::{
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _};
 use x509_parser::{prelude::FromDer as _, prelude::X509Certificate};
 
-use crate::{CaCertificate, IdentityError, member::issuer_key_id};
+use crate::{CaCertificate, IdentityError, live::certified, member::issuer_key_id};
+
+/// How often credentials are read again that another process is replacing, and the pause before. Three files are written
+/// and synced in less.
+const REPLACED_READS: usize = 25;
+const REPLACED_PAUSE: Duration = Duration::from_millis(20);
 
 /// File names in a credentials directory.
 const FILES: [&str; 3] = ["cert.pem", "key.pem", "ca.pem"];
@@ -34,19 +39,29 @@ impl std::fmt::Debug for Credentials {
 }
 
 impl Credentials {
-    /// Reads `cert.pem`, `key.pem` and `ca.pem`.
+    /// Reads `cert.pem`, `key.pem` and `ca.pem`. If another process is replacing them, it waits until the certificate and
+    /// the key belong together.
     ///
     /// # Errors
-    /// A file cannot be read or holds no usable PEM.
+    /// A file cannot be read or holds no usable PEM, or certificate and key do not belong together.
     pub fn load(directory: &Path) -> Result<Self, IdentityError> {
+        for _ in 0..REPLACED_READS {
+            match Self::load_once(directory) {
+                Err(IdentityError::Tls(rustls::Error::InconsistentKeys(_))) => std::thread::sleep(REPLACED_PAUSE),
+                loaded => return loaded,
+            }
+        }
+        Self::load_once(directory)
+    }
+
+    fn load_once(directory: &Path) -> Result<Self, IdentityError> {
         let read = |name: &str| {
             let path = directory.join(name);
             fs::read_to_string(&path).map_err(|error| IdentityError::File { path, error })
         };
         let [certificate_pem, key_pem, ca_pem] = [read(FILES[0])?, read(FILES[1])?, read(FILES[2])?];
         let credentials = Self { certificate_pem, key_pem, ca_pem };
-        credentials.chain()?;
-        credentials.key()?;
+        certified(&credentials)?;
         Ok(credentials)
     }
 

@@ -109,6 +109,26 @@ async fn a_renewed_certificate_is_used_without_a_restart() {
     assert_eq!(greet(address, &node("a"), client.client_config(&[]).unwrap()).await.unwrap(), "node b");
 }
 
+#[test]
+fn credentials_that_are_replaced_meanwhile_are_read_as_a_whole() {
+    let authority = Authority::generate("main").unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path();
+    authority.issue(&node("a"), &[], HOUR).unwrap().save(path).unwrap();
+    let old_certificate = std::fs::read(path.join("cert.pem")).unwrap();
+    authority.issue(&node("a"), &[], HOUR).unwrap().save(path).unwrap();
+    let new_certificate = std::fs::read(path.join("cert.pem")).unwrap();
+    // Between the key and the certificate.
+    std::fs::write(path.join("cert.pem"), old_certificate).unwrap();
+    std::thread::scope(|scope| {
+        let loading = scope.spawn(|| Credentials::load(path));
+        std::thread::sleep(Duration::from_millis(50));
+        std::fs::write(path.join("new.pem"), new_certificate).unwrap();
+        std::fs::rename(path.join("new.pem"), path.join("cert.pem")).unwrap();
+        loading.join().unwrap().expect("it waits for the certificate");
+    });
+}
+
 /// What `authority` issues to a node that trusts all of these.
 fn trusting(authority: &Authority, name: &str, trusted: &[&Authority]) -> Credentials {
     let ca_pem = trusted.iter().map(|authority| authority.certificate_pem()).collect();

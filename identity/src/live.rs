@@ -107,7 +107,11 @@ pub(crate) fn provider() -> Arc<CryptoProvider> {
     Arc::new(ring::default_provider())
 }
 
-fn certified(credentials: &Credentials) -> Result<CertifiedKey, IdentityError> {
+/// The certificate and its key, for TLS.
+///
+/// # Errors
+/// They cannot be read, or do not belong together.
+pub(crate) fn certified(credentials: &Credentials) -> Result<CertifiedKey, IdentityError> {
     Ok(CertifiedKey::from_der(credentials.chain()?, credentials.key()?, &provider())?)
 }
 

@@ -40,6 +40,8 @@ pub struct MemberCertificate {
     pub cell: String,
     /// When it was issued, seconds since the Unix epoch.
     pub issued_at: i64,
+    /// When it expires, seconds since the Unix epoch.
+    pub expires_at: i64,
     /// SHA-256 of the certificate, hexadecimal.
     pub fingerprint: String,
     /// Key identifier of the authority that issued it, hexadecimal; empty if the certificate does not say.
@@ -67,8 +69,9 @@ impl MemberCertificate {
             IdentityError::Member(format!("it names no member of a cell (URI {})", uri.unwrap_or("missing")))
         })?;
         let issued_at = certificate.validity().not_before.timestamp() + authority::CLOCK_SKEW.as_secs() as i64;
+        let expires_at = certificate.validity().not_after.timestamp();
         let issuer_key_id = key_id_of_issuer(&certificate).unwrap_or_default();
-        Ok(Self { member, cell, issued_at, fingerprint: hex(&authority::pin(der)), issuer_key_id })
+        Ok(Self { member, cell, issued_at, expires_at, fingerprint: hex(&authority::pin(der)), issuer_key_id })
     }
 
     /// Reads the first certificate of PEM text.

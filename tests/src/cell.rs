@@ -382,6 +382,12 @@ impl Agent {
         agent
     }
 
+    /// The token that it joins with at its next start, if it has no certificate.
+    pub fn set_token(&mut self, token: &str) {
+        self.args.retain(|arg| !arg.starts_with("--token="));
+        self.args.push(format!("--token={token}"));
+    }
+
     /// Starts it again, with all it had, and waits until it is connected.
     pub async fn restart(&mut self, operator: &Operator) {
         self.process = Some(Process::start(pilotlight(), &self.directory, &self.name, &self.args, &self.env));

@@ -134,6 +134,12 @@ impl DataPath {
         }
     }
 
+    /// Opens new connections to other nodes for new requests, because certificates have changed.
+    pub fn refresh_peer_connections(&self) {
+        self.peers.refresh();
+        self.weights.refresh();
+    }
+
     /// Notes whether there is a session with the coordinator.
     pub fn set_connected(&self, connected: bool) {
         self.coordinator.set_connected(connected);

@@ -50,6 +50,22 @@ struct PeerNode {
     failures: AtomicU64,
     /// Cancelled when the node is gone or has another address.
     gone: CancellationToken,
+    /// Cancelled with it, and when new requests are to use new connections.
+    stale: CancellationToken,
+}
+
+impl PeerNode {
+    fn new(name: &str, address: &str) -> Arc<Self> {
+        let gone = CancellationToken::new();
+        Arc::new(Self {
+            name: name.to_owned(),
+            address: address.to_owned(),
+            slot: Default::default(),
+            failures: AtomicU64::new(0),
+            stale: gone.child_token(),
+            gone,
+        })
+    }
 }
 
 #[derive(Default)]
@@ -108,20 +124,23 @@ impl PeerConnectionPool {
             is_known
         });
         for (name, address) in addresses {
-            let node = || PeerNode {
-                name: name.clone(),
-                address: address.clone(),
-                slot: Default::default(),
-                failures: AtomicU64::new(0),
-                gone: CancellationToken::new(),
-            };
-            nodes.entry(name.clone()).or_insert_with(|| Arc::new(node()));
+            nodes.entry(name.clone()).or_insert_with(|| PeerNode::new(name, address));
         }
     }
 
-    /// Cancelled when the node is gone or has another address; `None` if the node is not known.
+    /// Opens new connections for new requests, because the certificates that connections were opened with are out of
+    /// date. Running requests end on the connections that they have.
+    pub fn refresh(&self) {
+        for node in self.nodes().values_mut() {
+            node.stale.cancel();
+            *node = PeerNode::new(&node.name, &node.address);
+        }
+    }
+
+    /// Cancelled when a long-lived stream to the node must move to another connection, because the node is gone, has
+    /// another address, or its connections are out of date; `None` if the node is not known.
     pub fn cancellation(&self, node: &str) -> Option<CancellationToken> {
-        self.nodes().get(node).map(|node| node.gone.clone())
+        self.nodes().get(node).map(|node| node.stale.clone())
     }
 
     /// The connection to a node, opened if there is none.
@@ -300,6 +319,25 @@ mod tests {
             tokio::spawn(server.serve_connection(TokioIo::new(far), service));
             Ok(Box::new(near))
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn after_a_refresh_new_requests_use_a_new_connection_and_the_old_one_ends_when_idle() {
+        let pool = PeerConnectionPool::new(Arc::new(Endless));
+        pool.set_addresses(&addresses(1));
+        let cancelled = pool.cancellation("far").unwrap();
+        let old = pool.sender("far").await.unwrap().requests();
+        pool.refresh();
+        assert!(cancelled.is_cancelled() && !pool.cancellation("far").unwrap().is_cancelled());
+        let _new = pool.sender("far").await.unwrap();
+        let body = http_body_util::Empty::new().map_err(|never| match never {}).boxed_unsync();
+        let mut sender = old.clone();
+        let answer = sender.send_request(Request::get("https://far/short").body(body).unwrap()).await.unwrap();
+        assert_eq!(answer.collect().await.unwrap().to_bytes().len(), 16 << 10, "a running request is not cut");
+        drop((old, sender));
+        tokio::time::sleep(CONNECTION_IDLE_TIMEOUT * 2).await;
+        let fresh = pool.sender("far").await.unwrap();
+        assert!(!fresh.requests().is_closed());
     }
 
     #[tokio::test(start_paused = true)]

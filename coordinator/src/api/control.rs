@@ -4,22 +4,24 @@ use std::{collections::BTreeMap, pin::Pin, sync::Arc, time::Duration};
 
 use async_stream::try_stream;
 use futures::Stream;
-use pilotlight_identity::{Authority, Role};
+use pilotlight_identity::Role;
 use pilotlight_proto::control::v1::{self as control, control_server::Control};
 use tokio::sync::broadcast::error::RecvError;
 use tonic::{Request, Response, Status};
 
 use super::{access::Access, audit::audited, cache, logs, objects::Objects, snapshot};
 use crate::{
+    authority::LiveAuthorities,
     autoscaler::Defaults,
     finding::Finding,
-    fleet::{EvictHub, LogHub},
+    fleet::{EvictHub, LiveSessions, LogHub},
     manifest::{self, Reading},
     model::{Availability, keys},
     reconcile::{CommandError, Handle, cached, commands::Change, meter::UsageRecord, view, world::World},
     spec,
     store::{Store, StoreError, StoreExt as _},
     threads::Parsing,
+    values::Vault,
 };
 
 /// Largest manifest taken, bytes; etcd's own limit for a value is 1.5 MiB.
@@ -34,8 +36,12 @@ pub struct ControlService {
     pub handle: Handle,
     /// For tokens and usage.
     pub store: Arc<dyn Store>,
-    /// For join tokens; none where access is open.
-    pub authority: Option<Arc<Authority>>,
+    /// Sign certificates; `None` without TLS.
+    pub(crate) authorities: Option<LiveAuthorities>,
+    /// Seals the authorities' keys.
+    pub vault: Arc<Vault>,
+    /// Whom agents trust.
+    pub sessions: Arc<LiveSessions>,
     /// Runtimes, secrets and config maps.
     pub objects: Objects,
     /// Who may call.
@@ -413,6 +419,51 @@ impl Control for ControlService {
         let name = request.into_inner().name;
         audited(&caller, "revoke", &format!("User/{name}"), self.refuse_user(&caller, &name)).await?;
         Ok(Response::new(control::RevokeUserResponse {}))
+    }
+
+    async fn renew_user(&self, request: Request<control::RenewUserRequest>) -> Answer<control::RenewUserResponse> {
+        let caller = self.access.any_scope(&request, Role::Viewer)?;
+        let certificate = self.access.caller(&request)?;
+        let csr_pem = request.into_inner().csr_pem;
+        let object = format!("User/{}", caller.name);
+        audited(&caller, "renew", &object, self.renew_own(certificate, &csr_pem)).await.map(Response::new)
+    }
+
+    async fn get_authorities(
+        &self,
+        request: Request<control::GetAuthoritiesRequest>,
+    ) -> Answer<control::GetAuthoritiesResponse> {
+        self.access.operator(&request, Role::Admin)?;
+        self.show_authorities().await.map(Response::new)
+    }
+
+    async fn rotate_authority(
+        &self,
+        request: Request<control::RotateAuthorityRequest>,
+    ) -> Answer<control::RotateAuthorityResponse> {
+        let caller = self.access.operator(&request, Role::Admin)?;
+        let authority = Some(audited(&caller, "rotate", "Authority", self.make_next_authority()).await?);
+        Ok(Response::new(control::RotateAuthorityResponse { authority }))
+    }
+
+    async fn activate_authority(
+        &self,
+        request: Request<control::ActivateAuthorityRequest>,
+    ) -> Answer<control::ActivateAuthorityResponse> {
+        let caller = self.access.operator(&request, Role::Admin)?;
+        let force = request.into_inner().force;
+        let authority = Some(audited(&caller, "activate", "Authority", self.activate_next_authority(force)).await?);
+        Ok(Response::new(control::ActivateAuthorityResponse { authority }))
+    }
+
+    async fn retire_authority(
+        &self,
+        request: Request<control::RetireAuthorityRequest>,
+    ) -> Answer<control::RetireAuthorityResponse> {
+        let caller = self.access.operator(&request, Role::Admin)?;
+        let force = request.into_inner().force;
+        let authority = Some(audited(&caller, "retire", "Authority", self.retire_authority_beside(force)).await?);
+        Ok(Response::new(control::RetireAuthorityResponse { authority }))
     }
 
     async fn list_tokens(&self, request: Request<control::ListTokensRequest>) -> Answer<control::ListTokensResponse> {

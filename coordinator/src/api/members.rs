@@ -1,9 +1,9 @@
 //! Join tokens, joins, users and revocations.
 
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
 use jiff::Timestamp;
-use pilotlight_identity::{Authority, JoinToken, Member, MemberCertificate, Role, TokenRecord};
+use pilotlight_identity::{JoinToken, Member, MemberCertificate, Role, TokenRecord};
 use pilotlight_proto::control::v1 as control;
 use tonic::Status;
 
@@ -12,6 +12,7 @@ use super::{
     control::{ControlService, asked, unavailable},
 };
 use crate::{
+    authority::{Authorities, LiveAuthorities},
     members::{self, NodeJoins, RevocationRecord, UserRecord},
     model::keys,
     reconcile::view::timestamp,
@@ -28,8 +29,8 @@ const MAX_USER_LIFETIME: Duration = Duration::from_secs(365 * 24 * 3600);
 const FIRST_OPERATOR: &str = "admin";
 
 impl ControlService {
-    fn authority(&self) -> Result<&Arc<Authority>, Status> {
-        self.authority.as_ref().ok_or_else(|| {
+    pub(super) fn authorities(&self) -> Result<&LiveAuthorities, Status> {
+        self.authorities.as_ref().ok_or_else(|| {
             Status::failed_precondition("this coordinator runs without TLS (`dev`): it has no tokens and no users")
         })
     }
@@ -39,13 +40,13 @@ impl ControlService {
         caller: &Caller,
         request: control::CreateTokenRequest,
     ) -> Result<control::CreateTokenResponse, Status> {
-        let authority = self.authority()?;
+        let authorities = self.authorities()?.current();
         let ttl = lifetime(request.ttl, DEFAULT_TOKEN_LIFETIME, MAX_TOKEN_LIFETIME)?;
         let pattern = Some(request.node).filter(|pattern| !pattern.is_empty());
         pattern.as_deref().map(pilotlight_identity::check_pattern).transpose().map_err(invalid("node"))?;
         let now = Timestamp::now();
         let expires_at = now + ttl;
-        let (token, record) = JoinToken::generate(authority, expires_at.as_second())
+        let (token, record) = JoinToken::generate(&authorities.signer, expires_at.as_second())
             .map_err(|error| Status::internal(error.to_string()))?;
         let record = TokenRecord {
             node: pattern,
@@ -113,7 +114,7 @@ impl ControlService {
 
     pub(super) async fn refuse_node(&self, caller: &Caller, name: &str) -> Result<(), Status> {
         let member = Member::node(name).map_err(invalid("name"))?;
-        self.authority()?;
+        self.authorities()?;
         let joined = self.store.get(&keys::joins(name)).await.map_err(unavailable)?.is_some();
         if !joined && self.store.get(&keys::node(name)).await.map_err(unavailable)?.is_none() {
             return Err(Status::not_found(format!("node {name} not found: no node of this name has joined")));
@@ -126,7 +127,7 @@ impl ControlService {
         caller: &Caller,
         request: control::CreateUserRequest,
     ) -> Result<control::CreateUserResponse, Status> {
-        let authority = self.authority()?;
+        let authorities = self.authorities()?.current();
         let role = Role::from_name(&request.role).ok_or_else(|| {
             Status::invalid_argument(format!("role: {:?}, expected viewer, operator or admin", request.role))
         })?;
@@ -154,7 +155,8 @@ impl ControlService {
             }
         }
         let issued_at = self.issue_time(&member).await?;
-        let certificate_pem = authority.sign(&request.csr_pem, &member, ttl, issued_at).map_err(invalid("csr_pem"))?;
+        let certificate_pem =
+            authorities.signer.sign(&request.csr_pem, &member, ttl, issued_at).map_err(invalid("csr_pem"))?;
         let user = UserRecord {
             name,
             role: role.to_string(),
@@ -164,14 +166,46 @@ impl ControlService {
             expires_at: now + ttl,
             certificate_sha256: fingerprint(&certificate_pem)?,
             revoked_at: None,
+            trusted: fingerprints(&authorities),
         };
         let write = match stored {
             Some(stored) => Transaction::new().expect_revision(&key, stored.mod_revision),
             None => Transaction::new().expect_absent(&key),
         };
         self.store.commit(write.put_json(&key, &user)).await.map_err(unavailable)?;
-        let ca_pem = authority.certificate_pem().to_owned();
+        let ca_pem = authorities.bundle();
         Ok(control::CreateUserResponse { user: Some(shown(user)), certificate_pem, ca_pem })
+    }
+
+    /// Signs a new certificate for the caller, who holds this one. It expires when this one does.
+    pub(super) async fn renew_own(
+        &self,
+        held: Option<MemberCertificate>,
+        csr_pem: &str,
+    ) -> Result<control::RenewUserResponse, Status> {
+        let authorities = self.authorities()?.current();
+        let refused = || Status::permission_denied("only an operator may renew an operator's certificate");
+        let MemberCertificate { member, expires_at, .. } = held.ok_or_else(refused)?;
+        let Member::Operator { name, .. } = &member else { return Err(refused()) };
+        let lifetime = Duration::from_secs((expires_at - Timestamp::now().as_second()).max(1).cast_unsigned());
+        let issued_at = self.issue_time(&member).await?;
+        let certificate_pem =
+            authorities.signer.sign(csr_pem, &member, lifetime, issued_at).map_err(invalid("csr_pem"))?;
+        let key = keys::user(name);
+        match self.store.get(&key).await.map_err(unavailable)? {
+            Some(stored) => {
+                let user: UserRecord = serde_json::from_slice(&stored.value)
+                    .map_err(|error| Status::internal(format!("{key}: {error}")))?;
+                let certificate_sha256 = fingerprint(&certificate_pem)?;
+                let user = UserRecord { certificate_sha256, trusted: fingerprints(&authorities), ..user };
+                let write = Transaction::new().expect_revision(&key, stored.mod_revision).put_json(&key, &user);
+                self.store.commit(write).await.map_err(unavailable)?;
+            }
+            // The coordinator has created it, and keeps no record.
+            None if name == FIRST_OPERATOR => {}
+            None => return Err(Status::not_found(format!("user {name} not found"))),
+        }
+        Ok(control::RenewUserResponse { certificate_pem, ca_pem: authorities.bundle() })
     }
 
     pub(super) async fn users(&self) -> Result<Vec<control::User>, Status> {
@@ -191,7 +225,7 @@ impl ControlService {
             None if name == FIRST_OPERATOR => Transaction::new(),
             None => return Err(Status::not_found(format!("user {name} not found"))),
         };
-        self.authority()?;
+        self.authorities()?;
         self.revoke(caller, &member, write).await
     }
 
@@ -205,6 +239,11 @@ impl ControlService {
         let subject = member.subject().unwrap_or_default();
         members::issue_time(&self.store, &subject).await.map_err(unavailable)
     }
+}
+
+/// SHA-256 of the authorities, hexadecimal; the one that signs comes first.
+fn fingerprints(authorities: &Authorities) -> Vec<String> {
+    authorities.trusted().into_iter().map(|authority| authority.sha256).collect()
 }
 
 fn fingerprint(certificate_pem: &str) -> Result<String, Status> {

@@ -2,6 +2,7 @@
 
 pub mod access;
 mod audit;
+mod authorities;
 mod cache;
 pub mod control;
 mod logs;

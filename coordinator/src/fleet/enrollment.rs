@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use jiff::Timestamp;
-use pilotlight_identity::{Authority, JoinToken, Member, MemberCertificate, TokenRecord};
+use pilotlight_identity::{JoinToken, Member, MemberCertificate, TokenRecord};
 use pilotlight_proto::fleet::v1::{
     JoinRequest, JoinResponse, RenewRequest, RenewResponse, enrollment_server::Enrollment,
 };
@@ -13,6 +13,7 @@ use tracing::{info, warn};
 use super::LiveSessions;
 use crate::{
     api::access::Access,
+    authority::LiveAuthorities,
     members::{self, JoinRecord, MAX_JOINS, NodeJoins},
     model::keys,
     store::{Store, StoreError, Transaction},
@@ -23,7 +24,7 @@ const REFUSED: &str = "join token is unknown, used or expired; make a new one wi
 
 /// The gRPC service.
 pub struct EnrollmentService {
-    authority: Arc<Authority>,
+    authorities: LiveAuthorities,
     store: Arc<dyn Store>,
     access: Access,
     sessions: Arc<LiveSessions>,
@@ -41,9 +42,14 @@ struct Admission {
 }
 
 impl EnrollmentService {
-    /// Signs with `authority` what tokens in `store` allow.
-    pub fn new(authority: Arc<Authority>, store: Arc<dyn Store>, access: Access, sessions: Arc<LiveSessions>) -> Self {
-        Self { authority, store, access, sessions }
+    /// Signs what tokens in `store` allow.
+    pub(crate) fn new(
+        authorities: LiveAuthorities,
+        store: Arc<dyn Store>,
+        access: Access,
+        sessions: Arc<LiveSessions>,
+    ) -> Self {
+        Self { authorities, store, access, sessions }
     }
 
     /// Checks that the token lets a node of this name join.
@@ -98,7 +104,9 @@ impl EnrollmentService {
         let member = Member::node(&request.node_name)
             .map_err(|error| Status::invalid_argument(format!("node_name: {error}")))?;
         // The CSR is checked first: a typing error must not use up the token.
-        self.authority
+        self.authorities
+            .current()
+            .signer
             .check_csr(&request.csr_pem)
             .map_err(|error| Status::invalid_argument(format!("csr_pem: {error}")))?;
         let admission = self.admit(token, &request.node_name).await?;
@@ -119,7 +127,9 @@ impl EnrollmentService {
         let subject = member.subject().unwrap_or_default();
         let issued_at = members::issue_time(&self.store, &subject).await.map_err(unavailable)?;
         let certificate_pem = self
-            .authority
+            .authorities
+            .current()
+            .signer
             .sign(csr_pem, member, pilotlight_identity::NODE_LIFETIME, issued_at)
             .map_err(|error| Status::invalid_argument(format!("csr_pem: {error}")))?;
         let certificate =
@@ -157,7 +167,7 @@ impl Enrollment for EnrollmentService {
         match self.try_join(&request, &token, remote.clone()).await {
             Ok(certificate_pem) => {
                 info!(target: "audit", action = "join", node, token = id, remote, outcome = "done");
-                let ca_pem = self.authority.certificate_pem().to_owned();
+                let ca_pem = self.authorities.current().bundle();
                 Ok(Response::new(JoinResponse { certificate_pem, ca_pem }))
             }
             Err(status) => {
@@ -179,7 +189,7 @@ impl Enrollment for EnrollmentService {
             self.sessions.renewed(name, &fingerprint, &renewed.fingerprint);
         }
         info!(%member, "certificate renewed");
-        Ok(Response::new(RenewResponse { certificate_pem, ca_pem: self.authority.certificate_pem().to_owned() }))
+        Ok(Response::new(RenewResponse { certificate_pem, ca_pem: self.authorities.current().bundle() }))
     }
 }
 

@@ -1,16 +1,21 @@
-//! At most one live session per node name, unless the same agent opens the next one.
+//! At most one live session per node name, unless the same agent opens the next one; and whom the agents trust.
 
 use std::{
     collections::HashMap,
     sync::{Mutex, PoisonError},
 };
 
+use pilotlight_proto::fleet::v1::TrustApplied;
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
 /// The open sessions, by node name.
 #[derive(Debug, Default)]
-pub struct LiveSessions(Mutex<HashMap<String, Live>>);
+pub struct LiveSessions {
+    live: Mutex<HashMap<String, Live>>,
+    /// What agents have said of whom they trust, kept when their sessions end: they have stored it.
+    trust: Mutex<HashMap<String, TrustApplied>>,
+}
 
 #[derive(Debug)]
 struct Live {
@@ -34,7 +39,7 @@ impl LiveSessions {
         boot_id: &str,
         closed: CancellationToken,
     ) -> Result<(), Status> {
-        let mut live = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut live = self.live.lock().unwrap_or_else(PoisonError::into_inner);
         let fingerprint = fingerprint.unwrap_or_default().to_owned();
         let mut fingerprints = vec![fingerprint.clone()];
         if let Some(previous) = live.get(node).filter(|previous| !previous.closed.is_cancelled()) {
@@ -52,9 +57,19 @@ impl LiveSessions {
         Ok(())
     }
 
+    /// An agent has said whom it trusts.
+    pub fn trusts(&self, node: &str, applied: TrustApplied) {
+        self.trust.lock().unwrap_or_else(PoisonError::into_inner).insert(node.to_owned(), applied);
+    }
+
+    /// Whom a node's agent trusts; nobody if it has not said so since this coordinator leads.
+    pub fn trust_of(&self, node: &str) -> TrustApplied {
+        self.trust.lock().unwrap_or_else(PoisonError::into_inner).get(node).cloned().unwrap_or_default()
+    }
+
     /// The agent that holds the certificate `old` has renewed it.
     pub fn renewed(&self, node: &str, old: &str, new: &str) {
-        let mut live = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut live = self.live.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(session) = live.get_mut(node)
             && session.fingerprints.iter().any(|known| known == old)
         {

@@ -9,16 +9,16 @@ use std::{
 };
 
 use futures::StreamExt as _;
-use pilotlight_identity::{Member, MemberCertificate, RevocationList, Revocations};
+use pilotlight_identity::{Member, MemberCertificate};
 use pilotlight_proto::fleet::v1::{
-    self as fleet, AgentMessage, agent_message::Message as FromAgent, coordinator_message::Message as ToAgent,
+    AgentMessage, agent_message::Message as FromAgent, coordinator_message::Message as ToAgent,
 };
-use tokio::{sync::watch, time::Instant};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 use tracing::{info, warn};
 
-use super::{EvictHub, LiveSessions, LogHub, RouteFeed, outbox::Outbox, wire::ToAgentStream};
+use super::{EvictHub, Followed, LiveSessions, LogHub, RouteFeed, outbox::Outbox, wire::ToAgentStream};
 use crate::{
     api::access::Access,
     reconcile::{Handle, commands::Input},
@@ -143,7 +143,7 @@ pub struct FleetService {
     evictions: Arc<EvictHub>,
     access: Access,
     sessions: Arc<LiveSessions>,
-    revocations: Arc<Revocations>,
+    followed: Followed,
     next_session: AtomicU64,
     stopping: CancellationToken,
 }
@@ -156,11 +156,11 @@ impl FleetService {
         evictions: Arc<EvictHub>,
         access: Access,
         sessions: Arc<LiveSessions>,
-        revocations: Arc<Revocations>,
+        followed: Followed,
         stopping: CancellationToken,
     ) -> Self {
         let next_session = AtomicU64::new(1);
-        Self { handle, logs, evictions, access, sessions, revocations, next_session, stopping }
+        Self { handle, logs, evictions, access, sessions, followed, next_session, stopping }
     }
 }
 
@@ -198,69 +198,76 @@ impl FleetService {
             .send(Input::Connected { session: session.clone(), hello: Box::new(hello) })
             .await
             .map_err(stopped)?;
-        let (logs, evictions) = (Arc::clone(&self.logs), Arc::clone(&self.evictions));
-        let revocations = self.revocations.subscribe();
         let messages = session.outbox.clone().stream(session.closed.clone()).map(Ok);
-        tokio::spawn(listen(inbound, session, self.handle.clone(), logs, evictions, revocations));
+        let listener = Listener {
+            session,
+            handle: self.handle.clone(),
+            logs: Arc::clone(&self.logs),
+            evictions: Arc::clone(&self.evictions),
+            sessions: Arc::clone(&self.sessions),
+            followed: self.followed.clone(),
+        };
+        tokio::spawn(listener.run(inbound));
         Ok(Response::new(Box::pin(messages)))
     }
 }
 
-/// Reads what the agent says until either side ends the session.
-async fn listen(
-    mut inbound: Streaming<AgentMessage>,
+/// The coordinator's end of a session: reads what the agent says, and tells it who may be trusted.
+struct Listener {
     session: SessionHandle,
     handle: Handle,
     logs: Arc<LogHub>,
     evictions: Arc<EvictHub>,
-    mut revocations: watch::Receiver<Arc<RevocationList>>,
-) {
-    // The agent gets the list that there is now, too.
-    revocations.mark_changed();
-    loop {
-        let message = tokio::select! {
-            () = session.closed.cancelled() => break,
-            Ok(()) = revocations.changed() => {
-                let list = revocation_list(&revocations.borrow_and_update());
-                if session.tell(ToAgent::Revocations(list)) {
-                    continue;
-                }
-                break;
-            }
-            message = inbound.message() => message,
-        };
-        session.note_message();
-        match message {
-            Ok(Some(AgentMessage { message: Some(FromAgent::LogChunk(chunk)) })) => logs.deliver(chunk),
-            Ok(Some(AgentMessage { message: Some(FromAgent::ModelEvicted(answer)) })) => evictions.deliver(answer),
-            Ok(Some(AgentMessage { message: Some(message) })) => {
-                let input = Input::Heard { node: session.node.clone(), session: session.id, message };
-                if handle.send(input).await.is_err() {
-                    break;
-                }
-            }
-            // A message kind that this version does not know: a newer agent.
-            Ok(Some(AgentMessage { message: None })) => {}
-            Ok(None) => break,
-            Err(status) => {
-                warn!(node = %session.node, %status, "session broke");
+    sessions: Arc<LiveSessions>,
+    followed: Followed,
+}
+
+impl Listener {
+    /// Runs until either side ends the session.
+    async fn run(mut self, mut inbound: Streaming<AgentMessage>) {
+        self.followed.mark_changed();
+        loop {
+            let goes_on = tokio::select! {
+                () = self.session.closed.cancelled() => false,
+                news = self.followed.changed() => self.session.tell(news),
+                message = inbound.message() => self.heard(message).await,
+            };
+            if !goes_on {
                 break;
             }
         }
+        let Self { session, handle, .. } = self;
+        session.close();
+        info!(node = %session.node, session = session.id, "agent disconnected");
+        // The loop may have ended first; then nobody needs to know.
+        let _ = handle.send(Input::Disconnected { node: session.node, session: session.id }).await;
     }
-    session.close();
-    info!(node = %session.node, session = session.id, "agent disconnected");
-    // The loop may have ended first; then nobody needs to know.
-    let _ = handle.send(Input::Disconnected { node: session.node, session: session.id }).await;
-}
 
-fn revocation_list(list: &RevocationList) -> fleet::Revocations {
-    let at = |seconds| prost_types::Timestamp { seconds, nanos: 0 };
-    let revocations = list.iter().map(|(subject, issued_until)| fleet::Revocation {
-        subject: subject.clone(),
-        issued_until: Some(at(*issued_until)),
-    });
-    fleet::Revocations { revocations: revocations.collect() }
+    /// Returns `true` if the session goes on.
+    async fn heard(&self, message: Result<Option<AgentMessage>, Status>) -> bool {
+        let session = &self.session;
+        session.note_message();
+        let message = match message {
+            Ok(Some(message)) => message.message,
+            Ok(None) => return false,
+            Err(status) => {
+                warn!(node = %session.node, %status, "session broke");
+                return false;
+            }
+        };
+        match message {
+            Some(FromAgent::LogChunk(chunk)) => self.logs.deliver(chunk),
+            Some(FromAgent::ModelEvicted(answer)) => self.evictions.deliver(answer),
+            Some(FromAgent::TrustApplied(applied)) => self.sessions.trusts(&session.node, applied),
+            Some(message) => {
+                let input = Input::Heard { node: session.node.clone(), session: session.id, message };
+                return self.handle.send(input).await.is_ok();
+            }
+            // A message kind that this version does not know: a newer agent.
+            None => {}
+        }
+        true
+    }
 }
 
 /// Refuses a session that speaks for another node than its certificate names.

@@ -109,6 +109,7 @@ impl Encoder for SessionCodec {
 
 #[cfg(test)]
 mod tests {
+    use pilotlight_identity::Revocations;
     use pilotlight_proto::fleet::v1::{
         self as fleet, agent_message::Message as FromAgent, coordinator_message::Message as ToAgent,
         fleet_client::FleetClient,
@@ -117,6 +118,7 @@ mod tests {
     use tokio_util::sync::CancellationToken;
     use tonic::transport::{Channel, Server};
 
+    use super::super::Followed;
     use super::*;
     use crate::{
         api::access::Access,
@@ -156,7 +158,7 @@ mod tests {
             evictions,
             Access::Token("secret".into()),
             Arc::default(),
-            Arc::default(),
+            Followed::new(&Revocations::default(), None),
             CancellationToken::new(),
         );
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();

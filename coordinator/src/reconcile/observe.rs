@@ -89,7 +89,7 @@ pub fn hear(
             }
         }
         // Sessions handle these themselves.
-        Message::Hello(_) | Message::LogChunk(_) | Message::ModelEvicted(_) => {}
+        Message::Hello(_) | Message::LogChunk(_) | Message::ModelEvicted(_) | Message::TrustApplied(_) => {}
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use pilotlight_identity::{Authority, LiveIdentity, Revocations};
+use pilotlight_identity::{LiveIdentity, Revocations};
 use pilotlight_proto::{
     FILE_DESCRIPTOR_SET,
     control::v1::control_server::ControlServer,
@@ -20,8 +20,9 @@ use tracing::error;
 use super::{CoordinatorError, switch::Switch};
 use crate::{
     api::{ControlService, Objects, access::Access},
+    authority::LiveAuthorities,
     config::Config,
-    fleet::{EvictHub, FleetService, LiveSessions, LogHub, SessionServer, enrollment::EnrollmentService},
+    fleet::{EvictHub, FleetService, Followed, LiveSessions, LogHub, SessionServer, enrollment::EnrollmentService},
     metrics::{CoordinatorMetrics, GrpcMetricsLayer},
     reconcile::Handle,
     store::Store,
@@ -69,7 +70,7 @@ pub(super) async fn services(
     vault: &Arc<Vault>,
     handle: Handle,
     access: Access,
-    authority: Option<Arc<Authority>>,
+    authorities: Option<LiveAuthorities>,
     revocations: &Arc<Revocations>,
     ending: &CancellationToken,
 ) -> Routes {
@@ -79,7 +80,9 @@ pub(super) async fn services(
         handle: handle.clone(),
         store: Arc::clone(store),
         objects: Objects::new(Arc::clone(store), Arc::clone(vault), handle.clone()),
-        authority: authority.clone(),
+        authorities: authorities.clone(),
+        vault: Arc::clone(vault),
+        sessions: Arc::clone(&sessions),
         access: access.clone(),
         scaling: config.scaling.clone(),
         cell: config.cell.clone(),
@@ -93,12 +96,12 @@ pub(super) async fn services(
         evictions,
         access.clone(),
         Arc::clone(&sessions),
-        Arc::clone(revocations),
+        Followed::new(revocations, authorities.as_ref()),
         ending.clone(),
     );
     let mut routes = Routes::new(ControlServer::new(control)).add_service(SessionServer::new(fleet));
-    if let Some(authority) = authority {
-        let enrollment = EnrollmentService::new(authority, Arc::clone(store), access.clone(), sessions);
+    if let Some(authorities) = authorities {
+        let enrollment = EnrollmentService::new(authorities, Arc::clone(store), access.clone(), sessions);
         routes = routes.add_service(EnrollmentServer::new(enrollment));
     }
     let reflection = tonic_reflection::server::Builder::configure()
