@@ -152,10 +152,31 @@ struct Coordinator {
     stopping: CancellationToken,
 }
 
-/// How a term as the leader ended, unless by an error.
+/// How a term as the leader ended.
+#[derive(Debug, PartialEq, Eq)]
 enum Ended {
     Stopping,
     LostLeadership,
+    /// The store did not answer while this process took over, and why.
+    StoreUnavailable(String),
+}
+
+impl Ended {
+    /// What an error means for the term: leadership may be lost, and the store may stop answering, at any moment.
+    ///
+    /// # Errors
+    /// It is one after which this process cannot go on.
+    fn by(error: CoordinatorError) -> Result<Self, CoordinatorError> {
+        match error {
+            CoordinatorError::Store(StoreError::Fenced)
+            | CoordinatorError::Values(ValuesError::Store(StoreError::Fenced)) => Ok(Self::LostLeadership),
+            CoordinatorError::Store(StoreError::Unavailable(reason))
+            | CoordinatorError::Values(ValuesError::Store(StoreError::Unavailable(reason))) => {
+                Ok(Self::StoreUnavailable(reason))
+            }
+            error => Err(error),
+        }
+    }
 }
 
 /// What this process knew when it led last; it is kept for readers until somebody leads again.
@@ -240,18 +261,16 @@ impl Coordinator {
             };
             self.standing.set_role(Role::TakingOver);
             info!(cell = %self.config.cell, store = store.kind(), "leading");
-            let term = self.lead(&leadership, authorities.clone()).await;
+            let term = self.lead(&leadership, authorities.clone()).await.or_else(Ended::by);
             self.measures.set_leader(false);
             // A store that does not answer cannot be told; the lease then ends by itself.
             let _ = tokio::time::timeout(RESIGN_TIMEOUT, leadership.resign()).await;
-            match term {
-                Ok(Ended::LostLeadership) => {}
-                Ok(Ended::Stopping) => return Ok(()),
-                Err(CoordinatorError::Store(StoreError::Unavailable(reason)))
-                | Err(CoordinatorError::Values(ValuesError::Store(StoreError::Unavailable(reason)))) => {
+            match term? {
+                Ended::LostLeadership => {}
+                Ended::Stopping => return Ok(()),
+                Ended::StoreUnavailable(reason) => {
                     self.standing.set_role(Role::StoreUnavailable(reason));
                 }
-                Err(error) => return Err(error),
             }
         }
     }
@@ -436,4 +455,51 @@ fn settings(config: &Config, values: &Arc<Values>) -> Settings {
 
 async fn listen(what: &'static str, address: SocketAddr) -> Result<TcpListener, CoordinatorError> {
     TcpListener::bind(address).await.map_err(|error| CoordinatorError::Listen { what, address, error })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::Transaction;
+
+    fn coordinator(data_dir: &Path) -> Coordinator {
+        let config =
+            Config { data_dir: data_dir.to_owned(), security: Security::Token("t".into()), ..Config::default() };
+        let standing = Standing::new();
+        Coordinator {
+            switch: Switch::new(standing.clone(), ApiThreads::start().unwrap()),
+            vault: Arc::new(Vault::open(None, data_dir).unwrap()),
+            measures: CoordinatorMetrics::default(),
+            revocations: Arc::default(),
+            former: Former::default(),
+            stopping: CancellationToken::new(),
+            config,
+            standing,
+        }
+    }
+
+    #[tokio::test]
+    async fn a_coordinator_that_loses_leadership_while_it_takes_over_stands_by() {
+        let directory = tempfile::tempdir().unwrap();
+        let store: Arc<dyn Store> = Arc::new(EmbeddedStore::open(&directory.path().join("state.redb")).unwrap());
+        let coordinator = coordinator(directory.path());
+        let this = LeaderRecord::of_this_process("http://127.0.0.1:1".into());
+        let leadership = leader::campaign(Arc::clone(&store), &this, LEADER_TTL, |_| ()).await.unwrap();
+        let other = LeaderRecord::of_this_process("http://127.0.0.1:2".into());
+        store.commit(Transaction::new().put_json(leader::KEY, &other)).await.unwrap();
+        store.commit(Transaction::new().delete(leader::KEY)).await.unwrap();
+        let term = coordinator.lead(&leadership, None).await;
+        assert!(matches!(term, Err(CoordinatorError::Store(StoreError::Fenced))), "its first commit is refused");
+        assert_eq!(term.or_else(Ended::by).unwrap(), Ended::LostLeadership);
+    }
+
+    #[test]
+    fn a_store_that_does_not_answer_is_waited_for_and_one_that_cannot_be_read_is_not() {
+        let unavailable = || StoreError::Unavailable("etcd is unreachable".into());
+        let waits = Ended::StoreUnavailable("etcd is unreachable".into());
+        assert_eq!(Ended::by(unavailable().into()).unwrap(), waits);
+        assert_eq!(Ended::by(ValuesError::Store(unavailable()).into()).unwrap(), waits);
+        let unreadable = StoreError::Unreadable { key: "services/a".into(), reason: "not JSON".into() };
+        assert!(Ended::by(unreadable.into()).is_err());
+    }
 }
