@@ -100,6 +100,21 @@ async fn a_revoked_token_lets_nobody_join() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_request_that_is_larger_than_its_service_needs_is_refused_before_it_is_read() {
+    let cell = Cell::start(vec![]).await;
+    let intruder = Intruder::of(&cell);
+    let token = token(&cell, &["--node", "gpu-1"]);
+    let (_, csr_pem) = new_csr().unwrap();
+    let request = JoinRequest { token: token.clone(), node_name: "n".repeat(100 << 10), csr_pem };
+    let pin = token.parse::<JoinToken>().unwrap().pin();
+    let stranger = channel(&intruder.url, &Trust::Pinned(pin)).unwrap();
+    let refused = EnrollmentClient::new(stranger).join(request).await.unwrap_err();
+    assert_eq!(refused.code(), Code::OutOfRange, "{refused}");
+    assert!(refused.message().contains("limit is: 65536 bytes"), "{refused}");
+    intruder.join(&token, "gpu-1").await.expect("the refusal has not used up the token");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_second_agent_with_the_name_of_a_live_one_is_refused() {
     let cell = Cell::start(vec![]).await;
     let intruder = Intruder::of(&cell);

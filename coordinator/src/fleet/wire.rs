@@ -22,6 +22,9 @@ const BUFFER_BYTES: usize = 1 << 10;
 /// Messages are sent together up to this many bytes.
 const YIELD_BYTES: usize = 32 << 10;
 
+/// Bytes of one message of an agent, at most. The largest name all models on its disk, or all its replicas.
+const MAX_MESSAGE_BYTES: usize = 4 << 20;
+
 /// Messages to one agent, encoded.
 pub(super) type ToAgentStream = Pin<Box<dyn Stream<Item = Result<Bytes, Status>> + Send>>;
 
@@ -57,7 +60,8 @@ impl Service<http::Request<tonic::body::Body>> for SessionServer {
             if request.uri().path() != SESSION_PATH {
                 return Ok(Status::unimplemented("").into_http());
             }
-            Ok(Grpc::new(SessionCodec).streaming(method, request).await)
+            let mut grpc = Grpc::new(SessionCodec).apply_max_message_size_config(Some(MAX_MESSAGE_BYTES), None);
+            Ok(grpc.streaming(method, request).await)
         })
     }
 }
