@@ -12,7 +12,7 @@ use std::{
 use async_trait::async_trait;
 use futures::StreamExt as _;
 use pilotlight_identity::{
-    Coordinators, IdentityError, LiveIdentity, Member, RevocationList, Revocations, TlsConnection, Trust,
+    AcceptMetrics, Coordinators, IdentityError, LiveIdentity, Member, RevocationList, Revocations, TlsConnection, Trust,
 };
 use pilotlight_proto::fleet::v1::{
     self as fleet, agent_message::Message as FromAgent, coordinator_message::Message as ToAgent,
@@ -126,7 +126,11 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), Agen
     let metrics = Metrics::new("pilotlight-agent", env!("CARGO_PKG_VERSION"));
     let (demands, demanded) = mpsc::channel(DEMANDS_WAITING);
     let mut counted = None;
-    metrics.register(|registry| counted = Some(GatewayMetrics::register(registry)));
+    let refusals = AcceptMetrics::default();
+    metrics.register(|registry| {
+        counted = Some(GatewayMetrics::register(registry));
+        refusals.register(registry);
+    });
     let Some(gateway_metrics) = counted else { return Ok(()) };
     // Each connection of a client needs file descriptors.
     let files = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
@@ -168,7 +172,7 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), Agen
         let membership = membership.affects(Arc::clone(&revocations), Arc::clone(&data_path));
         tokio::spawn(membership.run(told_bundles, stopping.clone()));
     }
-    serve_peers(&data_path, identity.as_ref(), &revocations, peers, models, &stopping)?;
+    serve_peers(&data_path, identity.as_ref(), &revocations, peers, refusals, models, &stopping)?;
 
     let (_inventory, inventory) = watch::channel(inventory);
     let (path, replicas) = (Arc::clone(&data_path), Arc::clone(&reconciler));
@@ -290,6 +294,7 @@ fn serve_peers(
     identity: Option<&Arc<LiveIdentity>>,
     revocations: &Arc<Revocations>,
     listener: TcpListener,
+    refusals: AcceptMetrics,
     models: Models,
     stopping: &CancellationToken,
 ) -> Result<(), AgentError> {
@@ -297,7 +302,7 @@ fn serve_peers(
     match identity {
         Some(identity) => {
             let config = identity.server_config(&[b"h2"])?;
-            let accepted = pilotlight_identity::accept_tls(listener, config, Arc::clone(revocations));
+            let accepted = pilotlight_identity::accept_tls(listener, config, Arc::clone(revocations), refusals);
             let revocations = Arc::clone(revocations);
             let nodes = accepted.filter(move |stream| {
                 let accepted = stream.as_ref().is_ok_and(|stream| is_good_node(stream, &revocations));

@@ -13,6 +13,11 @@ use std::{
 
 use futures::Stream;
 use pilotlight_telemetry::RateLimit;
+use prometheus_client::{
+    encoding::EncodeLabelSet,
+    metrics::{counter::Counter, family::Family},
+    registry::Registry,
+};
 use rustix::process::{Resource, getrlimit};
 use rustls::{ServerConfig, pki_types::CertificateDer};
 use tokio::{
@@ -41,6 +46,27 @@ const MAX_HANDSHAKES: usize = 1024;
 /// Pause after an accept that failed, so that connections can end.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
+/// Labels of a refused connection.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct RefusalLabels {
+    reason: &'static str,
+}
+
+/// Counts TLS connections that were refused. Clones share their values.
+#[derive(Debug, Clone, Default)]
+pub struct AcceptMetrics(Family<RefusalLabels, Counter>);
+
+impl AcceptMetrics {
+    /// Registers them.
+    pub fn register(&self, registry: &mut Registry) {
+        registry.register("tls_connections_refused", "TLS connections that were refused", self.0.clone());
+    }
+
+    fn count(&self, reason: &'static str) {
+        self.0.get_or_create(&RefusalLabels { reason }).inc();
+    }
+}
+
 /// Accepts TLS connections. Handshakes run as tasks of their own: a slow or failing one delays nobody else and ends
 /// nothing. Errors of the listener are logged, and the oldest handshakes are given up.
 ///
@@ -50,17 +76,19 @@ pub fn accept_tls(
     listener: TcpListener,
     config: ServerConfig,
     revocations: Arc<Revocations>,
+    metrics: AcceptMetrics,
 ) -> impl Stream<Item = io::Result<TlsConnection>> {
     let acceptor = TlsAcceptor::from(Arc::new(config));
     let accept_log = RateLimit::default();
     async_stream::stream! {
-        let mut handshakes = Handshakes::default();
-        let mut unauthenticated = Unauthenticated::default();
+        let mut handshakes = Handshakes { metrics: metrics.clone(), ..Handshakes::default() };
+        let mut unauthenticated = Unauthenticated { metrics: metrics.clone(), ..Unauthenticated::default() };
         loop {
             tokio::select! {
                 accepted = listener.accept() => match accepted {
                     Ok((stream, peer)) => handshakes.start(acceptor.clone(), stream, peer),
                     Err(error) => {
+                        metrics.count("accept_failed");
                         let running = handshakes.running.len();
                         if accept_log.allow() {
                             warn!(%error, handshakes = running, "cannot accept a TLS connection");
@@ -85,6 +113,7 @@ struct Handshakes {
     running: JoinSet<Option<TlsStream<TcpStream>>>,
     /// The oldest first; some may have ended.
     by_age: VecDeque<AbortHandle>,
+    metrics: AcceptMetrics,
 }
 
 impl Handshakes {
@@ -95,7 +124,7 @@ impl Handshakes {
         if self.running.len() >= max_handshakes() {
             self.abort_oldest(1);
         }
-        self.by_age.push_back(self.running.spawn(handshake(acceptor, stream, peer)));
+        self.by_age.push_back(self.running.spawn(handshake(acceptor, stream, peer, self.metrics.clone())));
     }
 
     fn abort_oldest(&mut self, count: usize) {
@@ -103,7 +132,10 @@ impl Handshakes {
         while aborted < count
             && let Some(oldest) = self.by_age.pop_front()
         {
-            aborted += usize::from(!oldest.is_finished());
+            if !oldest.is_finished() {
+                aborted += 1;
+                self.metrics.count("too_many_handshakes");
+            }
             oldest.abort();
         }
     }
@@ -115,17 +147,24 @@ fn max_handshakes() -> usize {
     usize::try_from(files / 4).unwrap_or(usize::MAX).clamp(1, MAX_HANDSHAKES)
 }
 
-async fn handshake(acceptor: TlsAcceptor, stream: TcpStream, peer: SocketAddr) -> Option<TlsStream<TcpStream>> {
+async fn handshake(
+    acceptor: TlsAcceptor,
+    stream: TcpStream,
+    peer: SocketAddr,
+    metrics: AcceptMetrics,
+) -> Option<TlsStream<TcpStream>> {
     // Without it only latency suffers.
     let _ = stream.set_nodelay(true);
     match tokio::time::timeout(HANDSHAKE_TIMEOUT, acceptor.accept(stream)).await {
         Ok(Ok(stream)) => Some(stream),
         Ok(Err(error)) => {
             debug!(%peer, %error, "TLS handshake refused");
+            metrics.count("handshake_failed");
             None
         }
         Err(_) => {
             debug!(%peer, "no TLS handshake within 10 s");
+            metrics.count("handshake_timeout");
             None
         }
     }
@@ -133,7 +172,10 @@ async fn handshake(acceptor: TlsAcceptor, stream: TcpStream, peer: SocketAddr) -
 
 /// Connections without a certificate, the oldest first; each ends when its sender is dropped.
 #[derive(Default)]
-struct Unauthenticated(VecDeque<oneshot::Sender<()>>);
+struct Unauthenticated {
+    connections: VecDeque<oneshot::Sender<()>>,
+    metrics: AcceptMetrics,
+}
 
 impl Unauthenticated {
     fn watch(&mut self, stream: TlsStream<TcpStream>, revocations: &Revocations) -> TlsConnection {
@@ -141,12 +183,13 @@ impl Unauthenticated {
         let revoked = certificate.and_then(|certificate| revocations.watch(&certificate));
         let is_authenticated = stream.get_ref().1.peer_certificates().is_some_and(|chain| !chain.is_empty());
         let evicted = (!is_authenticated).then(|| {
-            self.0.retain(|connection| !connection.is_closed());
-            if self.0.len() >= MAX_UNAUTHENTICATED {
-                self.0.pop_front();
+            self.connections.retain(|connection| !connection.is_closed());
+            if self.connections.len() >= MAX_UNAUTHENTICATED {
+                self.connections.pop_front();
+                self.metrics.count("too_many_unauthenticated");
             }
             let (evict, evicted) = oneshot::channel();
-            self.0.push_back(evict);
+            self.connections.push_back(evict);
             evicted
         });
         let accepted = Instant::now();

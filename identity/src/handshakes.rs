@@ -27,7 +27,8 @@ async fn serve(config: ServerConfig) -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     tokio::spawn(async move {
-        let mut connections = std::pin::pin!(accept_tls(listener, config, Default::default()));
+        let mut connections =
+            std::pin::pin!(accept_tls(listener, config, Default::default(), AcceptMetrics::default()));
         while let Some(Ok(mut stream)) = connections.next().await {
             let caller =
                 member_of(&stream).map_or_else(|error| error.to_string(), |certificate| certificate.member.to_string());
@@ -269,6 +270,38 @@ async fn half_open_handshakes_do_not_delay_others() {
     assert_eq!(oldest.kind(), io::ErrorKind::WouldBlock, "nobody had to wait until it was closed");
 }
 
+/// Serves nothing but handshakes of node `a`, and what is counted of them.
+async fn counted(authority: &Authority) -> (SocketAddr, impl Fn() -> String + use<>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let (config, metrics) = (live(authority, &node("a")).server_config(&[]).unwrap(), AcceptMetrics::default());
+    let mut registry = prometheus_client::registry::Registry::default();
+    metrics.register(&mut registry);
+    tokio::spawn(accept_tls(listener, config, Default::default(), metrics).for_each(|_| async {}));
+    let text = move || {
+        let mut text = String::new();
+        prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();
+        text
+    };
+    (address, text)
+}
+
+#[tokio::test(start_paused = true)]
+async fn refused_connections_are_counted_by_reason() {
+    let (ours, theirs) = (Authority::generate("main").unwrap(), Authority::generate("main").unwrap());
+    let (address, counted) = counted(&ours).await;
+    let mut foreign = theirs.issue(&node("b"), &[], HOUR).unwrap();
+    foreign.ca_pem = ours.certificate_pem().to_owned();
+    let foreign = LiveIdentity::new(&foreign).unwrap().client_config(&[]).unwrap();
+    assert!(greet(address, &node("a"), foreign).await.is_err());
+    let mut silent = tokio::net::TcpStream::connect(address).await.unwrap();
+    let _ = silent.read_to_end(&mut Vec::new()).await;
+    let text = counted();
+    for reason in ["handshake_failed", "handshake_timeout"] {
+        assert!(text.contains(&format!("tls_connections_refused_total{{reason=\"{reason}\"}} 1")), "{text}");
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_handshake_that_does_not_end_is_closed() {
     let authority = Authority::generate("main").unwrap();
@@ -287,7 +320,8 @@ async fn listen_only(authority: &Authority) -> SocketAddr {
     let address = listener.local_addr().unwrap();
     let config = live(authority, &Member::Coordinator).server_config_optional_client(&[]).unwrap();
     tokio::spawn(async move {
-        let mut connections = std::pin::pin!(accept_tls(listener, config, Default::default()));
+        let mut connections =
+            std::pin::pin!(accept_tls(listener, config, Default::default(), AcceptMetrics::default()));
         while let Some(Ok(mut stream)) = connections.next().await {
             tokio::spawn(async move { stream.read_to_end(&mut Vec::new()).await });
         }

@@ -17,7 +17,7 @@ mod revocations;
 mod token;
 mod transport;
 
-pub use accept::{TlsConnection, accept_tls};
+pub use accept::{AcceptMetrics, TlsConnection, accept_tls};
 pub use authority::{Authority, NODE_LIFETIME, new_csr};
 pub use ca_certificate::CaCertificate;
 pub use coordinators::{Coordinators, LEADER_HEADER, STATE_TIME_HEADER};

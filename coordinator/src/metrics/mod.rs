@@ -5,6 +5,7 @@ mod state;
 
 use std::time::Duration;
 
+use pilotlight_identity::AcceptMetrics;
 use prometheus_client::{
     encoding::EncodeLabelSet,
     metrics::{
@@ -61,6 +62,8 @@ pub struct CoordinatorMetrics {
     route_pushes: Counter,
     route_push_bytes: Counter,
     calls: Histograms<CallLabels>,
+    /// TLS connections that were refused.
+    pub accepts: AcceptMetrics,
     /// Gauges of nodes, services and replicas.
     pub state: StateGauges,
 }
@@ -80,6 +83,7 @@ impl Default for CoordinatorMetrics {
             route_pushes: Counter::default(),
             route_push_bytes: Counter::default(),
             calls: Family::new_with_constructor(|| Histogram::new(exponential_buckets(0.001, 4.0, 10))),
+            accepts: AcceptMetrics::default(),
             state: StateGauges::default(),
         }
     }
@@ -138,6 +142,7 @@ impl CoordinatorMetrics {
             Unit::Seconds,
             self.calls.clone(),
         );
+        self.accepts.register(registry);
         self.state.register(registry);
     }
 
