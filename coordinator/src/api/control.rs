@@ -326,7 +326,7 @@ impl Control for ControlService {
                     let record = &state.record;
                     asked(&request.namespace, &record.namespace) && asked(&request.service, &record.service)
                 });
-                shown.map(view::replica).collect()
+                shown.map(|state| view::replica(world, state)).collect()
             })
             .await
             .map_err(status)?;

@@ -65,7 +65,7 @@ impl StateCounts {
             }
         }
         for replica in world.replicas.values() {
-            *counts.replicas.entry(view::phase_name(replica.record.draining, replica.phase())).or_default() += 1;
+            *counts.replicas.entry(view::phase_name(world, replica)).or_default() += 1;
         }
         counts
     }

@@ -198,7 +198,7 @@ pub fn revision(world: &World, state: &RevisionState) -> control::Revision {
 }
 
 /// A replica.
-pub fn replica(state: &ReplicaState) -> control::Replica {
+pub fn replica(world: &World, state: &ReplicaState) -> control::Replica {
     let record = &state.record;
     let status = state.status.clone().unwrap_or_default();
     let revision = record.revision.split_once('/').map_or(record.revision.as_str(), |(_, name)| name);
@@ -211,7 +211,7 @@ pub fn replica(state: &ReplicaState) -> control::Replica {
         node: record.node.clone(),
         gpu_indices: record.gpu_indices.clone(),
         mig_devices: record.mig_devices.clone(),
-        phase: phase_name(record.draining, state.phase()).to_owned(),
+        phase: phase_name(world, state).to_owned(),
         message: status.message,
         restarts: status.restarts,
         created_at: Some(timestamp(record.created_at)),
@@ -227,13 +227,18 @@ pub fn replica(state: &ReplicaState) -> control::Replica {
 }
 
 /// All phases that replicas are shown in.
-pub const PHASES: [&str; 8] = ["Pending", "Fetching", "Starting", "Ready", "Draining", "Failed", "Asleep", "Stopped"];
+pub const PHASES: [&str; 9] =
+    ["Pending", "Fetching", "Starting", "Ready", "Draining", "Failed", "Asleep", "Stopped", "Unknown"];
 
-/// The phase that a replica is shown in.
-pub fn phase_name(draining: bool, phase: ReplicaPhase) -> &'static str {
-    match phase {
+/// The phase that a replica is shown in. It is `Unknown` until its node has been heard from in this coordinator's life.
+pub fn phase_name(world: &World, state: &ReplicaState) -> &'static str {
+    let node = world.nodes.get(&state.record.node);
+    if state.status.is_none() && node.is_some_and(|node| !node.heard) {
+        return "Unknown";
+    }
+    match state.phase() {
         ReplicaPhase::Stopped => "Stopped",
-        _ if draining => "Draining",
+        _ if state.record.draining => "Draining",
         ReplicaPhase::Unspecified | ReplicaPhase::Pending => "Pending",
         ReplicaPhase::Fetching => "Fetching",
         ReplicaPhase::Starting => "Starting",
@@ -381,7 +386,7 @@ pub fn describe(world: &World, state: &ServiceState) -> control::DescribeRespons
             .iter()
             .flat_map(|revision| &revision.replicas)
             .filter_map(|name| world.replicas.get(name))
-            .map(replica)
+            .map(|state| replica(world, state))
             .collect(),
         revisions: revisions.iter().map(|state| revision(world, state)).collect(),
         decisions: decisions(world, state, 20),

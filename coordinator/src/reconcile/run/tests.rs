@@ -6,7 +6,7 @@ use async_trait::async_trait;
 use pilotlight_proto::fleet::v1::RevisionFailure;
 
 use super::{
-    super::{load::insert_revision, plan::tests::Cell},
+    super::{load::insert_revision, plan::tests::Cell, view},
     *,
 };
 use crate::{
@@ -250,6 +250,8 @@ async fn a_new_leader_removes_no_replica_before_the_lease_of_its_node_counted_fr
     (node.session, node.heard, node.last_seen) = (None, false, now);
     case.reconciler.world.replicas.get_mut("m-1").unwrap().status = None;
     case.reconciler.world.revisions.get_mut(KEY).unwrap().wanted = 0;
+    let phase = |world: &World| view::phase_name(world, &world.replicas["m-1"]);
+    assert_eq!(phase(&case.reconciler.world), "Unknown", "nothing says that it has yet to start");
     case.pass(Duration::from_secs(18)).await;
     assert!(case.reconciler.world.replicas.contains_key("m-1"));
     case.pass(Duration::from_secs(4)).await;
