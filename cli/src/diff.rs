@@ -32,7 +32,7 @@ pub async fn run(connection: ConnectionArgs, args: Args) -> Result<(), Failure> 
     match compare(connection, args).await {
         Ok(false) => Ok(()),
         Ok(true) => Err(Failure::Differs),
-        Err(Failure::Error(error)) => Err(Failure::NotCompared(Some(error))),
+        Err(Failure::Error(error) | Failure::Disconnected(error)) => Err(Failure::NotCompared(Some(error))),
         Err(Failure::Refused) => Err(Failure::NotCompared(None)),
         Err(other) => Err(other),
     }

@@ -11,6 +11,8 @@ pub enum Failure {
     Usage(clap::Error),
     /// Anything else: exit status 1.
     Error(anyhow::Error),
+    /// As [`Failure::Error`]: the coordinator does not answer, or answers no more. Another attempt may succeed.
+    Disconnected(anyhow::Error),
     /// As [`Failure::Error`], where all has been said already.
     Refused,
     /// `diff` found a difference: exit status 1, and nothing more to say.
@@ -30,7 +32,7 @@ impl Failure {
                 let _ = error.print();
                 ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2))
             }
-            Self::Error(error) => {
+            Self::Error(error) | Self::Disconnected(error) => {
                 let _ = writeln!(std::io::stderr(), "error: {error:#}");
                 ExitCode::FAILURE
             }
@@ -83,6 +85,8 @@ impl From<Status> for Failure {
             }
             _ => "",
         };
-        Self::Error(anyhow::anyhow!("{}{hint}", status.message()))
+        let error = anyhow::anyhow!("{}{hint}", status.message());
+        let disconnected = status.code() == Code::Unavailable || is_transport_error(&status);
+        if disconnected { Self::Disconnected(error) } else { Self::Error(error) }
     }
 }

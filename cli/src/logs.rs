@@ -2,9 +2,18 @@
 
 use std::io::Write as _;
 
-use pilotlight_proto::control::v1::{GetRequest, LogsRequest};
+use pilotlight_proto::control::v1::{GetRequest, LogsRequest, LogsResponse};
+use tonic::Streaming;
 
-use crate::{connect::ConnectionArgs, failure::Failure, output};
+use crate::{
+    connect::{Client, ConnectionArgs},
+    failure::Failure,
+    follow::{self, Reached, follow},
+    output,
+};
+
+/// Lines of each replica that are printed again after the connection broke: what came meanwhile is among them.
+const REPEATED_LINES: u32 = 10;
 
 /// Whose logs.
 #[derive(Debug, clap::Args)]
@@ -32,14 +41,6 @@ pub struct Args {
 pub async fn run(connection: ConnectionArgs, args: Args) -> Result<(), Failure> {
     // `kind/name`, as other commands print it, is the same.
     let name = args.name.rsplit_once('/').map_or(args.name.as_str(), |(_, name)| name).to_owned();
-    let mut client = connection.client()?;
-    if args.follow && args.replica.is_empty() {
-        let of = GetRequest { namespace: args.namespace.clone(), name: name.clone() };
-        let service = client.get(of).await?.into_inner().service.unwrap_or_default();
-        if service.ready_replicas + service.starting_replicas == 0 {
-            writeln!(std::io::stderr(), "{name} has no running replica; waiting for the next one")?;
-        }
-    }
     let request = LogsRequest {
         namespace: args.namespace,
         name,
@@ -50,22 +51,69 @@ pub async fn run(connection: ConnectionArgs, args: Args) -> Result<(), Failure> 
     };
     // Previous output is that of several replicas more often than not.
     let all_headed = request.previous && request.replica.is_empty();
-    let mut pieces = client.logs(request).await?.into_inner();
-    let (mut last, mut failed) = (String::new(), false);
-    while let Some(piece) = pieces.message().await? {
-        if !piece.error.is_empty() {
-            // The other replicas' output is still worth reading.
-            failed = true;
-            writeln!(std::io::stderr(), "error: {}: {}", piece.replica, piece.error)?;
-        }
-        if piece.data.is_empty() {
-            continue;
-        }
-        if last != piece.replica && (all_headed || !last.is_empty()) {
-            output::print(&format!("==> {} <==\n", piece.replica))?;
-        }
-        last = piece.replica;
-        output::print_bytes(&piece.data)?;
+    let mut printer = Printer { all_headed, last: String::new(), failed: false };
+    if request.follow {
+        // The lines before are printed once.
+        let mut next = request.clone();
+        let session = async |client: Client, reached: &mut Reached| {
+            let request = std::mem::replace(&mut next, LogsRequest { tail_lines: REPEATED_LINES, ..request.clone() });
+            follow_once(client, request, &mut printer, reached).await
+        };
+        follow(&connection, follow::PATIENCE, session).await?;
+    } else {
+        let mut client = connection.client()?;
+        printer.print(client.logs(request).await?.into_inner()).await?;
     }
-    if failed { Err(Failure::Refused) } else { Ok(()) }
+    if printer.failed { Err(Failure::Refused) } else { Ok(()) }
+}
+
+/// One session: until the service and its last replica are gone.
+async fn follow_once(
+    mut client: Client,
+    request: LogsRequest,
+    printer: &mut Printer,
+    reached: &mut Reached,
+) -> Result<(), Failure> {
+    if request.replica.is_empty() {
+        let (namespace, name) = (request.namespace.clone(), request.name.clone());
+        let of = GetRequest { namespace, name: name.clone() };
+        let service = client.get(of).await?.into_inner().service.unwrap_or_default();
+        if service.ready_replicas + service.starting_replicas == 0 {
+            writeln!(std::io::stderr(), "{name} has no running replica; waiting for the next one")?;
+        }
+    }
+    let pieces = client.logs(request).await?.into_inner();
+    reached.set();
+    printer.print(pieces).await
+}
+
+/// Prints pieces of output.
+struct Printer {
+    /// Whether the first piece is headed, too.
+    all_headed: bool,
+    /// Whose piece was printed last.
+    last: String,
+    /// Whether the output of a replica could not be read.
+    failed: bool,
+}
+
+impl Printer {
+    async fn print(&mut self, mut pieces: Streaming<LogsResponse>) -> Result<(), Failure> {
+        while let Some(piece) = pieces.message().await? {
+            if !piece.error.is_empty() {
+                // The other replicas' output is still worth reading.
+                self.failed = true;
+                writeln!(std::io::stderr(), "error: {}: {}", piece.replica, piece.error)?;
+            }
+            if piece.data.is_empty() {
+                continue;
+            }
+            if self.last != piece.replica && (self.all_headed || !self.last.is_empty()) {
+                output::print(&format!("==> {} <==\n", piece.replica))?;
+            }
+            self.last = piece.replica;
+            output::print_bytes(&piece.data)?;
+        }
+        Ok(())
+    }
 }

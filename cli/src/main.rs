@@ -17,6 +17,7 @@ mod dry_run;
 mod events;
 mod example_server;
 mod failure;
+mod follow;
 mod get;
 mod json;
 mod jsonpath;

@@ -11,6 +11,7 @@ use crate::{
     apply,
     connect::{Client, ConnectionArgs},
     failure::Failure,
+    follow::{self, Reached, follow},
     get::Kind,
     json, output,
     target::Target,
@@ -70,19 +71,18 @@ pub async fn run(connection: ConnectionArgs, args: Args) -> Result<(), Failure> 
     if target.names.is_empty() {
         return Err(anyhow!("whose? pilotlight wait --for=condition=Ready isvc/NAME").into());
     }
-    let client = connection.client()?;
     for name in &target.names {
-        let (shown, waiting) = match target.kind {
-            Kind::Services => {
-                let shown = format!("{}/{name}", apply::resource("InferenceService"));
-                (shown, tokio::time::timeout(args.timeout, service(client.clone(), &args, name)).await)
-            }
-            Kind::Nodes => {
-                let shown = format!("node/{name}");
-                (shown, tokio::time::timeout(args.timeout, node(client.clone(), &args.goal, name)).await)
-            }
+        let shown = match target.kind {
+            Kind::Services => format!("{}/{name}", apply::resource("InferenceService")),
+            Kind::Nodes => format!("node/{name}"),
             _ => return Err(anyhow!("services and nodes can be waited for: pilotlight wait isvc/NAME").into()),
         };
+        let session = async |client: Client, reached: &mut Reached| match target.kind {
+            Kind::Services => service(client, &args, name, reached).await,
+            _ => node(client, &args.goal, name, reached).await,
+        };
+        let waiting = follow(&connection, args.timeout, session);
+        let waiting = tokio::time::timeout(args.timeout, waiting).await;
         waiting.map_err(|_| anyhow!("timed out after {:?} waiting for {shown}", args.timeout))??;
         let met = if args.goal == Goal::Delete { "deleted" } else { "condition met" };
         output::print(&format!("{shown} {met}\n"))?;
@@ -90,13 +90,14 @@ pub async fn run(connection: ConnectionArgs, args: Args) -> Result<(), Failure> 
     Ok(())
 }
 
-async fn service(mut client: Client, args: &Args, name: &str) -> Result<(), Failure> {
+async fn service(mut client: Client, args: &Args, name: &str, reached: &mut Reached) -> Result<(), Failure> {
     let request = GetRequest { namespace: args.namespace.clone(), name: name.to_owned() };
     // A watch of a service that is not there would wait for it.
     match client.get(request.clone()).await {
         Err(status) if status.code() == Code::NotFound && args.goal == Goal::Delete => return Ok(()),
         first => drop(first?),
     }
+    reached.set();
     let request_watch = WatchRequest { namespace: args.namespace.clone(), name: name.to_owned() };
     let mut changes = client.watch(request_watch).await?.into_inner();
     if args.goal == Goal::Delete
@@ -114,12 +115,13 @@ async fn service(mut client: Client, args: &Args, name: &str) -> Result<(), Fail
             _ => {}
         }
     }
-    Err(anyhow!("the coordinator has ended the watch").into())
+    Err(follow::ended())
 }
 
-async fn node(mut client: Client, goal: &Goal, name: &str) -> Result<(), Failure> {
+async fn node(mut client: Client, goal: &Goal, name: &str, reached: &mut Reached) -> Result<(), Failure> {
     loop {
         let nodes = client.list_nodes(ListNodesRequest {}).await?.into_inner().nodes;
+        reached.set();
         let found = nodes.iter().find(|node| node.name == name);
         let met = match (goal, found) {
             (Goal::Delete, found) => found.is_none(),

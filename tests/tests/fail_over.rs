@@ -8,6 +8,7 @@ use pilotlight_tests::{
     cluster::Cluster,
     eventually,
     manifest::{Iris, TWO_FLOWERS},
+    process::pilotlight,
     steady::SteadyLoad,
 };
 use serde_json::Value;
@@ -227,4 +228,73 @@ async fn a_frozen_agent_is_lost_after_its_lease_and_serves_again_when_it_thaws()
     story.agents[on].thaw();
     state("Ready").await;
     story.wake_works("after the agent thawed").await;
+}
+
+/// A command of the CLI that goes on for long, and what it has printed.
+struct Following {
+    process: std::process::Child,
+    out: std::path::PathBuf,
+}
+
+impl Following {
+    fn start(cluster: &Cluster, name: &str, args: &[&str]) -> Self {
+        let out = cluster.directory().join(name);
+        let file = std::fs::File::create(&out).unwrap();
+        let credentials = cluster.operator.credentials.clone().unwrap();
+        let process = std::process::Command::new(pilotlight())
+            .args(args)
+            .args(["--server", &cluster.operator.server, "--credentials", &credentials.display().to_string()])
+            .stdout(file.try_clone().unwrap())
+            .stderr(file)
+            .spawn()
+            .unwrap();
+        Self { process, out }
+    }
+
+    /// Waits until it has printed this.
+    async fn prints(&self, text: &str) {
+        eventually(&format!("{} has {text:?}", self.out.display()), || async {
+            std::fs::read_to_string(&self.out).ok()?.contains(text).then_some(())
+        })
+        .await;
+    }
+
+    fn end(mut self) {
+        // It may have ended already.
+        let _ = self.process.kill();
+        self.process.wait().unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn commands_that_go_on_for_long_follow_the_next_leader() {
+    let mut story = Story::start(1, 2).await;
+    let later = Iris { name: "later", ..Iris::default() };
+    let watched = Following::start(&story.cluster, "watched", &["get", "isvc", "-w"]);
+    let nodes = Following::start(&story.cluster, "nodes", &["get", "nodes", "-w"]);
+    let mut logs = Following::start(&story.cluster, "logs", &["logs", "warm", "-f"]);
+    let goal = ["wait", "--for=delete", "isvc/cold", "--timeout=60s"];
+    let mut waited = Following::start(&story.cluster, "waited", &goal);
+    watched.prints("warm").await;
+    nodes.prints("Ready").await;
+    logs.prints("listening").await;
+    let leader = story.cluster.leader().await;
+    story.cluster.coordinators[leader].kill_9();
+    assert_eq!(story.cluster.leader().await, 1 - leader);
+    story.nodes_are_ready().await;
+    for follower in [&watched, &nodes, &logs, &waited] {
+        follower.prints("looking for the coordinator that leads").await;
+    }
+    assert_eq!(story.cluster.operator.apply(&later.yaml(), &[]).code, 0);
+    watched.prints("later").await;
+    story.cluster.operator.must(&["node", "cordon", "b"]);
+    nodes.prints("Cordoned").await;
+    story.cluster.operator.must(&["delete", "isvc", "warm"]);
+    assert!(logs.process.wait().unwrap().success(), "it ends with the service");
+    story.cluster.operator.must(&["delete", "isvc", "cold"]);
+    waited.prints("deleted").await;
+    assert!(waited.process.wait().unwrap().success());
+    for follower in [watched, nodes] {
+        follower.end();
+    }
 }

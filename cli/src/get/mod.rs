@@ -142,10 +142,10 @@ pub async fn run(connection: ConnectionArgs, args: Args) -> Result<(), Failure> 
         selector: args.selector.unwrap_or_default(),
         output: args.output,
     };
-    let mut client = connection.client()?;
     if args.watch {
-        return watch::run(client, &query).await;
+        return watch::run(&connection, &query).await;
     }
+    let mut client = connection.client()?;
     let mut listing = list(&mut client, &query).await?;
     query.select(&mut listing);
     let missing: Vec<_> =

@@ -12,8 +12,9 @@ use super::{
     listing::{Listing, Row, list, service_listing},
 };
 use crate::{
-    connect::Client,
+    connect::{Client, ConnectionArgs},
     failure::Failure,
+    follow::{self, Reached, follow},
     output::{self, Format},
     table::{Table, Widths},
 };
@@ -22,23 +23,36 @@ use crate::{
 const POLL_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Prints until the caller is interrupted.
-pub(super) async fn run(mut client: Client, query: &Query) -> Result<(), Failure> {
+pub(super) async fn run(connection: &ConnectionArgs, query: &Query) -> Result<(), Failure> {
     let mut printer = Printer::default();
-    if query.kind == Kind::Services {
-        return services(client, query, printer).await;
-    }
+    let session = async |client: Client, reached: &mut Reached| match query.kind {
+        Kind::Services => services(client, query, &mut printer, reached).await,
+        _ => polled(client, query, &mut printer, reached).await,
+    };
+    follow(connection, follow::PATIENCE, session).await
+}
+
+async fn polled(
+    mut client: Client,
+    query: &Query,
+    printer: &mut Printer,
+    reached: &mut Reached,
+) -> Result<(), Failure> {
     loop {
         let mut listing = list(&mut client, query).await?;
+        reached.set();
         query.select(&mut listing);
-        let there: BTreeSet<_> = listing.rows.iter().map(|row| row.key.clone()).collect();
-        printer.print(query, listing, false)?;
-        let gone: Vec<_> = printer.shown.keys().filter(|key| !there.contains(*key)).cloned().collect();
-        printer.print_deleted(query, gone)?;
+        printer.print_all(query, listing)?;
         tokio::time::sleep(POLL_INTERVAL).await;
     }
 }
 
-async fn services(mut client: Client, query: &Query, mut printer: Printer) -> Result<(), Failure> {
+async fn services(
+    mut client: Client,
+    query: &Query,
+    printer: &mut Printer,
+    reached: &mut Reached,
+) -> Result<(), Failure> {
     let name = if let [name] = query.names.as_slice() { name.clone() } else { String::new() };
     let request = WatchRequest { namespace: query.namespace.clone(), name };
     let mut changes = client.watch(request).await?.into_inner();
@@ -46,15 +60,16 @@ async fn services(mut client: Client, query: &Query, mut printer: Printer) -> Re
         // All that there is in columns of one width; the stream repeats it.
         let mut listing = list(&mut client, query).await?;
         query.select(&mut listing);
-        printer.print(query, listing, false)?;
+        printer.print_all(query, listing)?;
     }
+    reached.set();
     while let Some(change) = changes.message().await? {
         let Some(service) = change.service else { continue };
         let mut listing = service_listing(vec![service], query);
         query.select(&mut listing);
         printer.print(query, listing, change.deleted)?;
     }
-    Ok(())
+    Err(follow::ended())
 }
 
 /// What has been printed so far.
@@ -68,6 +83,14 @@ struct Printer {
 }
 
 impl Printer {
+    /// Prints the rows that look different, and those that are gone since.
+    fn print_all(&mut self, query: &Query, listing: Listing) -> Result<(), Failure> {
+        let there: BTreeSet<_> = listing.rows.iter().map(|row| row.key.clone()).collect();
+        self.print(query, listing, false)?;
+        let gone: Vec<_> = self.shown.keys().filter(|key| !there.contains(*key)).cloned().collect();
+        self.print_deleted(query, gone)
+    }
+
     /// Prints the rows that look different from when they were last printed; of structured output, every one.
     fn print(&mut self, query: &Query, listing: Listing, deleted: bool) -> Result<(), Failure> {
         self.columns = listing.columns;
