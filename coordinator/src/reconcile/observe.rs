@@ -34,6 +34,8 @@ pub struct Dirty {
     pub warmth: bool,
     /// True where the list of nodes has changed.
     pub peers: bool,
+    /// Nodes whose GPUs have been reported, and may have to be quarantined.
+    pub reported_gpus: BTreeSet<String>,
     /// Replicas of a node that was lost, as it reports them after its return.
     pub returned: Vec<(ReplicaRecord, fleet::ReplicaStatus)>,
 }
@@ -81,6 +83,12 @@ pub fn hear(
         Message::CacheReport(report) => {
             if let Some(state) = world.nodes.get_mut(node) {
                 state.cached = report;
+            }
+        }
+        Message::GpuReport(report) => {
+            if let Some(state) = world.nodes.get_mut(node) {
+                state.gpu_report = Some(report);
+                dirty.reported_gpus.insert(node.to_owned());
             }
         }
         Message::RoutesApplied(applied) => {
