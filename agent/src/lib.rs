@@ -3,9 +3,11 @@
 pub mod config;
 pub mod endpoint;
 pub mod gateway;
+pub mod gpu;
 pub mod inventory;
 pub mod models;
 mod node;
+mod peer_connector;
 pub mod reconcile;
 pub mod runtime;
 pub mod session;

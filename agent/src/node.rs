@@ -9,11 +9,9 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use async_trait::async_trait;
 use futures::StreamExt as _;
 use pilotlight_identity::{
-    Coordinators, Credentials, IdentityError, JoinToken, LiveIdentity, Member, RevocationList, Revocations,
-    TlsConnection, Trust, new_csr,
+    Coordinators, Credentials, IdentityError, JoinToken, LiveIdentity, RevocationList, Revocations, Trust, new_csr,
 };
 use pilotlight_proto::fleet::v1::{
     self as fleet, JoinRequest, RenewRequest, agent_message::Message as FromAgent,
@@ -22,7 +20,7 @@ use pilotlight_proto::fleet::v1::{
 use pilotlight_telemetry::Metrics;
 use rustix::process::{Resource, getrlimit};
 use tokio::{
-    net::{TcpListener, TcpStream},
+    net::TcpListener,
     sync::{mpsc, watch},
 };
 use tokio_stream::wrappers::TcpListenerStream;
@@ -31,9 +29,11 @@ use tracing::{info, warn};
 
 use crate::{
     config::{Config, RuntimeChoice, Security},
-    gateway::{self, ClientSettings, Connect, DataPath, GatewayMetrics, PeerStream, Setup},
+    gateway::{self, ClientSettings, DataPath, GatewayMetrics, Setup},
+    gpu::{self, GpuMetrics, GpuMonitor, MonitorSettings},
     inventory::{self, InventoryError},
     models::{Models, Shelf},
+    peer_connector::{connector, is_good_node},
     reconcile::Reconciler,
     runtime::{AnyRuntime, DockerRuntime, EndedLogs, ProcessRuntime, RunAs, Runtime, RuntimeError, logs},
     session::{Outbound, Session, Told},
@@ -129,8 +129,10 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), Agen
     let metrics = Metrics::new("pilotlight-agent", env!("CARGO_PKG_VERSION"));
     let (demands, demanded) = mpsc::channel(DEMANDS_WAITING);
     let mut counted = None;
-    metrics.register(|registry| counted = Some(GatewayMetrics::register(registry)));
-    let Some(gateway_metrics) = counted else { return Ok(()) };
+    metrics.register(|registry| {
+        counted = Some((GatewayMetrics::register(registry), GpuMetrics::register(registry)));
+    });
+    let Some((gateway_metrics, gpu_metrics)) = counted else { return Ok(()) };
     // Each connection of a client needs file descriptors.
     let files = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
     let max_connections = config.clients.max_connections.min(gateway::max_connections(files));
@@ -170,6 +172,8 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), Agen
     }
     serve_peers(&data_path, identity.as_ref(), &revocations, peers, models, &stopping)?;
 
+    let (gpu_reports, gpus) = watch::channel(None);
+    let _monitor = monitor(&config, &inventory, reconciler.statuses(), gpu_metrics, gpu_reports);
     let (_inventory, inventory) = watch::channel(inventory);
     let (path, replicas) = (Arc::clone(&data_path), Arc::clone(&reconciler));
     let ended_logs = EndedLogs::new(&config.data_dir);
@@ -178,6 +182,7 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), Agen
         coordinators,
         hello: hello(&config, ingress_address, peer_address),
         inventory,
+        gpus,
         statuses: reconciler.statuses(),
         cached,
         demands: demanded,
@@ -194,6 +199,23 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), Agen
     // It ends at once.
     let _ = talking.await;
     Ok(())
+}
+
+/// Watches the health of the driver's GPUs, if there are any. An agent that cannot do so still serves.
+fn monitor(
+    config: &Config,
+    inventory: &fleet::Inventory,
+    replicas: watch::Receiver<fleet::ReplicaStatuses>,
+    metrics: GpuMetrics,
+    reports: watch::Sender<Option<fleet::GpuReport>>,
+) -> Option<GpuMonitor> {
+    if inventory.simulated || inventory.gpus.is_empty() {
+        return None;
+    }
+    let (library, gpus) = (config.nvml_library.clone(), inventory.gpus.clone());
+    let settings = MonitorSettings { library, gpus, interval: gpu::SAMPLE_INTERVAL };
+    let started = GpuMonitor::start(settings, replicas, metrics, reports);
+    started.map_err(|error| warn!(%error, "the health of GPUs is not watched")).ok()
 }
 
 /// Creates the data directory, which only its owner may read. Replicas that run as another user may pass through it to
@@ -305,14 +327,6 @@ fn serve_peers(
     Ok(())
 }
 
-/// Returns `true` if the peer is a node whose certificate is not revoked. Operators hold certificates of the cell, too,
-/// but only nodes speak for gateways.
-fn is_good_node(stream: &TlsConnection, revocations: &Revocations) -> bool {
-    pilotlight_identity::member_of(stream).is_ok_and(|certificate| {
-        matches!(certificate.member, Member::Node(_)) && revocations.revoked_at(&certificate).is_none()
-    })
-}
-
 /// The node's certificate: kept from before, or got by the token.
 async fn identity(config: &Config, token: Option<&str>) -> Result<Arc<LiveIdentity>, AgentError> {
     let directory = config.data_dir.join("identity");
@@ -412,42 +426,6 @@ async fn care_for_logs(reconciler: Arc<Reconciler>, stopping: CancellationToken)
                 warn!(%error, "a log cannot be cut down");
             }
         }
-    }
-}
-
-fn connector(
-    identity: Option<Arc<LiveIdentity>>,
-    revocations: &Arc<Revocations>,
-) -> Result<Arc<dyn Connect>, AgentError> {
-    Ok(match identity {
-        Some(identity) => {
-            let config = Arc::new(identity.client_config(&[b"h2"])?);
-            Arc::new(TlsConnect { config, revocations: Arc::clone(revocations) })
-        }
-        None => Arc::new(PlainConnect),
-    })
-}
-
-struct TlsConnect {
-    config: Arc<rustls::ClientConfig>,
-    revocations: Arc<Revocations>,
-}
-
-#[async_trait]
-impl Connect for TlsConnect {
-    async fn connect(&self, node: &str, address: &str) -> io::Result<Box<dyn PeerStream>> {
-        let config = Arc::clone(&self.config);
-        let stream = pilotlight_identity::connect_node(address, node, config, &self.revocations).await?;
-        Ok(Box::new(stream))
-    }
-}
-
-struct PlainConnect;
-
-#[async_trait]
-impl Connect for PlainConnect {
-    async fn connect(&self, _: &str, address: &str) -> io::Result<Box<dyn PeerStream>> {
-        Ok(Box::new(TcpStream::connect(address).await?))
     }
 }
 
