@@ -79,7 +79,7 @@ impl GpuMetrics {
         registry.register_with_unit(
             "gpu_utilization",
             "Share of time in which a kernel ran",
-            Unit::Ratios,
+            Unit::Other("ratio".to_owned()),
             utilization,
         );
         let used = metrics.memory_used.clone();
@@ -198,7 +198,7 @@ mod tests {
         let shown = text(&registry);
         for line in [
             r#"gpu_temperature_celsius{gpu="1",uuid="GPU-1"} 64"#,
-            r#"gpu_utilization_ratios{gpu="1",uuid="GPU-1"} 0.5"#,
+            r#"gpu_utilization_ratio{gpu="1",uuid="GPU-1"} 0.5"#,
             r#"gpu_memory_used_bytes{gpu="1",uuid="GPU-1"} 5368709120"#,
             r#"gpu_throttled{gpu="1",uuid="GPU-1",reason="HwSlowdown"} 1"#,
             r#"gpu_throttled{gpu="1",uuid="GPU-1",reason="SwPowerCap"} 0"#,
