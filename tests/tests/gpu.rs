@@ -128,3 +128,23 @@ async fn memory_that_others_hold_is_not_given() {
     stub.set("gpu.0.processes", "");
     operator.replicas_are("iris", 1, "Ready").await;
 }
+
+#[test]
+fn the_proof_on_a_gpu_host_says_clearly_that_there_is_no_gpu() {
+    let directory = tempfile::tempdir().unwrap();
+    let tool = directory.path().join("nvidia-smi");
+    let path = std::env::var("PATH").unwrap();
+    let path = format!("{}:{path}", directory.path().display());
+    let run = |script: &str| {
+        std::fs::write(&tool, script).unwrap();
+        std::fs::set_permissions(&tool, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+        let proof = concat!(env!("CARGO_MANIFEST_DIR"), "/../scripts/gpu-proof.sh");
+        let output = std::process::Command::new(proof).env("PATH", &path).output().unwrap();
+        assert!(output.stdout.is_empty(), "it claims nothing: {}", String::from_utf8_lossy(&output.stdout));
+        (output.status.code(), String::from_utf8(output.stderr).unwrap())
+    };
+    let said = run("#!/bin/sh\necho 'NVIDIA-SMI has failed'; exit 9\n");
+    assert_eq!(said, (Some(2), "gpu-proof: no GPU here: nvidia-smi says: NVIDIA-SMI has failed\n".to_owned()));
+    let said = run("#!/bin/sh\necho 'No devices found.'\n");
+    assert_eq!(said, (Some(2), "gpu-proof: no GPU here: nvidia-smi -L lists none: No devices found.\n".to_owned()));
+}
