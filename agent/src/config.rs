@@ -28,6 +28,8 @@ pub struct Config {
     pub advertise_peer: Option<String>,
     /// Where the GPU inventory comes from.
     pub inventory: InventorySource,
+    /// The NVIDIA driver's library, `libnvidia-ml.so`; `None` is the system's.
+    pub nvml_library: Option<PathBuf>,
     /// The operator's own node labels.
     pub labels: BTreeMap<String, String>,
     /// Largest request body the gateway takes, bytes.
@@ -110,6 +112,7 @@ impl Default for Config {
             listen_http: SocketAddr::from(([127, 0, 0, 1], 7481)),
             advertise_peer: None,
             inventory: InventorySource::Nvml,
+            nvml_library: None,
             labels: BTreeMap::new(),
             max_request_body: 256 << 20,
             clients: ClientSettings::default(),

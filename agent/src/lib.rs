@@ -3,10 +3,12 @@
 pub mod config;
 pub mod endpoint;
 pub mod gateway;
+pub mod gpu;
 pub mod inventory;
 mod membership;
 pub mod models;
 mod node;
+mod peer_connector;
 pub mod reconcile;
 pub mod runtime;
 pub mod session;

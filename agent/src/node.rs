@@ -9,10 +9,9 @@ use std::{
     time::Duration,
 };
 
-use async_trait::async_trait;
 use futures::StreamExt as _;
 use pilotlight_identity::{
-    AcceptMetrics, Coordinators, IdentityError, LiveIdentity, Member, RevocationList, Revocations, TlsConnection, Trust,
+    AcceptMetrics, Coordinators, IdentityError, LiveIdentity, RevocationList, Revocations, Trust,
 };
 use pilotlight_proto::fleet::v1::{
     self as fleet, agent_message::Message as FromAgent, coordinator_message::Message as ToAgent,
@@ -20,7 +19,7 @@ use pilotlight_proto::fleet::v1::{
 use pilotlight_telemetry::Metrics;
 use rustix::process::{Resource, getrlimit};
 use tokio::{
-    net::{TcpListener, TcpStream},
+    net::TcpListener,
     sync::{mpsc, watch},
 };
 use tokio_stream::wrappers::TcpListenerStream;
@@ -29,10 +28,12 @@ use tracing::{info, warn};
 
 use crate::{
     config::{Config, RuntimeChoice, Security},
-    gateway::{self, ClientSettings, Connect, DataPath, GatewayMetrics, PeerStream, Setup},
+    gateway::{self, ClientSettings, DataPath, GatewayMetrics, Setup},
+    gpu::{self, GpuMetrics, GpuMonitor, MonitorSettings},
     inventory::{self, InventoryError},
     membership::{self, Membership, ToldBundle},
     models::{Models, Shelf},
+    peer_connector::{connector, is_good_node},
     reconcile::Reconciler,
     runtime::{AnyRuntime, DockerRuntime, EndedLogs, ProcessRuntime, RunAs, Runtime, RuntimeError, logs},
     session::{Outbound, Session, Told},
@@ -128,10 +129,10 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), Agen
     let mut counted = None;
     let refusals = AcceptMetrics::default();
     metrics.register(|registry| {
-        counted = Some(GatewayMetrics::register(registry));
+        counted = Some((GatewayMetrics::register(registry), GpuMetrics::register(registry)));
         refusals.register(registry);
     });
-    let Some(gateway_metrics) = counted else { return Ok(()) };
+    let Some((gateway_metrics, gpu_metrics)) = counted else { return Ok(()) };
     // Each connection of a client needs file descriptors.
     let files = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
     let max_connections = config.clients.max_connections.min(gateway::max_connections(files));
@@ -174,6 +175,8 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), Agen
     }
     serve_peers(&data_path, identity.as_ref(), &revocations, peers, refusals, models, &stopping)?;
 
+    let (gpu_reports, gpus) = watch::channel(None);
+    let _monitor = monitor(&config, &inventory, reconciler.statuses(), gpu_metrics, gpu_reports);
     let (_inventory, inventory) = watch::channel(inventory);
     let (path, replicas) = (Arc::clone(&data_path), Arc::clone(&reconciler));
     let ended_logs = EndedLogs::new(&config.data_dir);
@@ -190,6 +193,7 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), Agen
         coordinators,
         hello: hello(&config, ingress_address, peer_address),
         inventory,
+        gpus,
         statuses: reconciler.statuses(),
         cached,
         demands: demanded,
@@ -206,6 +210,23 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), Agen
     // It ends at once.
     let _ = talking.await;
     Ok(())
+}
+
+/// Watches the health of the driver's GPUs, if there are any. An agent that cannot do so still serves.
+fn monitor(
+    config: &Config,
+    inventory: &fleet::Inventory,
+    replicas: watch::Receiver<fleet::ReplicaStatuses>,
+    metrics: GpuMetrics,
+    reports: watch::Sender<Option<fleet::GpuReport>>,
+) -> Option<GpuMonitor> {
+    if inventory.simulated || inventory.gpus.is_empty() {
+        return None;
+    }
+    let (library, gpus) = (config.nvml_library.clone(), inventory.gpus.clone());
+    let settings = MonitorSettings { library, gpus, interval: gpu::SAMPLE_INTERVAL };
+    let started = GpuMonitor::start(settings, replicas, metrics, reports);
+    started.map_err(|error| warn!(%error, "the health of GPUs is not watched")).ok()
 }
 
 /// Creates the data directory, which only its owner may read. Replicas that run as another user may pass through it to
@@ -318,14 +339,6 @@ fn serve_peers(
     Ok(())
 }
 
-/// Returns `true` if the peer is a node whose certificate is not revoked. Operators hold certificates of the cell, too,
-/// but only nodes speak for gateways.
-fn is_good_node(stream: &TlsConnection, revocations: &Revocations) -> bool {
-    pilotlight_identity::member_of(stream).is_ok_and(|certificate| {
-        matches!(certificate.member, Member::Node(_)) && revocations.revoked_at(&certificate).is_none()
-    })
-}
-
 /// Lets the data path know whether there is a session with the coordinator, until the session's task ends.
 async fn follow_session(data_path: Arc<DataPath>, mut connected: watch::Receiver<bool>) {
     loop {
@@ -351,42 +364,6 @@ async fn care_for_logs(reconciler: Arc<Reconciler>, stopping: CancellationToken)
                 warn!(%error, "a log cannot be cut down");
             }
         }
-    }
-}
-
-fn connector(
-    identity: Option<Arc<LiveIdentity>>,
-    revocations: &Arc<Revocations>,
-) -> Result<Arc<dyn Connect>, AgentError> {
-    Ok(match identity {
-        Some(identity) => {
-            let config = Arc::new(identity.client_config(&[b"h2"])?);
-            Arc::new(TlsConnect { config, revocations: Arc::clone(revocations) })
-        }
-        None => Arc::new(PlainConnect),
-    })
-}
-
-struct TlsConnect {
-    config: Arc<rustls::ClientConfig>,
-    revocations: Arc<Revocations>,
-}
-
-#[async_trait]
-impl Connect for TlsConnect {
-    async fn connect(&self, node: &str, address: &str) -> io::Result<Box<dyn PeerStream>> {
-        let config = Arc::clone(&self.config);
-        let stream = pilotlight_identity::connect_node(address, node, config, &self.revocations).await?;
-        Ok(Box::new(stream))
-    }
-}
-
-struct PlainConnect;
-
-#[async_trait]
-impl Connect for PlainConnect {
-    async fn connect(&self, _: &str, address: &str) -> io::Result<Box<dyn PeerStream>> {
-        Ok(Box::new(TcpStream::connect(address).await?))
     }
 }
 

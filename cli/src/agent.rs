@@ -67,6 +67,9 @@ pub struct NodeArgs {
     /// YAML file that lists pretended GPUs.
     #[arg(long, env = "PILOTLIGHT_SIMULATE_GPUS_FILE", value_name = "FILE", conflicts_with = "simulate_gpus")]
     simulate_gpus_file: Option<PathBuf>,
+    /// The NVIDIA driver's library, libnvidia-ml.so. Default: the system's.
+    #[arg(long, env = "PILOTLIGHT_NVML_LIBRARY", value_name = "FILE", hide = true)]
+    nvml_library: Option<PathBuf>,
     /// Label of this node, key=value; may be given again.
     #[arg(long, env = "PILOTLIGHT_LABELS", value_delimiter = ',', value_parser = label, value_name = "KEY=VALUE")]
     label: Vec<(String, String)>,
@@ -175,6 +178,7 @@ impl NodeArgs {
         };
         Config {
             inventory,
+            nvml_library: self.nvml_library,
             labels: self.label.into_iter().collect(),
             max_request_body: self.clients.max_request_body.as_u64(),
             clients: self.clients.settings(&config.clients),

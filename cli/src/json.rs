@@ -1,7 +1,8 @@
 //! The control API's messages as JSON.
 
 use pilotlight_proto::control::v1::{
-    Decision, Node, NodeAvailability, NodeGpu, NodeMigDevice, Object, Replica, Revision, Service, Usage,
+    Decision, GpuHealth, GpuProcess, GpuQuarantine, Node, NodeAvailability, NodeGpu, NodeMigDevice, Object, Replica,
+    Revision, Service, Usage, XidEvent,
 };
 use serde_json::{Value, json};
 
@@ -35,7 +36,7 @@ pub fn node(node: &Node) -> Value {
         "peerAddress": node.peer_address, "ingressAddress": node.ingress_address, "gpus": gpus,
         "labels": node.labels, "simulated": node.simulated, "cpuCores": node.cpu_cores,
         "memoryBytes": node.memory_bytes, "lastSeen": moment(node.last_seen),
-        "availability": availability, "replicas": node.replicas,
+        "availability": availability, "replicas": node.replicas, "gpuError": node.gpu_error,
     })
 }
 
@@ -45,6 +46,27 @@ fn gpu(gpu: &NodeGpu) -> Value {
     json!({
         "index": gpu.index, "product": gpu.product, "memoryBytes": gpu.memory_bytes, "replica": gpu.replica,
         "replicas": gpu.replicas, "migDevices": gpu.mig_devices.iter().map(device).collect::<Vec<_>>(),
+        "uuid": gpu.uuid, "quarantine": gpu.quarantine.as_ref().map(quarantine), "health": gpu.health.as_ref().map(health),
+    })
+}
+
+fn quarantine(quarantine: &GpuQuarantine) -> Value {
+    json!({"since": moment(quarantine.since), "reason": quarantine.reason, "message": quarantine.message})
+}
+
+fn health(health: &GpuHealth) -> Value {
+    let xid = |xid: &XidEvent| json!({"xid": xid.xid, "count": xid.count, "lastAt": moment(xid.last_at)});
+    let process =
+        |process: &GpuProcess| json!({"pid": process.pid, "name": process.name, "memoryBytes": process.memory_bytes});
+    json!({
+        "lost": health.lost, "xids": health.xids.iter().map(xid).collect::<Vec<_>>(),
+        "eccUncorrectableErrors": health.ecc_uncorrectable_errors, "rowRemapPending": health.row_remap_pending,
+        "rowRemapFailed": health.row_remap_failed, "nvlinksActive": health.nvlinks_active,
+        "nvlinksExpected": health.nvlinks_expected, "throttleReasons": health.throttle_reasons,
+        "temperatureCelsius": health.temperature_celsius, "utilizationPercent": health.utilization_percent,
+        "memoryUsedBytes": health.memory_used_bytes, "foreignMemoryBytes": health.foreign_memory_bytes,
+        "foreignProcesses": health.foreign_processes.iter().map(process).collect::<Vec<_>>(),
+        "unreadable": health.unreadable,
     })
 }
 
@@ -67,6 +89,7 @@ pub fn replica(replica: &Replica) -> Value {
         "phase": replica.phase, "message": replica.message, "restarts": replica.restarts,
         "createdAt": moment(replica.created_at), "readyAt": moment(replica.ready_at), "pid": replica.pid,
         "adopted": replica.adopted, "holdsGpuMemory": replica.holds_gpu_memory, "memoryBytes": replica.memory_bytes,
+        "gpuMemoryBytes": replica.gpu_memory_bytes, "gpuMemoryRequestedBytes": replica.gpu_memory_requested_bytes,
         "rung": replica.rung, "rungBefore": replica.rung_before, "rungSeconds": seconds(&replica.rung_took),
     })
 }

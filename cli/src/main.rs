@@ -19,6 +19,7 @@ mod example_server;
 mod failure;
 mod follow;
 mod get;
+mod gpu;
 mod json;
 mod jsonpath;
 mod logs;
@@ -77,7 +78,7 @@ enum Command {
     Diff(diff::Args),
     /// List services and what belongs to them.
     Get(get::Args),
-    /// Show all about one service.
+    /// Show all about one service or node.
     Describe(describe::Args),
     /// Delete services, runtimes, secrets, config maps, and nodes that are gone.
     Delete(delete::Args),
@@ -95,6 +96,9 @@ enum Command {
     /// Take nodes out of use and back.
     #[command(subcommand)]
     Node(node::Command),
+    /// List GPUs with their health, and place replicas again on those that were quarantined.
+    #[command(subcommand)]
+    Gpu(gpu::Command),
     /// Look at the models on the nodes' disks; warm, pin and evict them.
     #[command(subcommand)]
     Cache(cache::Command),
@@ -163,6 +167,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
         Command::Simulate(args) => simulate::run(*args),
         Command::Logs(args) => process::ask(logs::run(connection, args)),
         Command::Node(command) => process::ask(node::run(connection, command)),
+        Command::Gpu(command) => process::ask(gpu::run(connection, command)),
         Command::Cache(command) => process::ask(cache::run(connection, command)),
         Command::Token(command) => process::ask(token::run(connection, command)),
         Command::Snapshot(command) => process::ask(snapshot::run(connection, *command)),

@@ -1,6 +1,6 @@
 //! Pilotlight's coordinator: desired state, scaling and placement decisions.
 //!
-//! Pure decisions ([`spec`], [`manifest`], [`autoscaler`], [`placement`], [`rollout`], [`eviction`]) are
+//! Pure decisions ([`spec`], [`manifest`], [`autoscaler`], [`placement`], [`quarantine`], [`rollout`], [`eviction`]) are
 //! deterministic functions without clock, I/O or randomness; [`store`], [`fleet`] and [`api`] are the
 //! effects; [`reconcile`] joins the two.
 
@@ -18,6 +18,7 @@ pub mod members;
 pub mod metrics;
 pub mod model;
 pub mod placement;
+pub mod quarantine;
 pub mod reconcile;
 pub mod rollout;
 mod server;

@@ -6,6 +6,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    quarantine::GpuRecord,
     rollout::{History, Share},
     spec::{
         Component, ComponentKind, ConditionStatus, InferenceService, RevisionTemplate, Scaling, ServingRuntime,
@@ -301,6 +302,16 @@ pub struct NodeRecord {
     /// What the operator lets it do.
     #[serde(default)]
     pub availability: Availability,
+    /// GPUs that are or were quarantined, by UUID.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub gpus: BTreeMap<String, GpuRecord>,
+}
+
+impl NodeRecord {
+    /// A node that has just joined, and takes replicas.
+    pub fn new(name: &str, joined_at: Timestamp) -> Self {
+        Self { name: name.to_owned(), joined_at, availability: Availability::Open, gpus: BTreeMap::new() }
+    }
 }
 
 /// What an operator lets a node do.

@@ -9,6 +9,7 @@ pub mod disk;
 pub mod http;
 pub mod load;
 pub mod manifest;
+pub mod nvml;
 pub mod otlp;
 pub mod process;
 pub mod registry;

@@ -3,6 +3,8 @@
 mod labels;
 mod nvml;
 mod simulated;
+#[cfg(test)]
+mod tests;
 
 use std::path::PathBuf;
 
@@ -10,6 +12,7 @@ use pilotlight_proto::fleet::v1 as fleet;
 use tracing::{info, warn};
 
 use crate::config::{Config, InventorySource};
+pub use nvml::{MAX_NVLINKS, open_driver};
 
 /// GPUs of a node, and the driver that runs them.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -63,8 +66,8 @@ pub enum InventoryError {
 /// A simulated set is asked for that cannot be.
 pub fn discover(config: &Config) -> Result<fleet::Inventory, InventoryError> {
     let gpus = match &config.inventory {
-        InventorySource::Nvml => nvml::discover().unwrap_or_default(),
-        InventorySource::NvmlOrSimulated => match nvml::discover() {
+        InventorySource::Nvml => nvml::discover(config.nvml_library.as_deref()).unwrap_or_default(),
+        InventorySource::NvmlOrSimulated => match nvml::discover(config.nvml_library.as_deref()) {
             Some(gpus) => gpus,
             None => simulated::of(2, "NVIDIA A40", 48 << 30, &[])?,
         },

@@ -1,6 +1,6 @@
 //! GPUs as the NVIDIA driver sees them.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, path::Path};
 
 use nvml_wrapper::{Device, Nvml, cuda_driver_version_major, cuda_driver_version_minor, error::NvmlError};
 use pilotlight_proto::fleet::v1 as fleet;
@@ -8,15 +8,26 @@ use tracing::{debug, warn};
 
 use super::Gpus;
 
-/// NVLinks of one GPU at most, for the search of its neighbours.
-const LINKS_MOST: u32 = 18;
+/// Most NVLinks that one GPU has.
+pub const MAX_NVLINKS: u32 = 18;
 
 /// Where GPU feature discovery reads the type of the machine, too.
 const MACHINE: &str = "/sys/class/dmi/id/product_name";
 
-/// The driver's GPUs; `None` where there is no driver.
-pub(super) fn discover() -> Option<Gpus> {
-    let nvml = match Nvml::init() {
+/// Loads the driver's library; `library` is its path, `None` the system's.
+///
+/// # Errors
+/// There is no such library, or the driver does not answer.
+pub fn open_driver(library: Option<&Path>) -> Result<Nvml, NvmlError> {
+    match library {
+        Some(path) => Nvml::builder().lib_path(path.as_os_str()).init(),
+        None => Nvml::init(),
+    }
+}
+
+/// The driver's GPUs; `None` if there is no driver.
+pub(super) fn discover(library: Option<&Path>) -> Option<Gpus> {
+    let nvml = match open_driver(library) {
         Ok(nvml) => nvml,
         Err(error) => {
             debug!(%error, "no NVIDIA driver");
@@ -89,7 +100,7 @@ fn profile(name: &str) -> Option<String> {
 
 /// Bus ids at the other ends of a GPU's active NVLinks: GPUs or NVSwitches.
 fn neighbours(device: &Device<'_>) -> Vec<String> {
-    (0..LINKS_MOST)
+    (0..MAX_NVLINKS)
         .map(|link| device.link_wrapper_for(link))
         .filter(|link| link.is_active().unwrap_or(false))
         .filter_map(|link| link.remote_pci_info().ok())
@@ -152,6 +163,6 @@ mod tests {
     #[test]
     fn a_machine_without_a_driver_has_no_gpus_and_does_not_fail() {
         // On a GPU host this finds some; it must not panic anywhere.
-        assert!(discover().is_none_or(|gpus| !gpus.simulated));
+        assert!(discover(None).is_none_or(|gpus| !gpus.simulated));
     }
 }

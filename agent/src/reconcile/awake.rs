@@ -130,6 +130,7 @@ impl Life {
     pub(super) async fn awake(&mut self, running: &mut Running, mut begin: Begin, span: Span) -> Result<Stage, End> {
         // One that is kept is still told to drain, and ready in a moment.
         let mut offered = matches!(begin, Begin::Kept);
+        let adopted = matches!(begin, Begin::Adopted);
         let container = running.assignment.container.clone().unwrap_or_default();
         let probe = container.readiness_probe.clone().unwrap_or_default();
         let prober = Prober::new(probe, running, Arc::clone(&self.runtime));
@@ -141,7 +142,7 @@ impl Life {
         let (confirm, confirmed) = watch::channel(false);
         let refused = begin.question().refused(confirm);
         tokio::pin!(refused);
-        let (unhealthy, has_started) = self.watch_health(&container, running, begin.has_loaded(), &waiting);
+        let (unhealthy, has_started) = self.watch_health(&container, running, begin.has_loaded(), adopted, &waiting);
         tokio::pin!(unhealthy);
         let mut gates = Gates { has_started, confirmed };
         let mut readiness = Readiness::new(prober, &begin);
@@ -168,7 +169,7 @@ impl Life {
                     moved = true;
                     self.move_to(running, address, &mut readiness, &waiting);
                     let has_started = *gates.has_started.borrow();
-                    let (again, started) = self.watch_health(&container, running, has_started, &waiting);
+                    let (again, started) = self.watch_health(&container, running, has_started, adopted, &waiting);
                     unhealthy.set(again);
                     gates.has_started = started;
                     continue;
@@ -210,11 +211,11 @@ impl Life {
         }
     }
 
-    /// Ends a container that a probe has found unhealthy. It gets nothing new, and may end what it has.
+    /// Ends a container that was found unhealthy. It gets nothing new, and may end what it has.
     async fn restart(&self, running: &Running, why: Unhealthy) -> Failure {
         self.endpoints.not_ready(&running.replica);
         self.update(|status| status.set_phase(ReplicaPhase::Starting));
-        self.give_up(running, Failure::of_probe(why.message), why.grace).await
+        self.give_up(running, Failure::of_unhealthy(why.reason, why.message), why.grace).await
     }
 
     /// Ends a replica that has started with a model that it may not have.
@@ -271,12 +272,14 @@ impl Life {
         container: &ContainerSpec,
         running: &Running,
         has_started: bool,
+        adopted: bool,
         waiting: &Arc<Waiting>,
     ) -> (impl Future<Output = Unhealthy> + Send + use<>, watch::Receiver<bool>) {
         let (started, starts) = watch::channel(false);
         let health = Health::new(container, running, &self.runtime);
         let health = if has_started { health.of_started() } else { health };
-        (health.fails(started, Arc::clone(waiting)), starts)
+        let container = (Arc::clone(&self.runtime), running.clone());
+        (health.fails_or_loses_gpus(started, Arc::clone(waiting), container, adopted), starts)
     }
 
     /// From now on the replica is reached at this address, by later agent processes, too.

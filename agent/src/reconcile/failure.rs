@@ -7,6 +7,8 @@ use crate::{
 
 /// Reason of a replica that a probe has had restarted; the name of Kubernetes' event.
 pub(super) const UNHEALTHY: &str = "Unhealthy";
+/// Reason of one that has lost access to its GPUs while it ran.
+pub(super) const GPU_ACCESS_LOST: &str = "GpuAccessLost";
 /// Reason of one that was to sleep and did not.
 pub(super) const SLEEP_FAILED: &str = "SleepFailed";
 /// Reason of one that was to wake and did not.
@@ -91,9 +93,9 @@ impl Failure {
         Self { reason, message, exit_code: exit.code, permanent: is_permanent(reason), ..Self::default() }
     }
 
-    /// A probe has found the replica unhealthy.
-    pub(super) fn of_probe(message: String) -> Self {
-        Self { reason: UNHEALTHY, message, permanent: is_permanent(UNHEALTHY), ..Self::default() }
+    /// The replica was found unhealthy, by a probe or since it has lost its GPUs.
+    pub(super) fn of_unhealthy(reason: &'static str, message: String) -> Self {
+        Self { reason, message, permanent: is_permanent(reason), ..Self::default() }
     }
 
     /// Adds the last lines that the failed run printed. They may name a cause that the exit code does not show.
@@ -175,7 +177,8 @@ mod tests {
         let (uri, reason) = (|| "s3://b/m".to_owned(), || "why".to_owned());
         assert!(Failure::of_exit(Exit { code: Some(3), ..Exit::default() }).permanent);
         assert!(Failure::of_exit(Exit { oom_killed: true, ..Exit::default() }).permanent);
-        assert!(Failure::of_probe(reason()).permanent);
+        assert!(Failure::of_unhealthy(UNHEALTHY, reason()).permanent);
+        assert!(!Failure::of_unhealthy(GPU_ACCESS_LOST, reason()).permanent);
 
         assert!(model(ModelError::NotFound { uri: uri(), reason: reason() }));
         assert!(model(ModelError::Rejected { uri: uri(), reason: reason() }));

@@ -5,13 +5,19 @@ use std::{sync::Arc, time::Duration};
 use pilotlight_proto::fleet::v1::ContainerSpec;
 use tokio::sync::watch;
 
-use super::waiting::Waiting;
+use super::{
+    failure::{GPU_ACCESS_LOST, UNHEALTHY},
+    gpu_access,
+    waiting::Waiting,
+};
 use crate::runtime::{Running, Runtime, probe::Prober};
 
 /// Why a container is to be restarted.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Unhealthy {
-    /// Which probe failed, and what was said.
+    /// [`UNHEALTHY`] or [`GPU_ACCESS_LOST`].
+    pub(super) reason: &'static str,
+    /// What was found, such as which probe failed, and what was said.
     pub(super) message: String,
     /// Between the polite signal and the kill, where the probe says so.
     pub(super) grace: Option<Duration>,
@@ -34,9 +40,32 @@ impl Health {
         Self { startup: None, ..self }
     }
 
+    /// As [`Health::fails`], and also resolves when the container has lost access to its GPUs; `adopted` is as in
+    /// [`gpu_access::lost`].
+    pub(super) async fn fails_or_loses_gpus(
+        self,
+        started: watch::Sender<bool>,
+        waiting: Arc<Waiting>,
+        (runtime, running): (Arc<dyn Runtime>, Running),
+        adopted: bool,
+    ) -> Unhealthy {
+        let lost = async {
+            if running.container.is_none() {
+                return std::future::pending().await;
+            }
+            let why = gpu_access::lost(adopted, || runtime.gpu_access(&running)).await;
+            let message = format!("the container has lost access to its GPUs: {why}");
+            Unhealthy { reason: GPU_ACCESS_LOST, message, grace: None }
+        };
+        tokio::select! {
+            unhealthy = self.fails(started, waiting) => unhealthy,
+            unhealthy = lost => unhealthy,
+        }
+    }
+
     /// Resolves when the container must be restarted; never if no probe asks for that. `started` becomes
     /// true once the startup probe has passed: no other probe runs before. Until then `waiting` reports its failures.
-    pub(super) async fn fails(self, started: watch::Sender<bool>, waiting: Arc<Waiting>) -> Unhealthy {
+    async fn fails(self, started: watch::Sender<bool>, waiting: Arc<Waiting>) -> Unhealthy {
         let mut begun = Duration::ZERO;
         if let Some(startup) = self.startup {
             let clock = tokio::time::Instant::now();
@@ -78,7 +107,8 @@ async fn passes(prober: &Prober, what: &str, until: Until, report: &(dyn Fn(&str
                 report(&why);
                 if failures >= prober.failure_threshold() {
                     let message = format!("{what} probe failed {failures} times in a row: {why}");
-                    return Err(Unhealthy { message, grace: prober.termination_grace_period() });
+                    let grace = prober.termination_grace_period();
+                    return Err(Unhealthy { reason: UNHEALTHY, message, grace });
                 }
             }
         }

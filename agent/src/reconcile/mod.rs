@@ -7,7 +7,10 @@ mod asleep;
 mod awake;
 pub(crate) mod backoff;
 mod failure;
+mod gpu_access;
 mod health;
+#[cfg(test)]
+mod health_tests;
 mod models;
 mod orphan;
 mod question;

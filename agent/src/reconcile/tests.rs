@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 use super::*;
 use crate::{
     endpoint::EgressListener,
-    runtime::{Exit, Mount, Running, Say, SleepMark},
+    runtime::{Exit, GpuAccess, Mount, Running, Say, SleepMark},
     sidecar::{Grant, Limits, RevisionQueue, Sidecar},
 };
 
@@ -47,6 +47,8 @@ pub(super) struct Fake {
     pub(super) pausing: Mutex<Pausing>,
     /// What has been done, in order: "start", "pause", "resume", and the marks in between.
     pub(super) done: Mutex<Vec<&'static str>>,
+    /// Whether "processes" can use their GPUs.
+    pub(super) gpu_access: Mutex<GpuAccess>,
     /// Folders of the models of each start.
     pub(super) folders: Mutex<Vec<Vec<PathBuf>>>,
 }
@@ -59,7 +61,7 @@ impl Fake {
             address: self.address,
             started_at: 0,
             assignment,
-            container: None,
+            container: Some("c".to_owned()),
             ports: BTreeMap::new(),
         }
     }
@@ -152,6 +154,10 @@ impl Runtime for Fake {
         self.marks.lock().unwrap().get(replica).cloned()
     }
 
+    async fn gpu_access(&self, _: &Running) -> GpuAccess {
+        self.gpu_access.lock().unwrap().clone()
+    }
+
     async fn remove(&self, _: &str) {}
 
     fn log_file(&self, _: &str) -> PathBuf {
@@ -171,58 +177,6 @@ pub(super) fn listens(port: u16) -> Option<fleet::Probe> {
 /// A port at which nothing listens.
 pub(super) async fn closed_port() -> u16 {
     TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap().local_addr().unwrap().port()
-}
-
-#[tokio::test(start_paused = true)]
-async fn a_container_whose_liveness_probe_fails_is_restarted() {
-    let node = Node::empty().await;
-    let alive = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
-    let liveness_probe = listens(alive.local_addr().unwrap().port());
-    node.assign_container(1, &[("a", false)], ContainerSpec { liveness_probe, ..Default::default() });
-    node.phases(&[ReplicaPhase::Ready]).await;
-    tokio::time::sleep(Duration::from_secs(95)).await;
-    let dead = Instant::now();
-    assert!(node.stops(dead).is_empty(), "it lives");
-
-    drop(alive);
-    let said = node.unhealthy().await;
-    assert!(said.starts_with("liveness probe failed 3 times in a row: "), "{said}");
-    // Asked at 100, 110 and 120 s.
-    node.restarted(1).await;
-    assert_eq!(node.stops(dead), [("a".to_owned(), Duration::from_secs(25), Duration::from_secs(2))]);
-    // It is started again at once, and after the second time a little later.
-    node.phases(&[ReplicaPhase::Ready]).await;
-    assert_eq!(node.restarted(2).await.reason, "CrashLoopBackOff");
-}
-
-#[tokio::test(start_paused = true)]
-async fn until_the_startup_probe_has_passed_nothing_else_is_asked() {
-    let node = Node::empty().await;
-    let (port, never) = (closed_port().await, closed_port().await);
-    let startup_probe = listens(port).map(|probe| fleet::Probe { failure_threshold: 100, ..probe });
-    let container = ContainerSpec { startup_probe, liveness_probe: listens(never), ..Default::default() };
-    node.assign_container(1, &[("a", false)], container);
-    let began = Instant::now();
-    tokio::time::sleep(Duration::from_secs(500)).await;
-    node.phases(&[ReplicaPhase::Starting]).await;
-    assert!(node.stops(began).is_empty(), "the liveness probe would have failed long ago");
-
-    let _started = TcpListener::bind((Ipv4Addr::LOCALHOST, port)).await.unwrap();
-    node.phases(&[ReplicaPhase::Ready]).await;
-    let said = node.unhealthy().await;
-    assert!(said.starts_with("liveness probe failed"), "{said}");
-    assert!(began.elapsed() >= Duration::from_secs(520), "asked at 500, 510 and 520 s");
-}
-
-#[tokio::test(start_paused = true)]
-async fn a_container_that_does_not_start_in_time_is_restarted() {
-    let node = Node::empty().await;
-    let startup_probe = listens(closed_port().await);
-    node.assign_container(1, &[("a", false)], ContainerSpec { startup_probe, ..Default::default() });
-    let began = Instant::now();
-    let said = node.unhealthy().await;
-    assert!(said.starts_with("startup probe failed 3 times"), "{said}");
-    assert_eq!(began.elapsed(), Duration::from_secs(20), "asked at 0, 10 and 20 s");
 }
 
 #[tokio::test(start_paused = true)]
@@ -341,6 +295,7 @@ impl Node {
             marks: Mutex::new(marks),
             pausing: Mutex::new(Pausing::Works),
             done: Mutex::default(),
+            gpu_access: Mutex::new(GpuAccess::Unknown),
             folders: Mutex::default(),
         });
         let sidecar = Sidecar::new();
@@ -361,7 +316,7 @@ impl Node {
     }
 
     /// The same, with probes.
-    fn assign_container(&self, version: u64, replicas: &[(&str, bool)], mut container: ContainerSpec) {
+    pub(super) fn assign_container(&self, version: u64, replicas: &[(&str, bool)], mut container: ContainerSpec) {
         container.termination_grace_period = prost_types::Duration::try_from(GRACE).ok();
         let replicas = replicas.iter().map(|(name, draining)| ReplicaAssignment {
             replica: (*name).to_owned(),
@@ -390,7 +345,7 @@ impl Node {
     }
 
     /// Waits until a probe has found the first replica unhealthy; what the probe said.
-    async fn unhealthy(&self) -> String {
+    pub(super) async fn unhealthy(&self) -> String {
         let mut statuses = self.reconciler.statuses();
         let unhealthy = |all: &ReplicaStatuses| all.replicas.iter().any(|status| status.reason == "Unhealthy");
         statuses.wait_for(unhealthy).await.unwrap().replicas[0].message.clone()

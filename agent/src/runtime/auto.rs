@@ -10,7 +10,7 @@ use std::{
 use async_trait::async_trait;
 use pilotlight_proto::fleet::v1::ReplicaAssignment;
 
-use super::{DockerRuntime, Exit, Mount, ProcessRuntime, Running, Runtime, RuntimeError, Say, SleepMark};
+use super::{DockerRuntime, Exit, GpuAccess, Mount, ProcessRuntime, Running, Runtime, RuntimeError, Say, SleepMark};
 use crate::models::Images;
 
 /// Processes and containers side by side: an image is run as a container. A command without an image,
@@ -117,6 +117,10 @@ impl Runtime for AnyRuntime {
 
     async fn exec(&self, running: &Running, command: &[String]) -> Result<(), String> {
         self.tending(running).exec(running, command).await
+    }
+
+    async fn gpu_access(&self, running: &Running) -> GpuAccess {
+        self.tending(running).gpu_access(running).await
     }
 
     // This machine's own processes reach it by that address, too.

@@ -63,6 +63,17 @@ pub struct Mount {
     pub read_only: bool,
 }
 
+/// Whether a replica can use its GPUs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum GpuAccess {
+    /// It can.
+    Usable,
+    /// It may not open their devices; why.
+    Denied(String),
+    /// It has none, or that cannot be found out.
+    Unknown,
+}
+
 /// How a replica ended.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Exit {
@@ -232,6 +243,10 @@ pub trait Runtime: Send + Sync + 'static {
             Ok(output) => Err(format!("{program}: {}", output.status)),
             Err(error) => Err(format!("{program}: {error}")),
         }
+    }
+    /// Whether the replica can use its GPUs now. Takes about as long as a command in its container.
+    async fn gpu_access(&self, _running: &Running) -> GpuAccess {
+        GpuAccess::Unknown
     }
     /// The address by which this replica reaches its agent.
     fn host_address(&self, _assignment: &ReplicaAssignment) -> IpAddr {

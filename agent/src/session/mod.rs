@@ -39,6 +39,8 @@ pub struct Session {
     pub hello: fleet::Hello,
     /// What it has; sent at the start and on change.
     pub inventory: watch::Receiver<fleet::Inventory>,
+    /// The health of its GPUs, if it has any; sent at the start and on change.
+    pub gpus: watch::Receiver<Option<fleet::GpuReport>>,
     /// What runs; sent at the start and on change.
     pub statuses: watch::Receiver<fleet::ReplicaStatuses>,
     /// Which models are on its disk; sent at the start and on change.
@@ -82,6 +84,7 @@ impl Session {
         let say = Outbound(sender);
         say.now(FromAgent::Hello(self.hello.clone()))?;
         say.now(FromAgent::Inventory(self.inventory.borrow_and_update().clone()))?;
+        self.report_gpus(&say)?;
         // Before the statuses: what is placed because of them is placed where the models are.
         say.now(FromAgent::CacheReport(self.cached.borrow_and_update().clone()))?;
         say.now(FromAgent::ReplicaStatuses(self.statuses.borrow_and_update().clone()))?;
@@ -107,6 +110,7 @@ impl Session {
                 Ok(()) = self.cached.changed() => {
                     say.now(FromAgent::CacheReport(self.cached.borrow_and_update().clone()))?;
                 }
+                Ok(()) = self.gpus.changed() => self.report_gpus(&say)?,
                 Ok(()) = self.inventory.changed() => {
                     say.now(FromAgent::Inventory(self.inventory.borrow_and_update().clone()))?;
                 }
@@ -134,6 +138,12 @@ impl Session {
                 _ = reports.tick() => say.if_room(FromAgent::QueueReport(self.told.report())),
             }
         }
+    }
+
+    /// Sends the health of GPUs, if it is known.
+    fn report_gpus(&mut self, say: &Outbound) -> Result<(), Status> {
+        let report = self.gpus.borrow_and_update().clone();
+        report.map_or(Ok(()), |report| say.now(FromAgent::GpuReport(report)))
     }
 }
 

@@ -188,12 +188,13 @@ async fn nodes(client: &mut Client) -> Result<Listing, Failure> {
                 format!("{held}/{}", node.gpus.len()),
                 node.replicas.to_string(),
                 format!("{product}{simulated}"),
-                node.ingress_address,
-                node.agent_version,
+                node.ingress_address.clone(),
+                node.agent_version.clone(),
+                crate::gpu::problems(&node).join("; "),
             ],
         }
     });
-    let columns = vec!["NAME", "STATE", "GPUS", "REPLICAS", "PRODUCT", "INGRESS", "VERSION"];
+    let columns = vec!["NAME", "STATE", "GPUS", "REPLICAS", "PRODUCT", "INGRESS", "VERSION", "MESSAGE"];
     Ok(Listing { columns, rows: rows.collect() })
 }
 

@@ -9,14 +9,14 @@ use pilotlight_proto::control::v1::{self as control, control_server::Control};
 use tokio::sync::broadcast::error::RecvError;
 use tonic::{Request, Response, Status};
 
-use super::{access::Access, audit::audited, cache, logs, objects::Objects, snapshot};
+use super::{access::Access, audit::audited, cache, logs, nodes, objects::Objects, snapshot};
 use crate::{
     authority::LiveAuthorities,
     autoscaler::Defaults,
     finding::Finding,
     fleet::{EvictHub, LiveSessions, LogHub},
     manifest::{self, Reading},
-    model::{Availability, keys},
+    model::keys,
     reconcile::{CommandError, Handle, cached, commands::Change, meter::UsageRecord, view, world::World},
     spec,
     store::{Store, StoreError, StoreExt as _},
@@ -233,12 +233,7 @@ impl Control for ControlService {
 
     async fn list_nodes(&self, request: Request<control::ListNodesRequest>) -> Answer<control::ListNodesResponse> {
         self.access.operator(&request, Role::Viewer)?;
-        let nodes = self
-            .handle
-            .read(|world, now| world.nodes.values().map(|node| view::node(world, node, now)).collect())
-            .await
-            .map_err(status)?;
-        Ok(Response::new(control::ListNodesResponse { nodes }))
+        nodes::list(&self.handle).await.map(Response::new)
     }
 
     async fn list_cache(&self, request: Request<control::ListCacheRequest>) -> Answer<control::ListCacheResponse> {
@@ -272,25 +267,15 @@ impl Control for ControlService {
         request: Request<control::SetNodeAvailabilityRequest>,
     ) -> Answer<control::SetNodeAvailabilityResponse> {
         let caller = self.access.operator(&request, Role::Operator)?;
-        let request = request.into_inner();
-        let availability = match request.availability() {
-            control::NodeAvailability::Open => Availability::Open,
-            control::NodeAvailability::Cordoned => Availability::Cordoned,
-            control::NodeAvailability::Draining => Availability::Draining,
-            control::NodeAvailability::Unspecified => {
-                return Err(Status::invalid_argument(format!(
-                    "availability: {}, expected OPEN, CORDONED or DRAINING",
-                    request.availability
-                )));
-            }
-        };
-        let name = request.name;
-        let object = format!("Node/{name}={availability:?}");
-        let set = async { self.handle.set_availability(name.clone(), availability).await.map_err(status) };
-        audited(&caller, "set-availability", &object, set).await?;
-        let look = move |world: &World, now| world.nodes.get(&name).map(|node| view::node(world, node, now));
-        let node = self.handle.read(look).await.map_err(status)?;
-        Ok(Response::new(control::SetNodeAvailabilityResponse { node }))
+        nodes::set_availability(&self.handle, &caller, request.into_inner()).await.map(Response::new)
+    }
+
+    async fn unquarantine_gpu(
+        &self,
+        request: Request<control::UnquarantineGpuRequest>,
+    ) -> Answer<control::UnquarantineGpuResponse> {
+        let caller = self.access.operator(&request, Role::Operator)?;
+        nodes::unquarantine(&self.handle, &caller, request.into_inner()).await.map(Response::new)
     }
 
     async fn list_revisions(
@@ -614,10 +599,14 @@ fn usage(record: UsageRecord) -> control::Usage {
 
 pub(super) fn status(error: CommandError) -> Status {
     match &error {
-        CommandError::NotFound(_) | CommandError::NodeNotFound(_) => Status::not_found(error.to_string()),
-        CommandError::Refused(_) | CommandError::OnAllNodes(_) | CommandError::NodeConnected(_) => {
-            Status::failed_precondition(error.to_string())
+        CommandError::NotFound(_) | CommandError::NodeNotFound(_) | CommandError::GpuNotFound { .. } => {
+            Status::not_found(error.to_string())
         }
+        CommandError::Refused(_)
+        | CommandError::OnAllNodes(_)
+        | CommandError::NodeConnected(_)
+        | CommandError::GpuNotQuarantined { .. }
+        | CommandError::GpuLost { .. } => Status::failed_precondition(error.to_string()),
         CommandError::Store(_) | CommandError::SteppedDown | CommandError::Stopping => {
             Status::unavailable(error.to_string())
         }

@@ -7,6 +7,7 @@ mod cache;
 pub mod control;
 mod logs;
 mod members;
+mod nodes;
 pub mod objects;
 mod snapshot;
 

@@ -1,4 +1,4 @@
-//! Gauges of nodes, services and replicas, counted in the control loop from time to time.
+//! Gauges of nodes, GPUs, services and replicas, counted in the control loop from time to time.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -37,11 +37,21 @@ struct ReplicaLabels {
     phase: &'static str,
 }
 
-/// How many nodes, services and replicas are in which state.
+/// Labels of GPUs.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct GpuLabels {
+    state: &'static str,
+}
+
+/// States of GPUs.
+const GPU_STATES: [&str; 2] = ["Available", "Quarantined"];
+
+/// How many nodes, GPUs, services and replicas are in which state.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct StateCounts {
     sessions: i64,
     nodes: BTreeMap<&'static str, i64>,
+    gpus: BTreeMap<&'static str, i64>,
     services: BTreeMap<(String, &'static str), i64>,
     replicas: BTreeMap<&'static str, i64>,
 }
@@ -53,6 +63,10 @@ impl StateCounts {
         for node in world.nodes.values() {
             counts.sessions += i64::from(node.session.is_some());
             *counts.nodes.entry(view::node_state(world, node, now)).or_default() += 1;
+            for gpu in node.inventory.iter().flat_map(|inventory| &inventory.gpus) {
+                let is_quarantined = node.quarantine(gpu.index).is_some();
+                *counts.gpus.entry(GPU_STATES[usize::from(is_quarantined)]).or_default() += 1;
+            }
         }
         for service in world.services.values() {
             for (name, condition) in &service.conditions {
@@ -76,6 +90,7 @@ impl StateCounts {
 pub struct StateGauges {
     sessions: Gauge,
     nodes: Family<NodeLabels, Gauge>,
+    gpus: Family<GpuLabels, Gauge>,
     services: Family<ServiceLabels, Gauge>,
     replicas: Family<ReplicaLabels, Gauge>,
 }
@@ -84,6 +99,7 @@ impl StateGauges {
     pub(super) fn register(&self, registry: &mut Registry) {
         registry.register("coordinator_agent_sessions", "Agents that are connected", self.sessions.clone());
         registry.register("coordinator_nodes", "Nodes that have joined, by state", self.nodes.clone());
+        registry.register("coordinator_gpus", "GPUs of nodes, by state", self.gpus.clone());
         registry.register(
             "coordinator_services",
             "InferenceServices by condition and the condition's status",
@@ -97,6 +113,9 @@ impl StateGauges {
         self.sessions.set(counts.sessions);
         for state in ["Ready", "Unknown", "Lost"] {
             self.nodes.get_or_create(&NodeLabels { state }).set(counts.nodes.get(state).copied().unwrap_or(0));
+        }
+        for state in GPU_STATES {
+            self.gpus.get_or_create(&GpuLabels { state }).set(counts.gpus.get(state).copied().unwrap_or(0));
         }
         let conditions: Vec<_> = counts.services.keys().map(|(condition, _)| condition.clone()).collect();
         self.services.clear();

@@ -22,7 +22,7 @@ pub(super) struct State<'a> {
     pub(super) gpu: &'a Gpu,
     /// Memory that nobody holds, bytes.
     pub(super) free: u64,
-    /// False once anybody holds a part of it.
+    /// `false` if anybody holds a part of it.
     pub(super) untouched: bool,
     /// For each MIG device, whether it is free.
     pub(super) mig_free: Vec<bool>,
@@ -56,9 +56,9 @@ impl<'a> Ledger<'a> {
     pub(super) fn but(node: &'a Node, stays: impl Fn(&Taken) -> bool) -> Self {
         let state = |gpu: &'a Gpu| State {
             gpu,
-            free: gpu.memory_bytes,
-            untouched: true,
-            mig_free: vec![true; gpu.mig_devices.len()],
+            free: gpu.memory_bytes.saturating_sub(gpu.foreign_memory_bytes),
+            untouched: gpu.foreign_memory_bytes == 0,
+            mig_free: gpu.mig_devices.iter().map(|device| !device.held_by_others).collect(),
         };
         let gpus = node.gpus.iter().map(state).collect();
         let mut ledger = Self { node, gpus, cpu_taken: 0, memory_taken: 0, revisions: BTreeMap::new() };

@@ -68,6 +68,8 @@ pub struct Gpu {
     pub product: String,
     /// Frame buffer, bytes.
     pub memory_bytes: u64,
+    /// Part of it that is held by processes that are no replicas, bytes. Such a GPU is not given as a whole.
+    pub foreign_memory_bytes: u64,
     /// GPUs with the same non-zero number are joined by NVLink.
     pub nvlink_group: u32,
     /// True where MIG mode is on: then only its MIG devices can be used.
@@ -83,6 +85,8 @@ pub struct MigDevice {
     pub uuid: String,
     /// Such as `1g.10gb`.
     pub profile: String,
+    /// `true` if processes that are no replicas hold memory of it. It is not given then.
+    pub held_by_others: bool,
 }
 
 /// What a replica holds on its node.

@@ -26,6 +26,7 @@ fn divided(name: &str, gpus: u32, profiles: &[&str]) -> Node {
         let device = |(at, profile): (usize, &&str)| MigDevice {
             uuid: format!("MIG-{name}-{}-{at}", gpu.index),
             profile: (*profile).to_owned(),
+            held_by_others: false,
         };
         gpu.mig_enabled = true;
         gpu.mig_devices = profiles.iter().enumerate().map(device).collect();
@@ -280,4 +281,26 @@ fn capacity_counts_what_fits_beside_what_is_taken() {
     busy.taken = vec![Taken { gpu_indices: vec![0], ..Default::default() }];
     assert_eq!(capacity(&fleet([busy, node("b", 1)]), &wants(2)), 1);
     assert_eq!(capacity(&FleetView::default(), &wants(1)), 0);
+}
+
+#[test]
+fn memory_that_others_hold_is_not_given() {
+    let mut node_a = node("a", 2);
+    node_a.gpus[0].foreign_memory_bytes = 20 * GIB;
+    let fleet_a = fleet([node_a]);
+    assert_eq!(outcomes(&fleet_a, &[wants(1)]), ["a[1]"]);
+    assert_eq!(outcomes(&fleet_a, &[wants(2)]), ["0/1 nodes fit: 1 with fewer than 2 free GPUs"]);
+    let part = |gib| PlacementRequest { gpu_memory_bytes: Some(gib * GIB), ..wants(0) };
+    // The fullest GPU that has room, and then the other one.
+    assert_eq!(outcomes(&fleet_a, &[part(28), part(1)]), ["a[0]", "a[1]"]);
+    assert_eq!(outcomes(&fleet_a, &[part(29), part(29)])[0], "a[1]");
+
+    let mut node_b = divided("b", 1, &["1g.10gb", "1g.10gb"]);
+    node_b.gpus[0].mig_devices[0].held_by_others = true;
+    let fleet_b = fleet([node_b]);
+    assert_eq!(outcomes(&fleet_b, &[wants_mig("1g.10gb", 1)]), ["MIG-b-0-1"]);
+    assert_eq!(
+        outcomes(&fleet_b, &[wants_mig("1g.10gb", 2)]),
+        ["0/1 nodes fit: 1 with fewer than 2 free nvidia.com/mig-1g.10gb"]
+    );
 }

@@ -103,14 +103,13 @@ mod tests {
 
     use super::*;
     use crate::{
-        model::{Availability, ModelRecord, NodeRecord, WarmRung},
+        model::{ModelRecord, NodeRecord, WarmRung},
         reconcile::world::Settings,
     };
 
     fn world(failures: &[(&str, &str)]) -> World {
         let mut world = World::new(Settings::for_tests());
-        let record =
-            NodeRecord { name: "gpu-1".into(), joined_at: Timestamp::UNIX_EPOCH, availability: Availability::Open };
+        let record = NodeRecord::new("gpu-1", Timestamp::UNIX_EPOCH);
         let mut node = NodeState::unheard(record, Timestamp::UNIX_EPOCH);
         node.cached.failures = failures
             .iter()

@@ -186,7 +186,16 @@ impl Reconciler {
                 let message = format!("fails again and again on node {}, another one replaces it: ", record.node);
                 (true, "BackOff", message)
             }
-            Leaving::NodeDrained => (false, "NodeDrained", format!("node {} drains: ", record.node)),
+            Leaving::MovedOff => {
+                let node = self.world.nodes.get(&record.node);
+                match node.and_then(|node| node.quarantine_of(&record)) {
+                    Some((gpu, quarantine)) => {
+                        let why = format!("GPU {gpu} of node {} is quarantined: {}; ", record.node, quarantine.message);
+                        (true, "GpuQuarantined", why)
+                    }
+                    None => (false, "NodeDrained", format!("node {} drains: ", record.node)),
+                }
+            }
             Leaving::Cooled => {
                 (false, "Cooled", format!("asleep, and node {} needs its room for other models: ", record.node))
             }

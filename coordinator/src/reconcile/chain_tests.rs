@@ -34,7 +34,7 @@ fn now() -> Timestamp {
 fn world(new: &[ComponentKind]) -> World {
     let service = spec::tests::service(MANIFEST, true);
     let mut world = World::new(Settings::for_tests());
-    let record = NodeRecord { name: "node".into(), joined_at: now(), availability: Default::default() };
+    let record = NodeRecord::new("node", now());
     world.nodes.insert("node".into(), NodeState { heard: true, ..NodeState::unheard(record, now()) });
     for (kind, _) in service.components() {
         let been_ready = !new.contains(&kind);

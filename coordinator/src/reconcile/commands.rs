@@ -76,6 +76,15 @@ pub enum Input {
         /// Where the answer goes.
         reply: oneshot::Sender<Result<(), CommandError>>,
     },
+    /// An operator lets a quarantined GPU take replicas again.
+    UnquarantineGpu {
+        /// Node name.
+        node: String,
+        /// Index or UUID.
+        gpu: String,
+        /// Where the answer goes.
+        reply: oneshot::Sender<Result<(), CommandError>>,
+    },
     /// An operator removes a node that is not connected.
     DeleteNode {
         /// Node name.
@@ -138,6 +147,32 @@ pub enum CommandError {
     /// The node is connected, and would join again at once.
     #[error("node {0} is connected: drain it, stop its agent and try again")]
     NodeConnected(String),
+    /// The node has no such GPU.
+    #[error("gpu: {gpu:?} of node {node} is not known; known are {known}")]
+    GpuNotFound {
+        /// Node name.
+        node: String,
+        /// As given.
+        gpu: String,
+        /// Indices and UUIDs of its GPUs.
+        known: String,
+    },
+    /// The GPU takes replicas already.
+    #[error("gpu {gpu} of node {node} is not quarantined")]
+    GpuNotQuarantined {
+        /// Node name.
+        node: String,
+        /// As given.
+        gpu: String,
+    },
+    /// The driver does not see the GPU.
+    #[error("gpu {gpu} of node {node} is still lost: reset it or restart the node first")]
+    GpuLost {
+        /// Node name.
+        node: String,
+        /// As given.
+        gpu: String,
+    },
     /// What was asked for on all nodes is not taken back on one.
     #[error("node: {0} is asked for on all nodes, and cannot be taken back on one; leave the node out")]
     OnAllNodes(String),
@@ -218,6 +253,17 @@ impl Handle {
     pub async fn set_availability(&self, node: String, availability: Availability) -> Result<(), CommandError> {
         let (reply, answer) = oneshot::channel();
         self.send(Input::SetAvailability { node, availability, reply }).await?;
+        answer.await.map_err(|_| CommandError::Stopping)?
+    }
+
+    /// Lets a quarantined GPU, given by index or UUID, take replicas again.
+    ///
+    /// # Errors
+    /// There is no such node or GPU, the GPU is not quarantined or is still lost, the store could not be reached, or the
+    /// loop has ended.
+    pub async fn unquarantine_gpu(&self, node: String, gpu: String) -> Result<(), CommandError> {
+        let (reply, answer) = oneshot::channel();
+        self.send(Input::UnquarantineGpu { node, gpu, reply }).await?;
         answer.await.map_err(|_| CommandError::Stopping)?
     }
 

@@ -41,7 +41,7 @@ mod tests {
     use super::*;
     use crate::{
         fleet::SessionHandle,
-        model::{Availability, NodeRecord},
+        model::NodeRecord,
         reconcile::world::{NodeState, Settings},
     };
 
@@ -49,8 +49,7 @@ mod tests {
         let mut world = World::new(Settings { ingress_port: set, ..Settings::for_tests() });
         for (index, (address, connected)) in agents.iter().enumerate() {
             let name = format!("gpu-{index}");
-            let record =
-                NodeRecord { name: name.clone(), joined_at: Timestamp::UNIX_EPOCH, availability: Availability::Open };
+            let record = NodeRecord::new(&name, Timestamp::UNIX_EPOCH);
             let mut node = NodeState::unheard(record, Timestamp::UNIX_EPOCH);
             node.hello.ingress_address = (*address).to_owned();
             node.session = connected.then(|| SessionHandle::to_nobody(&name));

@@ -34,6 +34,8 @@ pub struct Dirty {
     pub warmth: bool,
     /// True where the list of nodes has changed.
     pub peers: bool,
+    /// Nodes whose GPUs have been reported, and may have to be quarantined.
+    pub reported_gpus: BTreeSet<String>,
     /// Replicas of a node that was lost, as it reports them after its return.
     pub returned: Vec<(ReplicaRecord, fleet::ReplicaStatus)>,
 }
@@ -81,6 +83,12 @@ pub fn hear(
         Message::CacheReport(report) => {
             if let Some(state) = world.nodes.get_mut(node) {
                 state.cached = report;
+            }
+        }
+        Message::GpuReport(report) => {
+            if let Some(state) = world.nodes.get_mut(node) {
+                state.gpu_report = Some(report);
+                dirty.reported_gpus.insert(node.to_owned());
             }
         }
         Message::RoutesApplied(applied) => {
@@ -221,8 +229,8 @@ fn statuses_of(world: &mut World, node: &str, statuses: fleet::ReplicaStatuses, 
     }
 }
 
-/// Reason of a replica that is being restarted by a probe's verdict.
-const UNHEALTHY: &str = "Unhealthy";
+/// Reasons of replicas that are being restarted since a probe has failed, or since they have lost their GPUs.
+const RESTART_REASONS: [&str; 2] = ["Unhealthy", "GpuAccessLost"];
 
 /// One replica's new status.
 pub(super) fn took(world: &mut World, status: fleet::ReplicaStatus, now: Timestamp, dirty: &mut Dirty) {
@@ -245,7 +253,8 @@ pub(super) fn took(world: &mut World, status: fleet::ReplicaStatus, now: Timesta
     let service = model::service_key(&replica.record.namespace, &replica.record.service, Default::default());
     let name = status.replica.clone();
     let message = status.message.clone();
-    let unhealthy = status.reason == UNHEALTHY && phase == ReplicaPhase::Starting;
+    let restarts = RESTART_REASONS.into_iter().find(|reason| status.reason == *reason);
+    let restarts = restarts.filter(|_| phase == ReplicaPhase::Starting);
     let progress = replica.signs.progress(&status);
     match phase {
         ReplicaPhase::Failed => {
@@ -287,9 +296,11 @@ pub(super) fn took(world: &mut World, status: fleet::ReplicaStatus, now: Timesta
         revision.load_time = took;
     }
     let (warning, reason, message) = match phase {
-        ReplicaPhase::Starting if unhealthy => (true, UNHEALTHY, format!("{message}; is restarted")),
         ReplicaPhase::Fetching => (false, "Fetching", "its models are fetched to the node".to_owned()),
-        ReplicaPhase::Starting => (false, "Started", "process started, waiting for readiness".to_owned()),
+        ReplicaPhase::Starting => match restarts {
+            Some(reason) => (true, reason, format!("{message}; is restarted")),
+            None => (false, "Started", "process started, waiting for readiness".to_owned()),
+        },
         ReplicaPhase::Ready => (false, "Ready", "takes requests".to_owned()),
         ReplicaPhase::Asleep => (false, "Asleep", "sleeps until it is needed".to_owned()),
         ReplicaPhase::Failed => (true, "Failed", message),

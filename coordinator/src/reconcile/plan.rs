@@ -34,7 +34,7 @@ pub struct Plan {
     pub yields: Vec<(String, RevisionKey)>,
     /// Names of replicas that shall finish and stop, since there are too many.
     pub drain: Vec<String>,
-    /// Names of replicas that shall finish and stop, since their node drains.
+    /// Names of replicas that must finish and stop, since their node drains or one of their GPUs is quarantined.
     pub move_off: Vec<String>,
     /// Names of replicas that fail again and again and are replaced on another node.
     pub replace: Vec<String>,
@@ -68,8 +68,8 @@ pub struct Create {
 pub enum Leaving {
     /// There are too many.
     ScaledDown,
-    /// Its node drains.
-    NodeDrained,
+    /// Its node drains, or one of its GPUs is quarantined.
+    MovedOff,
     /// It fails again and again, and another node may do better.
     Failing,
     /// It sleeps, and its node's room for idle models does not suffice.
@@ -105,7 +105,7 @@ impl Plan {
     /// All replicas that shall finish and stop, each with the reason.
     pub fn leaving(&self) -> impl Iterator<Item = (&String, Leaving)> {
         let drained = self.drain.iter().map(|name| (name, Leaving::ScaledDown));
-        let moved = self.move_off.iter().map(|name| (name, Leaving::NodeDrained));
+        let moved = self.move_off.iter().map(|name| (name, Leaving::MovedOff));
         let replaced = self.replace.iter().map(|name| (name, Leaving::Failing));
         let cooled = self.cool.iter().map(|name| (name, Leaving::Cooled));
         drained
@@ -136,7 +136,7 @@ struct Wish<'a> {
     sleepers: Vec<&'a str>,
     /// Replicas that shall sleep, and are missing.
     asleep: u32,
-    /// Replicas on draining nodes that stay until others are ready in their stead.
+    /// Replicas that have to move, and stay until others are ready in their stead.
     stand_in: Vec<&'a str>,
     /// Replicas that fail again and again, and stay unless another node fits.
     failing: Vec<&'a str>,
@@ -147,7 +147,8 @@ struct Wish<'a> {
 /// Scale-down takes replicas that are not ready first, then the one with the fewest running
 /// requests, then the newest; the last one that is ready sleeps rather than stops ([`World::sleepers`]).
 /// Scale-up wakes those that sleep first. A replica on a lost node is forgotten and counts no more. One on a
-/// draining node counts no more either, but stays until another one is ready, or nowhere to be placed.
+/// draining node, or on a quarantined GPU, counts no more either, but stays until another one is ready, or nowhere to be
+/// placed. If its GPU is broken so that it cannot go on, it leaves at once.
 pub fn plan(world: &World, revisions: &BTreeSet<RevisionKey>, now: Timestamp) -> Plan {
     let mut plan = Plan::default();
     let mut wishes: Vec<Wish<'_>> = Vec::new();
@@ -178,7 +179,9 @@ fn wish<'a>(world: &'a World, key: &RevisionKey, now: Timestamp, plan: &mut Plan
     let revision = world.revisions.get(key)?;
     let live = sort_out(world, revision, now, plan);
     let wanted = revision.allowed() as usize;
-    let (moving, live): (Vec<_>, Vec<_>) = live.into_iter().partition(|name| on_draining_node(world, name));
+    let (moving, live): (Vec<_>, Vec<_>) = live.into_iter().partition(|name| has_to_move(world, name));
+    let (broken, moving): (Vec<_>, Vec<_>) = moving.into_iter().partition(|name| cannot_go_on(world, name));
+    plan.move_off.extend(broken.into_iter().map(str::to_owned));
     let sleeps = |name: &&str| world.replicas[*name].record.asleep;
     let (mut asleep, mut staying): (Vec<_>, Vec<_>) = live.into_iter().partition(sleeps);
     let (stopping, moving): (Vec<_>, Vec<_>) = moving.into_iter().partition(sleeps);
@@ -247,12 +250,22 @@ fn sort_for_waking(world: &World, names: &mut [&str]) {
     });
 }
 
-fn on_draining_node(world: &World, replica: &str) -> bool {
-    let node = world.replicas.get(replica).and_then(|replica| world.nodes.get(&replica.record.node));
-    node.is_some_and(|node| node.record.availability == Availability::Draining)
+/// Returns `true` if the replica's node drains, or one of its GPUs is quarantined.
+fn has_to_move(world: &World, replica: &str) -> bool {
+    let Some(replica) = world.replicas.get(replica) else { return false };
+    world.nodes.get(&replica.record.node).is_some_and(|node| {
+        node.record.availability == Availability::Draining || node.quarantine_of(&replica.record).is_some()
+    })
 }
 
-/// Of the replicas on draining nodes, those that are needed a little longer; the others leave.
+/// Returns `true` if one of the replica's GPUs is quarantined for an error that stops its work.
+fn cannot_go_on(world: &World, replica: &str) -> bool {
+    let Some(replica) = world.replicas.get(replica) else { return false };
+    let quarantine = world.nodes.get(&replica.record.node).and_then(|node| node.quarantine_of(&replica.record));
+    quarantine.is_some_and(|(_, quarantine)| quarantine.stops_work)
+}
+
+/// Of the replicas that have to move, those that are needed a little longer; the others leave.
 fn stand_ins<'a>(world: &World, mut moving: Vec<&'a str>, needed: usize, plan: &mut Plan) -> Vec<&'a str> {
     sort_for_leaving(world, &mut moving);
     let leaving = moving.len().saturating_sub(needed);

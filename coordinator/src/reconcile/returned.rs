@@ -41,7 +41,8 @@ impl Reconciler {
     }
 }
 
-/// Returns `true` if the replica serves or will, fewer others are ready than are wanted, and nobody else has its GPUs.
+/// Returns `true` if the replica serves or will, fewer others are ready than are wanted, and its GPUs are not quarantined
+/// and nobody else has them.
 fn is_of_use(world: &World, record: &ReplicaRecord, status: &fleet::ReplicaStatus) -> bool {
     if matches!(status.phase(), ReplicaPhase::Unspecified | ReplicaPhase::Failed | ReplicaPhase::Stopped) {
         return false;
@@ -54,7 +55,9 @@ fn is_of_use(world: &World, record: &ReplicaRecord, status: &fleet::ReplicaStatu
         if record.asleep { counts.live() + counts.asleep == 0 } else { counts.ready < revision.allowed().max(1) };
     let Some(node) = world.nodes.get(&record.node) else { return false };
     let mut others = node.replicas.iter().filter_map(|name| world.replicas.get(name));
-    is_missed && (record.asleep || !others.any(|other| shares_gpu(record, &other.record)))
+    is_missed
+        && node.quarantine_of(record).is_none()
+        && (record.asleep || !others.any(|other| shares_gpu(record, &other.record)))
 }
 
 /// Returns `true` if both use one GPU, or one part of it, at the same time.

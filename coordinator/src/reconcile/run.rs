@@ -34,7 +34,7 @@ use super::{
 use crate::{
     fleet::SessionHandle,
     metrics::CoordinatorMetrics,
-    model::{Availability, NodeRecord, RevisionKey, keys, owner},
+    model::{NodeRecord, RevisionKey, keys, owner},
     store::{Store, StoreError, Transaction},
 };
 
@@ -149,6 +149,9 @@ impl Reconciler {
             Input::SetAvailability { node, availability, reply } => {
                 let _ = reply.send(self.set_availability(&node, availability).await);
             }
+            Input::UnquarantineGpu { node, gpu, reply } => {
+                let _ = reply.send(self.unquarantine_gpu(&node, &gpu, now).await);
+            }
             Input::DeleteNode { node, reply } => {
                 let _ = reply.send(self.delete_node(&node, now).await);
             }
@@ -170,7 +173,7 @@ impl Reconciler {
     async fn connected(&mut self, session: SessionHandle, hello: fleet::Hello, now: Timestamp) {
         let name = session.node.clone();
         if !self.world.nodes.contains_key(&name) {
-            let record = NodeRecord { name: name.clone(), joined_at: now, availability: Availability::Open };
+            let record = NodeRecord::new(&name, now);
             let write = Transaction::new().put_json(&keys::node(&name), &record);
             if let Err(error) = self.commit(write).await {
                 warn!(node = %name, %error, "cannot record the node; it has to connect again");
@@ -191,6 +194,9 @@ impl Reconciler {
             former.close();
         }
         node.last_seen = now;
+        if node.hello.boot_id != hello.boot_id {
+            node.gpu_report = None;
+        }
         node.hello = hello;
         node.session = told.then_some(session);
         node.routes_applied = 0;
@@ -233,9 +239,8 @@ impl Reconciler {
         self.give_up(now).await;
         // Wishes that are open, and replicas on nodes that drain or may have been lost meanwhile.
         self.dirty.waiting_for_a_place(&self.world);
-        let to_leave = self.world.nodes.values().filter(|node| {
-            node.lost(self.world.settings.node_lease, now) || node.record.availability == Availability::Draining
-        });
+        let lease = self.world.settings.node_lease;
+        let to_leave = self.world.nodes.values().filter(|node| node.lost(lease, now) || node.moves_replicas());
         let orphans = to_leave.flat_map(|node| &node.replicas).filter_map(|name| self.world.replicas.get(name));
         let orphaned: Vec<_> = orphans.map(|replica| replica.record.revision.clone()).collect();
         self.dirty.revisions.extend(orphaned);
@@ -249,6 +254,7 @@ impl Reconciler {
     /// Acts on all that has changed.
     async fn act(&mut self) {
         let now = self.clock.now();
+        self.quarantine_gpus(now).await;
         self.take_back(now).await;
         self.promote(now).await;
         if self.dirty.warmth && self.world.settled(now) {

@@ -35,7 +35,7 @@ fn now() -> Timestamp {
 fn world(secret: bool) -> World {
     let mut world = World::new(Settings::for_tests());
     for name in ["a", "b"] {
-        let record = NodeRecord { name: name.into(), joined_at: now(), availability: Default::default() };
+        let record = NodeRecord::new(name, now());
         world.nodes.insert(name.into(), NodeState { heard: true, ..NodeState::unheard(record, now()) });
     }
     let record = ServiceRecord {

@@ -218,7 +218,7 @@ mod tests {
 
     fn node(world: &mut World, name: &str, connected: bool, uris: &[&str]) {
         let now = jiff::Timestamp::UNIX_EPOCH;
-        let record = NodeRecord { name: name.into(), joined_at: now, availability: Default::default() };
+        let record = NodeRecord::new(name, now);
         let mut state = NodeState::unheard(record, now);
         state.session = connected.then(|| SessionHandle::to_nobody(name));
         state.hello.peer_address = format!("{name}:7443");

@@ -24,7 +24,10 @@ impl Reconciler {
                 Some(Input::Connected { session, .. }) => session.close(),
                 Some(Input::Apply { reply, .. }) => drop(reply.send(Err(CommandError::SteppedDown))),
                 Some(
-                    Input::Delete { reply, .. } | Input::SetAvailability { reply, .. } | Input::LetGo { reply, .. },
+                    Input::Delete { reply, .. }
+                    | Input::SetAvailability { reply, .. }
+                    | Input::UnquarantineGpu { reply, .. }
+                    | Input::LetGo { reply, .. },
                 ) => {
                     drop(reply.send(Err(CommandError::SteppedDown)));
                 }

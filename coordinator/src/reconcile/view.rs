@@ -3,11 +3,11 @@
 use jiff::Timestamp;
 use pilotlight_proto::{
     control::v1 as control,
-    fleet::v1::{self as fleet, ReplicaPhase, Rung},
+    fleet::v1::{ReplicaPhase, Rung},
 };
 
 use super::{
-    conditions, routes,
+    conditions, gpu_view, routes,
     world::{Event, NodeState, ReplicaState, RevisionState, ServiceState, World},
 };
 use crate::{
@@ -199,6 +199,7 @@ pub fn revision(world: &World, state: &RevisionState) -> control::Revision {
 
 /// A replica.
 pub fn replica(world: &World, state: &ReplicaState) -> control::Replica {
+    let (gpu_memory_bytes, gpu_memory_requested_bytes) = gpu_view::memory_of(world, state);
     let record = &state.record;
     let status = state.status.clone().unwrap_or_default();
     let revision = record.revision.split_once('/').map_or(record.revision.as_str(), |(_, name)| name);
@@ -223,6 +224,8 @@ pub fn replica(world: &World, state: &ReplicaState) -> control::Replica {
         rung: transition.map_or("", |it| rung_name(it.to())).to_owned(),
         rung_before: transition.map_or("", |it| rung_name(it.from())).to_owned(),
         rung_took: transition.and_then(|it| it.took),
+        gpu_memory_bytes,
+        gpu_memory_requested_bytes,
     }
 }
 
@@ -279,7 +282,9 @@ pub fn node(world: &World, state: &NodeState, now: Timestamp) -> control::Node {
         agent_version: state.hello.agent_version.clone(),
         peer_address: state.hello.peer_address.clone(),
         ingress_address: state.hello.ingress_address.clone(),
-        gpus: inventory.gpus.iter().map(|gpu| node_gpu(gpu, &holders)).collect(),
+        gpus: inventory.gpus.iter().map(|gpu| gpu_view::node_gpu(state, gpu, &holders)).collect(),
+        gpu_error: state.gpu_report.as_ref().map(|report| report.error.clone()).unwrap_or_default(),
+        events: state.events.iter().map(event).collect(),
         labels: inventory.labels,
         simulated: inventory.simulated,
         cpu_cores: inventory.cpu_cores,
@@ -295,28 +300,6 @@ fn availability(availability: Availability) -> control::NodeAvailability {
         Availability::Open => control::NodeAvailability::Open,
         Availability::Cordoned => control::NodeAvailability::Cordoned,
         Availability::Draining => control::NodeAvailability::Draining,
-    }
-}
-
-fn node_gpu(gpu: &fleet::Gpu, replicas: &[&ReplicaState]) -> control::NodeGpu {
-    let holding = replicas.iter().filter(|replica| !replica.has_released_gpu()).map(|replica| &replica.record);
-    let holders: Vec<_> = holding.clone().filter(|record| record.gpu_indices.contains(&gpu.index)).collect();
-    let device = |device: &fleet::MigDevice| control::NodeMigDevice {
-        uuid: device.uuid.clone(),
-        profile: device.profile.clone(),
-        replica: holding
-            .clone()
-            .find(|record| record.mig_devices.contains(&device.uuid))
-            .map(|record| record.name.clone())
-            .unwrap_or_default(),
-    };
-    control::NodeGpu {
-        index: gpu.index,
-        product: gpu.product.clone(),
-        memory_bytes: gpu.memory_bytes,
-        replica: holders.last().map(|record| record.name.clone()).unwrap_or_default(),
-        replicas: holders.iter().map(|record| record.name.clone()).collect(),
-        mig_devices: gpu.mig_devices.iter().map(device).collect(),
     }
 }
 

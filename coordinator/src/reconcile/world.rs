@@ -10,14 +10,14 @@ use jiff::Timestamp;
 use pilotlight_proto::fleet::v1 as fleet;
 use pilotlight_telemetry::TraceContext;
 
-use super::{failures::Failures, meter::Charge, warmth::Shelf};
+pub use super::node_state::NodeState;
+use super::{failures::Failures, meter::Charge};
 use crate::{
     autoscaler::{Decision, Defaults, Scaler, ScalerConfig},
     eviction::{Arrivals, Costs},
-    fleet::SessionHandle,
     model::{
-        ConditionRecord, ModelRecord, NodeRecord, ReplicaRecord, RevisionKey, RevisionRecord, ServiceKey,
-        ServiceRecord, owner, service_key,
+        ConditionRecord, ModelRecord, ReplicaRecord, RevisionKey, RevisionRecord, ServiceKey, ServiceRecord, owner,
+        service_key,
     },
     rollout::{self, Policy, Signs, Target, progress},
     spec::{self, ComponentKind, IdleReplicas, PlacementPolicy},
@@ -178,35 +178,6 @@ pub struct ReplicaState {
     pub worth: f64,
 }
 
-/// One node.
-#[derive(Debug)]
-pub struct NodeState {
-    /// As stored.
-    pub record: NodeRecord,
-    /// The open session, if there is one.
-    pub session: Option<SessionHandle>,
-    /// What it said of itself when it connected.
-    pub hello: fleet::Hello,
-    /// What it has; `None` until it said so.
-    pub inventory: Option<fleet::Inventory>,
-    /// Models on its disk, as it said last.
-    pub cached: fleet::CacheReport,
-    /// And what shall become of them.
-    pub shelf: Shelf,
-    /// True once its agent has told, in this coordinator's life, what runs there.
-    pub heard: bool,
-    /// When a message last came. For one that has not been heard from in this coordinator's life: when that life began.
-    pub last_seen: Timestamp,
-    /// Replicas placed there.
-    pub replicas: BTreeSet<String>,
-    /// Replicas that were placed there when it was lost: they may still run when it returns.
-    pub left_behind: BTreeMap<String, ReplicaRecord>,
-    /// Version of the last assignment sent.
-    pub assignment_version: u64,
-    /// Version of the last routes that it said it routes by, in this session.
-    pub routes_applied: u64,
-}
-
 impl ServiceState {
     /// A service whose revisions are not yet known.
     pub fn new(record: ServiceRecord) -> Self {
@@ -216,39 +187,6 @@ impl ServiceState {
             conditions: Default::default(),
             shares: Vec::new(),
             events: Default::default(),
-        }
-    }
-}
-
-impl NodeState {
-    /// A node that is known but has not been heard from.
-    pub fn unheard(record: NodeRecord, now: Timestamp) -> Self {
-        Self {
-            record,
-            session: None,
-            hello: fleet::Hello::default(),
-            inventory: None,
-            cached: fleet::CacheReport::default(),
-            shelf: Shelf::default(),
-            heard: false,
-            last_seen: now,
-            replicas: BTreeSet::new(),
-            left_behind: BTreeMap::new(),
-            assignment_version: 0,
-            routes_applied: 0,
-        }
-    }
-
-    /// Returns `true` if it has been silent for longer than its lease, with or without an open session: a frozen agent keeps
-    /// its connections.
-    pub fn lost(&self, lease: Duration, now: Timestamp) -> bool {
-        since(self.last_seen, now) > lease
-    }
-
-    /// Takes in how long the open session has been silent.
-    pub fn observe_silence(&mut self, now: Timestamp) {
-        if let Some(session) = &self.session {
-            self.last_seen = self.last_seen.max(now - session.silence());
         }
     }
 }
@@ -542,20 +480,25 @@ impl World {
             .flat_map(|component| component.revisions.iter().filter_map(|number| self.revision_of(component, *number)))
     }
 
-    /// Notes an event of a service or one of its components; the oldest go when there are too many. An
-    /// event that only repeats the newest one replaces it.
+    /// Records an event of a service or one of its components, as [`record_event`] does.
     pub fn note(&mut self, service: &str, event: Event) {
         let Some(service) = self.services.get_mut(owner(service)) else { return };
-        let events = &mut service.events;
-        if events.back().is_some_and(|last| {
-            last.reason == event.reason && last.object == event.object && last.message == event.message
-        }) {
-            events.pop_back();
-        }
-        events.push_back(event);
-        while events.len() > EVENTS_KEPT {
-            events.pop_front();
-        }
+        record_event(&mut service.events, event);
+    }
+}
+
+/// Adds an event. The oldest are removed if there are more than [`EVENTS_KEPT`]. An event that only repeats the newest
+/// one replaces it.
+pub(super) fn record_event(events: &mut VecDeque<Event>, event: Event) {
+    if events
+        .back()
+        .is_some_and(|last| last.reason == event.reason && last.object == event.object && last.message == event.message)
+    {
+        events.pop_back();
+    }
+    events.push_back(event);
+    while events.len() > EVENTS_KEPT {
+        events.pop_front();
     }
 }
 

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     fleet::SessionHandle,
-    model::{Availability, NodeRecord},
+    model::NodeRecord,
     reconcile::world::{NodeState, World},
     spec::quantity,
 };
@@ -106,7 +106,7 @@ pub(super) fn join(world: &mut World, nodes: &[VirtualNode], now: Timestamp) {
     for node in nodes {
         for number in 1..=node.count {
             let name = if node.count == 1 { node.name.clone() } else { format!("{}-{number}", node.name) };
-            let record = NodeRecord { name: name.clone(), joined_at: now, availability: Availability::Open };
+            let record = NodeRecord::new(&name, now);
             let mut state = NodeState::unheard(record, now);
             state.session = Some(SessionHandle::to_nobody(&name));
             state.inventory = Some(inventory(node, &name));

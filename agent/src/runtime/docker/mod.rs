@@ -2,6 +2,8 @@
 
 mod answers;
 mod create;
+mod exec;
+mod gpus;
 mod image;
 mod layers;
 mod logs;
@@ -25,9 +27,7 @@ use std::{
 use async_trait::async_trait;
 use bollard::{
     API_DEFAULT_VERSION, Docker,
-    container::LogOutput,
     errors::Error,
-    exec::{CreateExecOptions, StartExecResults},
     models::ContainerInspectResponse,
     query_parameters::{
         CreateContainerOptionsBuilder, KillContainerOptionsBuilder, ListContainersOptionsBuilder,
@@ -40,7 +40,7 @@ use tokio::task::JoinHandle;
 use tracing::{info, warn};
 
 use super::{
-    Exit, Mount, Running, Runtime, RuntimeError, Say, SleepMark, resolved, sockets,
+    Exit, GpuAccess, Mount, Running, Runtime, RuntimeError, Say, SleepMark, resolved, sockets,
     state::{Directories, LOG, ReplicaState},
     unix_now,
 };
@@ -475,32 +475,11 @@ impl Runtime for DockerRuntime {
     }
 
     async fn exec(&self, running: &Running, command: &[String]) -> Result<(), String> {
-        let program = command.first().ok_or("no command")?;
-        let id = running.container.as_deref().ok_or("no container")?;
-        let failed = |error: Error| format!("{program}: {error}");
-        let options = CreateExecOptions {
-            cmd: Some(command.to_vec()),
-            attach_stdout: Some(true),
-            attach_stderr: Some(true),
-            ..CreateExecOptions::default()
-        };
-        let exec = self.docker.create_exec(id, options).await.map_err(failed)?.id;
-        let mut said = Vec::new();
-        if let StartExecResults::Attached { mut output, .. } =
-            self.docker.start_exec(&exec, None).await.map_err(failed)?
-        {
-            while let Some(chunk) = output.next().await {
-                let chunk = chunk.map(LogOutput::into_bytes).map_err(failed)?;
-                // The beginning says what is wrong.
-                said.extend_from_slice(&chunk[..chunk.len().min(256_usize.saturating_sub(said.len()))]);
-            }
-        }
-        match self.docker.inspect_exec(&exec).await.map_err(failed)?.exit_code {
-            Some(0) => Ok(()),
-            code => {
-                Err(format!("{program}: exit code {}: {}", code.unwrap_or(-1), String::from_utf8_lossy(&said).trim()))
-            }
-        }
+        exec::exec(&self.docker, running, command).await
+    }
+
+    async fn gpu_access(&self, running: &Running) -> GpuAccess {
+        gpus::access(&self.docker, &self.settings.gpus, running).await
     }
 
     fn host_address(&self, _: &ReplicaAssignment) -> IpAddr {

@@ -3,15 +3,15 @@
 use std::{collections::BTreeSet, time::Duration};
 
 use jiff::Timestamp;
-use pilotlight_proto::fleet::v1::{self as fleet, ReplicaPhase};
+use pilotlight_proto::fleet::v1::ReplicaPhase;
 
 use super::super::{
-    cached,
+    cached, gpu_view,
     world::{NodeState, ReplicaState, RevisionState, World, since},
 };
 use crate::{
     model::Availability,
-    placement::{FleetView, Gpu, MigDevice, Node, Taken, Yields},
+    placement::{FleetView, Node, Taken, Yields},
     spec,
 };
 
@@ -43,7 +43,7 @@ fn node_view(world: &World, node: &NodeState, gone: &BTreeSet<&str>, now: Timest
         name: node.record.name.clone(),
         schedulable: node.record.availability == Availability::Open,
         labels: inventory.labels.clone().into_iter().collect(),
-        gpus: inventory.gpus.iter().map(gpu_view).collect(),
+        gpus: inventory.gpus.iter().filter_map(|gpu| gpu_view::placeable(node, gpu)).collect(),
         cached: cached::addresses(&node.cached),
         // Requests for CPU and memory are taken as hints, not limits: the process runtime does not
         // enforce them, and KServe's default of one core would fill a small machine with idle replicas.
@@ -51,18 +51,6 @@ fn node_view(world: &World, node: &NodeState, gone: &BTreeSet<&str>, now: Timest
         memory_bytes: None,
         taken,
     })
-}
-
-fn gpu_view(gpu: &fleet::Gpu) -> Gpu {
-    let device = |device: &fleet::MigDevice| MigDevice { uuid: device.uuid.clone(), profile: device.profile.clone() };
-    Gpu {
-        index: gpu.index,
-        product: gpu.product.clone(),
-        memory_bytes: gpu.memory_bytes,
-        nvlink_group: gpu.nvlink_group,
-        mig_enabled: gpu.mig_enabled,
-        mig_devices: gpu.mig_devices.iter().map(device).collect(),
-    }
 }
 
 fn taken(world: &World, replica: &ReplicaState, now: Timestamp) -> Option<Taken> {

@@ -1,5 +1,6 @@
 pub(in crate::reconcile) mod asleep;
 mod failing;
+mod quarantine;
 
 use pilotlight_proto::fleet::v1 as fleet;
 use pilotlight_telemetry::TraceContext;
@@ -22,11 +23,13 @@ impl Cell {
     pub(in crate::reconcile) fn of(gpus: &[u32]) -> Self {
         let mut world = World::new(Settings::for_tests());
         for (name, gpus) in ["a", "b", "c", "d"].into_iter().zip(gpus) {
-            let record =
-                NodeRecord { name: name.into(), joined_at: Timestamp::UNIX_EPOCH, availability: Availability::Open };
+            let record = NodeRecord::new(name, Timestamp::UNIX_EPOCH);
             let mut node = NodeState::unheard(record, Timestamp::UNIX_EPOCH);
             node.session = Some(SessionHandle::to_nobody(name));
-            let gpu = |index| fleet::Gpu { index, memory_bytes: 48 << 30, ..Default::default() };
+            let gpu = |index| {
+                let uuid = format!("GPU-{name}-{index}");
+                fleet::Gpu { index, uuid, memory_bytes: 48 << 30, ..Default::default() }
+            };
             node.inventory = Some(fleet::Inventory { gpus: (0..*gpus).map(gpu).collect(), ..Default::default() });
             world.nodes.insert(name.into(), node);
         }

@@ -33,7 +33,7 @@ fn world(gpus: u32, min: u32, annotations: &str) -> World {
     );
     let service = spec::tests::service(&manifest, true);
     let mut world = World::new(Settings::for_tests());
-    let record = NodeRecord { name: "node".into(), joined_at: at(0), availability: Default::default() };
+    let record = NodeRecord::new("node", at(0));
     let gpus = (0..gpus).map(|index| fleet::Gpu { index, product: "A40".into(), ..Default::default() }).collect();
     let node = NodeState {
         session: Some(SessionHandle::to_nobody("node")),
