@@ -8,6 +8,7 @@ mod logs;
 mod members;
 pub mod objects;
 mod snapshot;
+mod usage;
 
 pub use control::ControlService;
 pub use objects::Objects;

@@ -17,7 +17,7 @@ pub mod conditions;
 pub mod failures;
 mod ingress;
 pub(crate) mod load;
-pub mod meter;
+pub mod metering;
 mod mounted;
 mod nodes;
 pub mod observe;
