@@ -32,6 +32,7 @@ mod snapshot;
 mod table;
 mod target;
 mod token;
+mod usage;
 mod user;
 mod version;
 mod wait;
@@ -102,6 +103,8 @@ enum Command {
     /// Save, restore and verify copies of what is stored for a cell.
     #[command(subcommand)]
     Snapshot(Box<snapshot::Command>),
+    /// Show what services used, and what it costs.
+    Usage(usage::Args),
     /// Create and revoke credentials of operators.
     #[command(subcommand)]
     User(user::Command),
@@ -161,6 +164,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
         Command::Cache(command) => process::ask(cache::run(connection, command)),
         Command::Token(command) => process::ask(token::run(connection, command)),
         Command::Snapshot(command) => process::ask(snapshot::run(connection, *command)),
+        Command::Usage(args) => process::ask(usage::run(connection, args)),
         Command::User(command) => process::ask(user::run(connection, command)),
         Command::Version(args) => process::ask(version::run(connection, args)),
         Command::Completions { shell } => {

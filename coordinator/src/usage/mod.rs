@@ -5,7 +5,8 @@
 //! - [`Meter`] is all spans and request counters of a cell, in shards that are written once a minute, and with the
 //!   removal of a replica.
 //! - [`segment`] is what is stored, [`retention`] merges old segments into longer periods.
-//! - [`report`] selects and adds up, [`prices`] turns usage into money, [`focus`] writes it with FOCUS's column names.
+//! - [`report`] selects, [`prices`] turns usage into money, [`statement`] adds up, [`focus`] writes CSV with FOCUS's
+//!   column names.
 //!
 //! Pure: time is an argument, in milliseconds of UTC. `reconcile::metering` feeds the meter and writes what it returns.
 
@@ -19,6 +20,7 @@ pub mod retention;
 pub mod segment;
 mod series;
 mod span;
+pub mod statement;
 #[cfg(test)]
 mod tests;
 

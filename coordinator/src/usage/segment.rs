@@ -72,6 +72,14 @@ pub enum GapReason {
 }
 
 impl GapReason {
+    const ALL: [Self; 5] =
+        [Self::NodeLost, Self::NodeDeleted, Self::AgentRestarted, Self::ReplicaUnknown, Self::ClockStepped];
+
+    /// `None` if the name is not known.
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|reason| reason.name() == name)
+    }
+
     /// As on the wire.
     pub fn name(self) -> &'static str {
         match self {
