@@ -41,6 +41,11 @@ pub(super) async fn resume(store: &dyn Store, world: &World, now: Timestamp) -> 
             .map_err(|error| StoreError::Unreadable { key: entry.key.clone(), reason: error.to_string() })?;
         states.push((number, state));
     }
+    Ok(resume_from(states, world, now))
+}
+
+/// Continues from what a previous leader has written, with the replicas that there are.
+pub fn resume_from(states: Vec<(u32, ShardState)>, world: &World, now: Timestamp) -> Meter {
     let mut meter = Meter::resume(states);
     for node in meter.nodes() {
         if !world.nodes.contains_key(&node) {
@@ -54,7 +59,7 @@ pub(super) async fn resume(store: &dyn Store, world: &World, now: Timestamp) -> 
     for replica in lost {
         meter.lose(&replica, clock(now));
     }
-    Ok(meter)
+    meter
 }
 
 /// Meters a replica that belongs to the coordinator, for the first time or again.
@@ -152,8 +157,8 @@ fn workload(world: &World, key: &str) -> Workload {
 fn changes_of(histories: &fleet::ReplicaHistories, now: Timestamp) -> BTreeMap<String, Vec<Change>> {
     let change = |change: &fleet::PhaseChange| {
         let age = change.age.and_then(|age| std::time::Duration::try_from(age).ok()).unwrap_or_default();
-        let activity = activity(change.phase(), change.holds_gpu_memory);
-        Change { sequence: change.sequence, at: clock(now) - age.as_millis() as Clock, activity }
+        let at = now.checked_sub(age).map_or(Clock::MIN, clock);
+        Change { sequence: change.sequence, at, activity: activity(change.phase(), change.holds_gpu_memory) }
     };
     let replicas = histories.replicas.iter();
     replicas.map(|history| (history.replica.clone(), history.changes.iter().map(change).collect())).collect()

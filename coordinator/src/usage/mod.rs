@@ -12,6 +12,8 @@
 
 mod counters;
 pub mod focus;
+#[cfg(test)]
+mod invoice_tests;
 mod meter;
 mod period;
 pub mod prices;
