@@ -357,8 +357,11 @@ impl Meter {
 
     /// Shards that were not written for a minute and have something to write.
     pub fn due(&self, now: Clock) -> Vec<usize> {
-        let is_due =
-            |shard: &Shard| (shard.dirty || !shard.spans.is_empty()) && now - CHECKPOINT_INTERVAL >= shard.written;
+        let is_due = |shard: &Shard| {
+            let mut spans = shard.spans.values();
+            let has_news = shard.dirty || spans.any(|span| self.reporting.contains_key(&span.claim.node));
+            has_news && now - CHECKPOINT_INTERVAL >= shard.written
+        };
         (0..self.shards.len()).filter(|number| is_due(&self.shards[*number])).collect()
     }
 
@@ -419,7 +422,8 @@ impl Meter {
         }
         for number in checkpoint.shards {
             let shard = &mut self.shards[number];
-            shard.dirty = false;
+            // An open segment is ended soon, so that nobody merges it before.
+            shard.dirty = !checkpoint.ends_segments && !(shard.totals.is_empty() && shard.gaps.is_empty());
             if checkpoint.ends_segments {
                 shard.written = checkpoint.at;
                 shard.sequence += 1;

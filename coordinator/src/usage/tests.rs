@@ -492,6 +492,37 @@ fn large_cells_are_written_in_parts_that_a_store_takes() {
         assert!(checkpoint.bytes() < 100 << 10, "{}", checkpoint.bytes());
         cell.commit(checkpoint);
     }
+    assert_eq!(cell.meter.due(cell.now + 60_000), Vec::<usize>::new(), "nobody says what they do");
+    cell.meter.observe_statuses("a", &BTreeMap::new(), cell.now);
     assert_eq!(cell.meter.due(cell.now + 59_999), Vec::<usize>::new());
     assert_eq!(cell.meter.due(cell.now + 60_000).len(), 5);
+}
+
+#[test]
+fn an_idle_shard_writes_nothing_and_what_it_wrote_last_is_merged_once() {
+    let mut cell = Cell::new();
+    serving(&mut cell);
+    cell.now += 90_000;
+    let changes = [change(1, START, Activity::Serving), change(2, cell.now, Activity::Ended)];
+    cell.observe("1", "r", &changes);
+    cell.remove("r");
+    for _ in 0..8 {
+        cell.now += 3_600_000;
+        cell.write_due();
+        cell.merge();
+    }
+    assert_eq!(cell.meter.due(cell.now), Vec::<usize>::new());
+    assert!(cell.segments().iter().all(|(key, _)| key.period == Period::Hour), "{:?}", cell.segments());
+    cell.place("r-2", "a");
+    cell.write_due();
+    assert_eq!((cell.sum().replica_ms, cell.sum().minutes), (90_000, 2));
+}
+
+#[test]
+fn the_prices_of_the_documentation_can_be_read() {
+    let text = include_str!("../../../docs/billing.md");
+    let (_, yaml) = text.split_once("```yaml\n").unwrap();
+    let (yaml, _) = yaml.split_once("```").unwrap();
+    let file = super::prices::PriceFile::parse(yaml).unwrap();
+    assert_eq!((file.currency.as_str(), file.prices.len()), ("EUR", 2));
 }

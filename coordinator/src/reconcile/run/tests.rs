@@ -1,5 +1,7 @@
 //! The loop with a store that fails.
 
+mod usage;
+
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use async_trait::async_trait;
