@@ -195,6 +195,7 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), Agen
         inventory,
         gpus,
         statuses: reconciler.statuses(),
+        histories: reconciler.histories(),
         cached,
         demands: demanded,
         told: Arc::new(told),
@@ -303,6 +304,7 @@ fn hello(config: &Config, ingress: SocketAddr, peers: SocketAddr) -> fleet::Hell
         peer_address: config.advertise_peer.clone().unwrap_or_else(|| peers.to_string()),
         ingress_address: ingress.to_string(),
         boot_id: uuid::Uuid::new_v4().to_string(),
+        ..fleet::Hello::default()
     }
 }
 
@@ -409,6 +411,14 @@ impl Told for Node {
 
     fn report(&self) -> fleet::QueueReport {
         self.data_path.report()
+    }
+
+    fn counters(&self) -> Option<fleet::RequestCounters> {
+        self.data_path.sidecar().served().take_changed()
+    }
+
+    fn counters_unsent(&self) {
+        self.data_path.sidecar().served().resend();
     }
 }
 

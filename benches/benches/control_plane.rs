@@ -190,6 +190,7 @@ impl Agent {
             peer_address: format!("10.{}.{}.1:7446", self.number / 256, self.number % 256),
             ingress_address: "10.0.0.1:8080".to_owned(),
             boot_id: "1".to_owned(),
+            ..fleet::Hello::default()
         };
         let gpu = |index| fleet::Gpu {
             index,

@@ -108,7 +108,7 @@ pub fn decision(decision: &Decision) -> Value {
 pub fn usage(usage: &Usage) -> Value {
     json!({
         "namespace": usage.namespace, "service": usage.service, "hour": moment(usage.hour),
-        "gpuClass": usage.gpu_class, "replicaSeconds": seconds(&usage.replica_time), "gpuSeconds": seconds(&usage.gpu_time),
+        "revision": usage.revision, "state": usage.state, "requests": usage.requests, "gpuClass": usage.gpu_class, "replicaSeconds": seconds(&usage.replica_time), "gpuSeconds": seconds(&usage.gpu_time),
     })
 }
 

@@ -35,6 +35,7 @@ mod snapshot;
 mod table;
 mod target;
 mod token;
+mod usage;
 mod user;
 mod version;
 mod wait;
@@ -108,6 +109,8 @@ enum Command {
     /// Save, restore and verify copies of what is stored for a cell.
     #[command(subcommand)]
     Snapshot(Box<snapshot::Command>),
+    /// Show what services used, and what it costs.
+    Usage(usage::Args),
     /// Create, renew and revoke credentials of operators.
     #[command(subcommand)]
     User(user::Command),
@@ -172,6 +175,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
         Command::Token(command) => process::ask(token::run(connection, command)),
         Command::Snapshot(command) => process::ask(snapshot::run(connection, *command)),
         Command::Ca(command) => process::ask(ca::run(connection, command)),
+        Command::Usage(args) => process::ask(usage::run(connection, args)),
         Command::User(command) => process::ask(user::run(connection, command)),
         Command::Version(args) => process::ask(version::run(connection, args)),
         Command::Completions { shell } => {

@@ -26,6 +26,8 @@ pub mod simulate;
 pub mod spec;
 pub mod store;
 mod threads;
+pub mod usage;
+pub mod usage_log;
 pub mod values;
 
 pub use server::{CoordinatorError, run};

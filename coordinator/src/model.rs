@@ -377,10 +377,6 @@ pub mod keys {
     pub const NODES: &str = "nodes/";
     /// All join tokens.
     pub const TOKENS: &str = "tokens/";
-    /// Metered usage, by hour.
-    pub const USAGE: &str = "usage/";
-    /// Up to when usage has been written.
-    pub const USAGE_CURSOR: &str = "usage-cursor";
     /// Applied serving runtimes.
     pub const RUNTIMES: &str = "runtimes/";
     /// Sealed values of secrets and config maps.

@@ -31,6 +31,7 @@ use crate::{
     reconcile::{Handle, Reconciler, record::Recorder, run::Setup, world::Settings},
     store::{Measured, Store, StoreError, embedded::EmbeddedStore, etcd::EtcdStore, format},
     threads::{self, ApiThreads},
+    usage_log,
     values::{Values, ValuesError, Vault},
 };
 
@@ -311,6 +312,7 @@ impl Coordinator {
         vault.load(&store).await?;
         let reconciler = Reconciler::load(setup).await?.with_metrics(self.measures.clone());
         let mut looping = threads::spawn_loop(reconciler.run(ending.clone())).map_err(CoordinatorError::Threads)?;
+        tokio::spawn(usage_log::keep_merging(Arc::clone(&store), ending.clone()));
         tokio::spawn(self.measures.state.clone().follow(handle.clone(), ending.clone()));
         let services =
             grpc::services(config, &store, vault, handle, access, authorities, &self.revocations, &ending).await;

@@ -212,6 +212,9 @@ pub(super) fn answered(
     let (head, mut body) = response.into_parts();
     if let Some(mut count) = count {
         count.body(request.bytes());
+        if head.status.is_success() {
+            count.answered();
+        }
         body = tokens::counted(body, &head.headers, count);
     }
     Response::from_parts(head, Holding::new(body, permit.answered()).boxed_unsync())

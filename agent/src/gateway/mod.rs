@@ -148,6 +148,7 @@ impl DataPath {
     /// A new session has begun: routes of any version are taken next.
     pub fn session_opened(&self) {
         self.updates.lock().unwrap_or_else(PoisonError::into_inner).session_opened();
+        self.sidecar.served().resend();
         self.routes.session_opened();
     }
 

@@ -268,7 +268,7 @@ mod tests {
         data: more\n\ndata: [DONE]\n\n";
 
     fn load() -> Arc<TokenLoad> {
-        TokenLoad::new(Instant::now())
+        TokenLoad::new(Instant::now(), Arc::default())
     }
 
     fn tap(load: &Arc<TokenLoad>, media: &'static str, frames: Vec<Result<&'static [u8], BoxError>>) -> Body {

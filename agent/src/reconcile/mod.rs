@@ -11,6 +11,7 @@ mod gpu_access;
 mod health;
 #[cfg(test)]
 mod health_tests;
+mod history;
 mod models;
 mod orphan;
 mod question;
@@ -31,6 +32,8 @@ use std::{
 
 use pilotlight_proto::fleet::v1::{Assignment, ReplicaAssignment, ReplicaPhase, ReplicaStatus, ReplicaStatuses};
 use tokio::{sync::watch, task::JoinHandle};
+
+pub use history::Histories;
 
 use crate::{
     endpoint::{Egress, Endpoints},
@@ -68,11 +71,11 @@ struct Task {
 
 /// What is known of each replica, published as a whole on each change. Cheap to clone.
 #[derive(Debug, Clone)]
-pub struct Statuses(watch::Sender<ReplicaStatuses>);
+pub struct Statuses(watch::Sender<ReplicaStatuses>, Histories);
 
 impl Statuses {
     fn new() -> Self {
-        Self(watch::Sender::new(ReplicaStatuses::default()))
+        Self(watch::Sender::new(ReplicaStatuses::default()), Histories::default())
     }
 
     /// Changes one replica's status, made where there is none.
@@ -86,10 +89,13 @@ impl Statuses {
                 }
             };
             change(&mut all.replicas[at]);
+            // Before the statuses are published, so that who reads a status finds it in the history.
+            self.1.record(&all.replicas[at]);
         });
     }
 
     fn remove(&self, replica: &str) {
+        self.1.end(replica);
         self.0.send_modify(|all| all.replicas.retain(|status| status.replica != replica));
     }
 
@@ -131,6 +137,11 @@ impl Reconciler {
     /// All statuses, whole, now and on each change.
     pub fn statuses(&self) -> watch::Receiver<ReplicaStatuses> {
         self.statuses.0.subscribe()
+    }
+
+    /// What all replicas have done, for metering.
+    pub fn histories(&self) -> Histories {
+        self.statuses.1.clone()
     }
 
     /// A new session: its first assignment is taken whatever its version.

@@ -83,11 +83,13 @@ impl Life {
     /// Lives until it is to leave and has stopped.
     pub(super) async fn run(mut self, adopted: Option<Running>) {
         let first = self.assignment();
+        let started = adopted.as_ref().map(|running| Timestamp { seconds: running.started_at, nanos: 0 });
         let taken_over = adopted.is_some();
         self.update(|status| {
             status.revision.clone_from(&first.revision);
             status.set_phase(ReplicaPhase::Pending);
             status.adopted = taken_over;
+            status.started_at = started;
             status.message =
                 if taken_over { "taken over from the previous agent process" } else { "accepted" }.to_owned();
         });
@@ -219,6 +221,7 @@ impl Life {
         let Err(error) = self.way_back.reopen(&running.assignment).await else { return Some(running) };
         warn!(replica = %running.replica, %error, "has lost its way to the predictor; starts anew");
         self.runtime.stop(&running, GRACE).await;
+        self.update(|status| status.adopted = false);
         None
     }
 

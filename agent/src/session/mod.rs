@@ -13,12 +13,16 @@ use pilotlight_proto::fleet::v1::{
     self as fleet, AgentMessage, agent_message::Message as FromAgent, coordinator_message::Message as ToAgent,
     fleet_client::FleetClient,
 };
-use tokio::sync::{mpsc, watch};
+use tokio::{
+    sync::{mpsc, watch},
+    time::Instant,
+};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 use tracing::{info, warn};
 
+use crate::reconcile::Histories;
 use backoff::Backoff;
 pub use reports::Told;
 
@@ -43,6 +47,8 @@ pub struct Session {
     pub gpus: watch::Receiver<Option<fleet::GpuReport>>,
     /// What runs; sent at the start and on change.
     pub statuses: watch::Receiver<fleet::ReplicaStatuses>,
+    /// What replicas did; sent before their statuses.
+    pub histories: Histories,
     /// Which models are on its disk; sent at the start and on change.
     pub cached: watch::Receiver<fleet::CacheReport>,
     /// Requests that wait for a replica.
@@ -58,11 +64,12 @@ impl Session {
     pub async fn run(mut self, stopping: CancellationToken) {
         let mut backoff = Backoff::default();
         let mut attempts = Attempts::new(self.coordinators.configured());
+        let mut clock = CoordinatorClock::default();
         loop {
             let (address, channel) = self.coordinators.current();
             let outcome = tokio::select! {
                 () = stopping.cancelled() => return,
-                outcome = self.once(channel, &mut backoff) => outcome,
+                outcome = self.once(channel, &mut backoff, &mut clock) => outcome,
             };
             if self.connected.send_replace(false) {
                 attempts = Attempts::new(self.coordinators.configured());
@@ -79,15 +86,21 @@ impl Session {
     }
 
     /// One session, from hello to its end.
-    async fn once(&mut self, channel: Channel, backoff: &mut Backoff) -> Result<(), Status> {
+    async fn once(
+        &mut self,
+        channel: Channel,
+        backoff: &mut Backoff,
+        clock: &mut CoordinatorClock,
+    ) -> Result<(), Status> {
         let (sender, receiver) = mpsc::channel(MESSAGES_WAITING);
         let say = Outbound(sender);
-        say.now(FromAgent::Hello(self.hello.clone()))?;
+        say.now(FromAgent::Hello(clock.state_in(self.hello.clone())))?;
         say.now(FromAgent::Inventory(self.inventory.borrow_and_update().clone()))?;
         self.report_gpus(&say)?;
         // Before the statuses: what is placed because of them is placed where the models are.
         say.now(FromAgent::CacheReport(self.cached.borrow_and_update().clone()))?;
-        say.now(FromAgent::ReplicaStatuses(self.statuses.borrow_and_update().clone()))?;
+        let mut history = None;
+        self.say_what_runs(&say, &mut history)?;
 
         let mut client = FleetClient::new(channel).max_decoding_message_size(MESSAGE_MAX_BYTES);
         let opening = client.session(ReceiverStream::new(receiver));
@@ -105,7 +118,7 @@ impl Session {
                 Some(demand) = self.demands.recv() => say.now(FromAgent::Demand(demand))?,
                 changed = self.statuses.changed() => {
                     changed.map_err(|_| Status::aborted("the reconciler ended"))?;
-                    say.now(FromAgent::ReplicaStatuses(self.statuses.borrow_and_update().clone()))?;
+                    self.say_what_runs(&say, &mut history)?;
                 }
                 Ok(()) = self.cached.changed() => {
                     say.now(FromAgent::CacheReport(self.cached.borrow_and_update().clone()))?;
@@ -119,6 +132,7 @@ impl Session {
                     let Some(message) = message.message else { continue };
                     if let ToAgent::Welcome(welcome) = &message {
                         backoff.session_opened();
+                        clock.set(welcome);
                         self.connected.send_replace(true);
                         info!(cell = %welcome.cell, "connected to the coordinator");
                         if let Some(interval) = report_interval(welcome) {
@@ -135,7 +149,13 @@ impl Session {
                         say.if_room(FromAgent::RoutesApplied(fleet::RoutesApplied { version }));
                     }
                 }
-                _ = reports.tick() => say.if_room(FromAgent::QueueReport(self.told.report())),
+                _ = reports.tick() => {
+                    say.if_room(FromAgent::QueueReport(self.told.report()));
+                    let counters = self.told.counters();
+                    if counters.is_some_and(|counters| !say.if_room(FromAgent::RequestCounters(counters))) {
+                        self.told.counters_unsent();
+                    }
+                }
             }
         }
     }
@@ -144,6 +164,33 @@ impl Session {
     fn report_gpus(&mut self, say: &Outbound) -> Result<(), Status> {
         let report = self.gpus.borrow_and_update().clone();
         report.map_or(Ok(()), |report| say.now(FromAgent::GpuReport(report)))
+    }
+
+    /// Sends the statuses, and the histories before them if these are not of the `version` that was sent last.
+    fn say_what_runs(&mut self, say: &Outbound, version: &mut Option<u64>) -> Result<(), Status> {
+        let statuses = self.statuses.borrow_and_update().clone();
+        if let Some((newest, histories)) = self.histories.since(*version) {
+            *version = Some(newest);
+            say.now(FromAgent::ReplicaHistories(histories))?;
+        }
+        say.now(FromAgent::ReplicaStatuses(statuses))
+    }
+}
+
+/// The time that a coordinator stated last, and when.
+#[derive(Debug, Default)]
+struct CoordinatorClock(Option<(prost_types::Timestamp, Instant)>);
+
+impl CoordinatorClock {
+    fn set(&mut self, welcome: &fleet::Welcome) {
+        self.0 = welcome.time.map(|time| (time, Instant::now())).or(self.0);
+    }
+
+    /// Adds it to a hello.
+    fn state_in(&self, hello: fleet::Hello) -> fleet::Hello {
+        let Some((time, stated)) = self.0 else { return hello };
+        let coordinator_time_age = prost_types::Duration::try_from(stated.elapsed()).ok();
+        fleet::Hello { coordinator_time: Some(time), coordinator_time_age, ..hello }
     }
 }
 
@@ -190,10 +237,10 @@ impl Outbound {
             .map_err(|_| Status::unavailable("the stream to the coordinator is stuck"))
     }
 
-    /// Sends unless the stream is stuck.
-    fn if_room(&self, message: FromAgent) {
-        // A report that is skipped costs nothing: the next one covers its time.
-        let _ = self.0.try_send(AgentMessage { message: Some(message) });
+    /// Sends unless the stream is stuck; returns `true` if it was sent. A report that is skipped costs nothing: the next
+    /// one covers its time.
+    fn if_room(&self, message: FromAgent) -> bool {
+        self.0.try_send(AgentMessage { message: Some(message) }).is_ok()
     }
 
     /// Sends as soon as there is room. False where the session has ended.

@@ -12,4 +12,8 @@ pub trait Told: Send + Sync {
     fn take(&self, message: ToAgent, say: &Outbound);
     /// The load since the last report.
     fn report(&self) -> fleet::QueueReport;
+    /// Counters of requests that have changed since the last call in this session, all of them in the first one.
+    fn counters(&self) -> Option<fleet::RequestCounters>;
+    /// The last counters were not sent.
+    fn counters_unsent(&self);
 }

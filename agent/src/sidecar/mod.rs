@@ -8,7 +8,7 @@
 //!   flow control of offers between nodes (see `peer.proto`), and [`peer_nodes`], the replicas of other nodes.
 //! - [`queue`] is one revision: its slots under a lock. [`registry`] is all of them, and the offers that are open.
 //! - [`links`] says which streams to other nodes have something to announce.
-//! - [`load`] counts requests, [`tokens`] counts tokens.
+//! - [`load`] counts requests, [`tokens`] counts tokens, for scaling; [`served`] counts both for billing.
 
 mod credit;
 pub mod grant;
@@ -20,6 +20,7 @@ mod peer_nodes;
 mod protocol_tests;
 pub mod queue;
 mod registry;
+mod served;
 #[cfg(all(test, feature = "shuttle"))]
 mod shuttle_tests;
 mod slots;
@@ -33,5 +34,6 @@ pub use grant::{Grant, Permit, Refusal, Slot, Target, Waiting};
 pub use links::{Announcer, Link, OpenStream};
 pub use queue::RevisionQueue;
 pub use registry::{Demands, GatewayStream, OFFER_LAPSE, OfferSender, Sidecar};
+pub use served::{Served, ServedRevisions};
 pub use slots::Limits;
 pub use tokens::{TokenCount, TokenLoad};

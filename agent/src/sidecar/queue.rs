@@ -21,6 +21,7 @@ use super::{
     links::Links,
     load::Load,
     registry::Offers,
+    served::{Served, ServedRevisions},
     slots::{Effect, GatewayId, Limits, Slots},
     sync::{Mutex, MutexGuard, lock},
     tokens::TokenLoad,
@@ -39,6 +40,8 @@ pub(super) struct Shared {
     pub(super) offers: Arc<Offers>,
     /// Streams to nodes that offer slots.
     pub(super) links: Arc<Links>,
+    /// What replicas have answered; outlives the queues.
+    pub(super) served: ServedRevisions,
 }
 
 /// One revision as seen from one node.
@@ -48,6 +51,7 @@ pub struct RevisionQueue {
     state: Mutex<State>,
     /// Has its own lock: streams change it with every event.
     tokens: Arc<TokenLoad>,
+    served: Arc<Served>,
     shared: Shared,
     /// Why the revision cannot serve, as routes say; `None` if it can, or may soon.
     failure: watch::Sender<Option<Arc<RevisionFailure>>>,
@@ -64,7 +68,7 @@ struct State {
 impl RevisionQueue {
     /// A queue without replicas or requests.
     pub(super) fn new(key: &str, shared: Shared) -> Arc<Self> {
-        let now = Instant::now();
+        let (now, served) = (Instant::now(), shared.served.of(key));
         Arc::new_cyclic(|own| Self {
             key: key.into(),
             own: own.clone(),
@@ -72,7 +76,8 @@ impl RevisionQueue {
                 slots: Slots::new(DEFAULT_LIMITS, shared.sequence.clone()),
                 load: Load::new(now),
             }),
-            tokens: TokenLoad::new(now),
+            tokens: TokenLoad::new(now, Arc::clone(&served)),
+            served,
             shared,
             failure: watch::Sender::new(None),
         })
@@ -320,8 +325,12 @@ impl RevisionQueue {
 
     /// A request has ended, or was never sent.
     pub(super) fn release(&self, held: &SlotKind, answered: bool) {
+        let answered = answered && matches!(held, SlotKind::Local(_));
+        if answered {
+            self.served.add_request();
+        }
         self.change(|state| {
-            if answered && matches!(held, SlotKind::Local(_)) {
+            if answered {
                 state.load.completed();
             }
             state.slots.release(held);

@@ -15,6 +15,7 @@ use super::{
     grant::{Grant, Slot},
     links::Links,
     queue::{RevisionQueue, Shared},
+    served::ServedRevisions,
     slots::GatewayId,
     sync::{Mutex, lock},
 };
@@ -175,6 +176,11 @@ impl Sidecar {
         if revisions.get(key).is_some_and(|queue| queue.is_disposable()) {
             revisions.remove(key);
         }
+    }
+
+    /// What this node's replicas have answered.
+    pub fn served(&self) -> &ServedRevisions {
+        &self.shared.served
     }
 
     /// Links to nodes that offer slots to this one.

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::time::Instant;
 
-use super::load::Meter;
+use super::{load::Meter, served::Served};
 
 /// Bytes of a request's body per prompt token, before any answer has told better.
 pub const BYTES_PER_TOKEN: f64 = 4.0;
@@ -17,7 +17,7 @@ const MOST_TOKENS: u64 = 1 << 32;
 
 /// One revision's tokens on one node.
 #[derive(Debug)]
-pub struct TokenLoad(Mutex<Inner>);
+pub struct TokenLoad(Mutex<Inner>, Arc<Served>);
 
 #[derive(Debug)]
 struct Inner {
@@ -26,9 +26,10 @@ struct Inner {
 }
 
 impl TokenLoad {
-    /// None in flight, from `now` on.
-    pub fn new(now: Instant) -> Arc<Self> {
-        Arc::new(Self(Mutex::new(Inner { in_flight: Meter::new(now), bytes_per_token: BYTES_PER_TOKEN })))
+    /// None in flight, from `now` on. Tokens of answers are added to `served`.
+    pub fn new(now: Instant, served: Arc<Served>) -> Arc<Self> {
+        let inner = Inner { in_flight: Meter::new(now), bytes_per_token: BYTES_PER_TOKEN };
+        Arc::new(Self(Mutex::new(inner), served))
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -37,8 +38,15 @@ impl TokenLoad {
 
     /// Counts a request whose body has so many bytes: its prompt, until it is known, by estimate.
     pub fn begin(self: &Arc<Self>, body_bytes: u64) -> TokenCount {
-        let mut count =
-            TokenCount { load: Arc::clone(self), body_bytes, prompt: 0, generated: 0, counted: 0, exact: false };
+        let mut count = TokenCount {
+            load: Arc::clone(self),
+            body_bytes,
+            prompt: 0,
+            generated: 0,
+            counted: 0,
+            exact: false,
+            answered: false,
+        };
         count.estimate();
         count
     }
@@ -78,6 +86,8 @@ pub struct TokenCount {
     counted: u64,
     /// True once the server has said how long the prompt is.
     exact: bool,
+    /// `true` if a replica of this node has begun to answer the request, and well.
+    answered: bool,
 }
 
 impl TokenCount {
@@ -87,6 +97,11 @@ impl TokenCount {
             self.body_bytes = bytes;
             self.estimate();
         }
+    }
+
+    /// A replica of this node has begun to answer with success: its tokens are billed.
+    pub fn answered(&mut self) {
+        self.answered = true;
     }
 
     /// So many more tokens were generated.
@@ -122,6 +137,9 @@ impl TokenCount {
 
 impl Drop for TokenCount {
     fn drop(&mut self) {
+        if self.answered {
+            self.load.1.add_tokens(self.exact.then_some((self.prompt, self.generated)));
+        }
         (self.prompt, self.generated) = (0, 0);
         self.count();
     }
@@ -135,7 +153,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn the_mean_follows_estimate_stream_and_usage() {
-        let load = TokenLoad::new(Instant::now());
+        let load = TokenLoad::new(Instant::now(), Arc::default());
         let mut count = load.begin(400);
         assert_eq!(load.in_flight(), 100, "4 bytes a token");
         tokio::time::advance(Duration::from_secs(1)).await;
@@ -157,7 +175,7 @@ mod tests {
 
     #[tokio::test]
     async fn the_ratio_is_learned_once_per_request_and_only_from_what_makes_sense() {
-        let load = TokenLoad::new(Instant::now());
+        let load = TokenLoad::new(Instant::now(), Arc::default());
         let mut count = load.begin(900);
         count.usage(100, Some(1));
         count.usage(100, Some(2));

@@ -331,22 +331,32 @@ fn decision_cells(decision: &control::Decision) -> Vec<String> {
 }
 
 async fn usage(client: &mut Client, namespace: String) -> Result<Listing, Failure> {
-    let request = ListUsageRequest { from: None, to: None, namespace };
+    let request = ListUsageRequest { namespace, ..ListUsageRequest::default() };
     let usage = client.list_usage(request).await?.into_inner().usage;
     let rows = usage.into_iter().map(|usage| Row {
         name: usage.service.clone(),
-        key: format!("{}/{} {} {}", usage.namespace, usage.service, moment(usage.hour), usage.gpu_class),
+        key: format!(
+            "{}/{} {} {} {}",
+            usage.namespace,
+            usage.revision,
+            moment(usage.hour),
+            usage.gpu_class,
+            usage.state
+        ),
         labels: of_service(&usage.service),
         value: json::usage(&usage),
         cells: vec![
             moment(usage.hour),
             usage.namespace.clone(),
             usage.service.clone(),
+            usage.revision.clone(),
             usage.gpu_class.clone(),
+            usage.state.clone(),
             format!("{:.1}", json::seconds(&usage.replica_time) / 60.0),
             format!("{:.1}", json::seconds(&usage.gpu_time) / 60.0),
         ],
     });
-    let columns = vec!["HOUR", "NAMESPACE", "SERVICE", "GPUCLASS", "REPLICA-MINUTES", "GPU-MINUTES"];
+    let columns =
+        vec!["HOUR", "NAMESPACE", "SERVICE", "REVISION", "GPUCLASS", "STATE", "REPLICA-MINUTES", "GPU-MINUTES"];
     Ok(Listing { columns, rows: rows.collect() })
 }

@@ -1,6 +1,6 @@
 //! The control API: operators' requests, answered from the loop.
 
-use std::{collections::BTreeMap, pin::Pin, sync::Arc, time::Duration};
+use std::{pin::Pin, sync::Arc};
 
 use async_stream::try_stream;
 use futures::Stream;
@@ -16,10 +16,9 @@ use crate::{
     finding::Finding,
     fleet::{EvictHub, LiveSessions, LogHub},
     manifest::{self, Reading},
-    model::keys,
-    reconcile::{CommandError, Handle, cached, commands::Change, meter::UsageRecord, view, world::World},
+    reconcile::{CommandError, Handle, cached, commands::Change, view, world::World},
     spec,
-    store::{Store, StoreError, StoreExt as _},
+    store::{Store, StoreError},
     threads::Parsing,
     values::Vault,
 };
@@ -349,22 +348,7 @@ impl Control for ControlService {
 
     async fn list_usage(&self, request: Request<control::ListUsageRequest>) -> Answer<control::ListUsageResponse> {
         self.access.in_namespace(&request, Role::Viewer, &request.get_ref().namespace)?;
-        let request = request.into_inner();
-        let written = self.store.list_json::<UsageRecord>(keys::USAGE).await.map_err(unavailable)?;
-        let live = self.handle.usage().await.map_err(status)?;
-        // What is in memory is newer than what was written.
-        let records: BTreeMap<String, UsageRecord> =
-            written.into_iter().chain(live).map(|record| (record.key(), record)).collect();
-        let usage = records
-            .into_values()
-            .map(usage)
-            .filter(|usage| asked(&request.namespace, &usage.namespace))
-            .filter(|usage| {
-                let hour = usage.hour.map_or(0, |hour| hour.seconds);
-                request.from.is_none_or(|from| hour >= from.seconds) && request.to.is_none_or(|to| hour < to.seconds)
-            })
-            .collect();
-        Ok(Response::new(control::ListUsageResponse { usage }))
+        Ok(Response::new(self.usage(request.into_inner()).await?))
     }
 
     type LogsStream = Streamed<control::LogsResponse>;
@@ -582,18 +566,6 @@ fn finding(finding: &Finding) -> control::Finding {
         message: finding.message.clone(),
         line,
         column,
-    }
-}
-
-fn usage(record: UsageRecord) -> control::Usage {
-    let duration = |millis| crate::reconcile::routes::duration(Duration::from_millis(millis));
-    control::Usage {
-        replica_time: Some(duration(record.replica_ms)),
-        gpu_time: Some(duration(record.gpu_ms)),
-        hour: Some(view::timestamp(record.hour)),
-        namespace: record.namespace,
-        service: record.service,
-        gpu_class: record.gpu_class,
     }
 }
 

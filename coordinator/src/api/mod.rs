@@ -10,6 +10,7 @@ mod members;
 mod nodes;
 pub mod objects;
 mod snapshot;
+mod usage;
 
 pub use control::ControlService;
 pub use objects::Objects;

@@ -148,6 +148,7 @@ impl Reconciler {
         self.dirty.urgent.extend(concerned.into_iter().filter_map(of));
         self.dirty.urgent.insert(replaced);
         self.credentials_changed(|service| service == owner(&key));
+        self.relabel_usage(owner(&key));
         self.dirty.services.insert(key);
     }
 

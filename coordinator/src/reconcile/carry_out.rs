@@ -5,6 +5,7 @@ use tracing::{Instrument as _, info_span};
 
 use super::{
     commands::CommandError,
+    metering::{self, MAX_REMOVALS_PER_WRITE},
     plan::{Create, Gone, Leaving, Plan},
     run::{Reconciler, WRITES_AT_ONCE},
     warmth,
@@ -18,9 +19,8 @@ use crate::{
 impl Reconciler {
     /// Writes the plan in steps that each hold on their own, and changes the world after each.
     pub(super) async fn carry_out(&mut self, plan: Plan, now: Timestamp) -> Result<(), StoreError> {
-        for gone in plan.forget.chunks(WRITES_AT_ONCE) {
-            let write = gone.iter().fold(Transaction::new(), |write, (name, _)| write.delete(&keys::replica(name)));
-            self.commit(write).await?;
+        for gone in plan.forget.chunks(MAX_REMOVALS_PER_WRITE) {
+            self.commit_removal(gone, now).await?;
             for (name, why) in gone {
                 self.forget(name, *why, now);
             }
@@ -172,7 +172,8 @@ impl Reconciler {
         }
         self.dirty.nodes.insert(record.node.clone());
         self.dirty.services.insert(service);
-        self.world.insert_replica(record, trace);
+        self.world.insert_replica(record.clone(), trace);
+        metering::open(&mut self.meter, &self.world, &record, now);
     }
 
     fn drain(&mut self, name: &str, why: &Leaving, now: Timestamp) {
@@ -211,10 +212,7 @@ impl Reconciler {
     }
 
     fn forget(&mut self, name: &str, why: Gone, now: Timestamp) {
-        let Some(replica) = self.world.replicas.get(name) else { return };
-        let charge = self.world.charge(replica);
         let Some(record) = self.world.remove_replica(name) else { return };
-        self.meter.close(&record, charge, now);
         let service = self.world.component_of(&record);
         if why == Gone::NodeLost
             && let Some(node) = self.world.nodes.get_mut(&record.node).filter(|_| !record.draining)

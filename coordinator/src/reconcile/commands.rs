@@ -5,13 +5,14 @@ use std::{collections::BTreeSet, sync::Arc};
 use pilotlight_proto::fleet::v1 as fleet;
 use tokio::sync::{Semaphore, broadcast, mpsc, oneshot};
 
-use super::{meter::UsageRecord, shelf::ModelChange, world::World};
+use super::{shelf::ModelChange, world::World};
 use crate::{
     finding::Finding,
     fleet::SessionHandle,
     model::{Availability, ServiceKey},
     spec::InferenceService,
     store::StoreError,
+    usage::Live,
 };
 
 /// Inputs that may wait for the loop; senders wait beyond that.
@@ -118,7 +119,7 @@ pub enum Input {
     /// Someone wants usage that is not yet in the store.
     Usage {
         /// Where the answer goes.
-        reply: oneshot::Sender<Vec<UsageRecord>>,
+        reply: oneshot::Sender<Live>,
     },
     /// Someone looks at the world.
     Read(Look),
@@ -328,7 +329,7 @@ impl Handle {
     ///
     /// # Errors
     /// The loop has ended.
-    pub async fn usage(&self) -> Result<Vec<UsageRecord>, CommandError> {
+    pub async fn usage(&self) -> Result<Live, CommandError> {
         let (reply, answer) = oneshot::channel();
         self.send(Input::Usage { reply }).await?;
         answer.await.map_err(|_| CommandError::Stopping)

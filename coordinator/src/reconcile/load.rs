@@ -9,7 +9,7 @@ use tracing::{error, info};
 use super::{
     clock::{Clock, scaler_time},
     failures::Failures,
-    meter::{Meter, UsageRecord},
+    metering,
     observe::Dirty,
     push::RoutePush,
     run::{Reconciler, Setup},
@@ -58,8 +58,7 @@ impl Reconciler {
             world.asked.insert((record.node.clone(), record.uri.clone()), record);
         }
         resume(&mut world);
-        let cursor = store.get_json::<Timestamp>(keys::USAGE_CURSOR).await?.unwrap_or(now);
-        let usage = store.list_json::<UsageRecord>(keys::USAGE).await?;
+        let meter = metering::resume(&*store, &world, now).await?;
         info!(
             services = world.services.len(),
             replicas = world.replicas.len(),
@@ -76,8 +75,7 @@ impl Reconciler {
             changes: setup.changes,
             recorder: setup.recorder,
             metrics: Default::default(),
-            meter: Meter::resume(cursor, usage),
-            metered_at: now,
+            meter,
             warmed_at: now,
             looked_at: now,
             routes,

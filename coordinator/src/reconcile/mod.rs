@@ -19,7 +19,7 @@ mod gpu_view;
 mod gpus;
 mod ingress;
 pub(crate) mod load;
-pub mod meter;
+pub mod metering;
 mod mounted;
 mod node_state;
 mod nodes;

@@ -5,6 +5,7 @@ use tracing::info;
 
 use super::{
     commands::CommandError,
+    metering,
     plan::{Gone, Plan},
     run::{Reconciler, WRITES_AT_ONCE},
 };
@@ -61,6 +62,7 @@ impl Reconciler {
         }
         self.commit(Transaction::new().delete(&keys::node(name))).await?;
         self.world.nodes.remove(name);
+        self.meter.delete_node(name, metering::clock(now));
         for revision in self.world.revisions.values_mut() {
             revision.waiting.remove(name);
         }

@@ -96,6 +96,8 @@ pub fn hear(
                 state.routes_applied = applied.version;
             }
         }
+        // For metering alone.
+        Message::ReplicaHistories(_) | Message::RequestCounters(_) => {}
         // Sessions handle these themselves.
         Message::Hello(_) | Message::LogChunk(_) | Message::ModelEvicted(_) | Message::TrustApplied(_) => {}
     }

@@ -5,7 +5,7 @@ use pilotlight_proto::fleet::v1::{self as fleet, ReplicaPhase};
 use tracing::{info, warn};
 
 use super::{
-    observe,
+    metering, observe,
     run::Reconciler,
     world::{Event, World},
 };
@@ -33,7 +33,8 @@ impl Reconciler {
             let object = format!("Replica/{}", record.name);
             self.world.note(&service, Event { time: now, warning: false, reason: "Adopted", object, message });
             let (name, revision) = (record.name.clone(), record.revision.clone());
-            self.world.insert_replica(record, Default::default());
+            self.world.insert_replica(record.clone(), Default::default());
+            metering::open(&mut self.meter, &self.world, &record, now);
             observe::took(&mut self.world, status, now, &mut self.dirty);
             self.dirty.metered.insert(name);
             self.dirty.revision(&self.world, &revision);

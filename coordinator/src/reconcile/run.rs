@@ -23,12 +23,12 @@ use super::{
     answer::Unanswered,
     clock::Clock,
     commands::{Change, Input},
-    meter::Meter,
+    metering,
     observe::{self, Dirty},
     plan,
     push::RoutePush,
     record::Recorder,
-    routes, scale, warmth,
+    routes, scale, view, warmth,
     world::{Event, NodeState, Settings, World, since},
 };
 use crate::{
@@ -36,10 +36,9 @@ use crate::{
     metrics::CoordinatorMetrics,
     model::{NodeRecord, RevisionKey, keys, owner},
     store::{Store, StoreError, Transaction},
+    usage::Meter,
 };
 
-/// Time between writes of usage.
-const METER_INTERVAL: Duration = Duration::from_secs(60);
 /// Time between two looks at how long sessions have been silent.
 const SILENCE_INTERVAL: Duration = Duration::from_secs(1);
 /// Inputs handled before the loop acts on them together.
@@ -57,7 +56,6 @@ pub struct Reconciler {
     pub(super) recorder: Recorder,
     pub(super) metrics: CoordinatorMetrics,
     pub(super) meter: Meter,
-    pub(super) metered_at: Timestamp,
     /// When it was last looked at what idle models hold.
     pub(super) warmed_at: Timestamp,
     pub(super) routes: RoutePush,
@@ -123,7 +121,7 @@ impl Reconciler {
             self.act().await;
             self.metrics.record_loop(began.elapsed(), self.inputs.len());
         }
-        self.write_usage(self.clock.now()).await;
+        self.write_all_usage(self.clock.now()).await;
         self.recorder.flush();
         self
     }
@@ -136,6 +134,7 @@ impl Reconciler {
             Input::Heard { node, session, message } => {
                 let current = self.world.nodes.get(&node).and_then(|node| node.session.as_ref());
                 if current.is_some_and(|current| current.id == session) {
+                    metering::observe(&mut self.meter, &self.world, &node, &message, now);
                     observe::hear(&mut self.world, &node, message, now, &mut self.recorder, &mut self.dirty);
                 }
             }
@@ -163,8 +162,7 @@ impl Reconciler {
             }
             Input::ValuesChanged { namespace } => self.values_changed(&namespace),
             Input::Usage { reply } => {
-                self.account(now);
-                let _ = reply.send(self.meter.totals().cloned().collect());
+                let _ = reply.send(self.live_usage(now));
             }
             Input::Read(look) => look(&self.world, now),
         }
@@ -186,8 +184,10 @@ impl Reconciler {
             cell: self.world.settings.cell.clone(),
             report_interval: Some(routes::duration(self.report_interval)),
             node_lease: Some(routes::duration(self.world.settings.node_lease)),
+            time: Some(view::timestamp(now)),
         };
         let told = session.tell(ToAgent::Welcome(welcome));
+        self.meter_connected(&name, &hello, now);
         session.follow_routes(self.routes.feed());
         let Some(node) = self.world.nodes.get_mut(&name) else { return };
         if let Some(former) = node.session.take() {
@@ -210,6 +210,7 @@ impl Reconciler {
         if node.session.as_ref().is_some_and(|current| current.id == session) {
             node.session = None;
             node.last_seen = now;
+            self.meter.disconnect(name);
             self.world.update_ingress_port();
         }
     }
@@ -245,9 +246,7 @@ impl Reconciler {
         let orphaned: Vec<_> = orphans.map(|replica| replica.record.revision.clone()).collect();
         self.dirty.revisions.extend(orphaned);
         self.dirty.warmth |= since(self.warmed_at, now) >= warmth::INTERVAL;
-        if since(self.metered_at, now) >= METER_INTERVAL {
-            self.write_usage(now).await;
-        }
+        self.write_due_usage(now).await;
         self.recorder.flush();
     }
 
@@ -282,9 +281,7 @@ impl Reconciler {
             self.replan(now).await;
         }
         for name in std::mem::take(&mut self.dirty.metered) {
-            if let Some(replica) = self.world.replicas.get(&name) {
-                self.meter.account(&replica.record, self.world.charge(replica), now);
-            }
+            metering::intend(&mut self.meter, &self.world, &name, now);
         }
         self.push();
         self.answer(now);
@@ -342,31 +339,6 @@ impl Reconciler {
             self.world.note(&service, Event { time: now, warning: true, reason: "FailedScheduling", object, message });
         }
         self.dirty.services.insert(service);
-    }
-
-    fn account(&mut self, now: Timestamp) {
-        for replica in self.world.replicas.values() {
-            self.meter.account(&replica.record, self.world.charge(replica), now);
-        }
-    }
-
-    async fn write_usage(&mut self, now: Timestamp) {
-        self.account(now);
-        let records: Vec<_> = self.meter.unwritten().cloned().collect();
-        // The cursor goes last: a crash before it counts some time again rather than losing it, and
-        // totals are absolute, so that writing them twice is harmless.
-        for chunk in records.chunks(WRITES_AT_ONCE) {
-            let write = chunk.iter().fold(Transaction::new(), |write, record| write.put_json(&record.key(), record));
-            if let Err(error) = self.commit(write).await {
-                warn!(%error, "cannot write usage; will be tried again");
-                return;
-            }
-        }
-        let cursor = Transaction::new().put_json(keys::USAGE_CURSOR, &now);
-        if !records.is_empty() && self.commit(cursor).await.is_ok() {
-            self.meter.written(now);
-        }
-        self.metered_at = now;
     }
 
     pub(super) async fn commit(&self, write: Transaction) -> Result<(), StoreError> {

@@ -20,7 +20,8 @@ impl Reconciler {
             match input {
                 None => return,
                 Some(Input::Read(look)) => look(&self.world, now),
-                Some(Input::Usage { reply }) => drop(reply.send(self.meter.totals().cloned().collect())),
+                // Another leader may have written newer usage.
+                Some(Input::Usage { reply }) => drop(reply),
                 Some(Input::Connected { session, .. }) => session.close(),
                 Some(Input::Apply { reply, .. }) => drop(reply.send(Err(CommandError::SteppedDown))),
                 Some(

@@ -10,8 +10,8 @@ use jiff::Timestamp;
 use pilotlight_proto::fleet::v1 as fleet;
 use pilotlight_telemetry::TraceContext;
 
+use super::failures::Failures;
 pub use super::node_state::NodeState;
-use super::{failures::Failures, meter::Charge};
 use crate::{
     autoscaler::{Decision, Defaults, Scaler, ScalerConfig},
     eviction::{Arrivals, Costs},
@@ -400,18 +400,11 @@ impl World {
         sleepers.by_ref().take(promised).any(|other| other.record.name == replica.record.name)
     }
 
-    /// What a replica is charged for now. One that sleeps only as long as nobody needs its room costs its
-    /// owner nothing; one that was asked for does, and its GPUs as long as it holds them.
-    pub fn charge(&self, replica: &ReplicaState) -> Charge {
-        let devices = replica.record.devices() as u64;
-        if !replica.sleeps() {
-            return Charge { replicas: 1, devices };
-        }
+    /// Returns `true` if a replica that sleeps does so because its service asks for it, and not only as long as nobody
+    /// needs its room.
+    pub fn sleeps_on_request(&self, replica: &ReplicaState) -> bool {
         let revision = self.revisions.get(&replica.record.revision);
-        match revision.is_some_and(|revision| self.keeps_promise(revision, replica)) {
-            true => Charge { replicas: 1, devices: if replica.has_released_gpu() { 0 } else { devices } },
-            false => Charge::default(),
-        }
+        revision.is_some_and(|revision| self.keeps_promise(revision, replica))
     }
 
     fn asked_warm(&self, revision: &RevisionState) -> Option<u32> {

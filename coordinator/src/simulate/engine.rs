@@ -3,7 +3,6 @@
 use std::{
     cmp::Reverse,
     collections::{BTreeMap, BinaryHeap},
-    sync::Arc,
     time::Duration,
 };
 
@@ -14,20 +13,19 @@ use super::{
     Scenario, ScenarioError, fleet as machines,
     outcome::{Outcome, Point, Ran, Served, Tally},
     service::{ReplicaId, RequestId, VirtualService},
+    setup::{add, named, settings},
     trace::Work,
+    usage::{Life, Metered, Metering},
 };
 use crate::{
-    autoscaler::ScalerConfig,
-    model::{ReplicaRecord, ServiceRecord},
+    model::ReplicaRecord,
     reconcile::{
-        load::insert_revision,
         observe::{self, Dirty},
         plan,
         record::Recorder,
         scale,
-        world::{ServiceState, Settings, World},
+        world::World,
     },
-    spec::{ComponentKind, IdleReplicas, InferenceService, PlacementPolicy},
 };
 
 /// Simulates a scenario from its first request until its tail is over.
@@ -40,6 +38,20 @@ pub fn run(scenario: &Scenario) -> Result<Outcome, ScenarioError> {
     Ok(engine.outcome())
 }
 
+/// The same, and what is metered. The coordinator's meter is lost and read again from what it had written after each
+/// `term`.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_metered(scenario: &Scenario, term: Duration) -> Result<Metered, ScenarioError> {
+    let mut engine = Engine::new(scenario)?;
+    engine.schedule(term, Event::FailOver(term));
+    engine.play();
+    let lives = engine.replicas.iter().map(|replica| replica.life.clone()).collect();
+    let end = engine.time();
+    Ok(engine.metering.finish(end, engine.now, lives))
+}
+
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Event {
     Arrive(RequestId),
@@ -47,6 +59,8 @@ enum Event {
     Ready(ReplicaId),
     Report,
     Tick,
+    /// Another leader takes over, and again after each such time.
+    FailOver(Duration),
 }
 
 #[derive(Debug)]
@@ -57,6 +71,14 @@ struct VirtualReplica {
     phase: ReplicaPhase,
     running: u32,
     ran: Ran,
+    life: Life,
+}
+
+impl VirtualReplica {
+    fn enter(&mut self, phase: ReplicaPhase, now: Duration) {
+        self.phase = phase;
+        self.life.push((now, phase));
+    }
 }
 
 struct Engine<'a> {
@@ -64,6 +86,7 @@ struct Engine<'a> {
     world: World,
     recorder: Recorder,
     dirty: Dirty,
+    metering: Metering,
     /// Index of the service for each name of the trace.
     asked: Vec<usize>,
     services: Vec<VirtualService>,
@@ -100,6 +123,7 @@ impl<'a> Engine<'a> {
             world,
             recorder: Recorder::in_memory(),
             dirty: Dirty::default(),
+            metering: Metering::default(),
             asked,
             services,
             replicas: Vec::new(),
@@ -143,6 +167,7 @@ impl<'a> Engine<'a> {
                 Event::Ready(replica) => self.ready(replica),
                 Event::Report => self.report(),
                 Event::Tick => self.tick(),
+                Event::FailOver(term) => self.fail_over(term),
             }
             self.act();
         }
@@ -151,6 +176,7 @@ impl<'a> Engine<'a> {
 
     fn hear(&mut self, node: &str, message: Message) {
         let now = self.time();
+        self.metering.observe(&self.world, node, &message, now);
         observe::hear(&mut self.world, node, message, now, &mut self.recorder, &mut self.dirty);
     }
 
@@ -247,7 +273,7 @@ impl<'a> Engine<'a> {
         if replica.phase != ReplicaPhase::Starting {
             return;
         }
-        replica.phase = ReplicaPhase::Ready;
+        replica.enter(ReplicaPhase::Ready, self.now);
         let (index, node) = (replica.service, replica.node.clone());
         self.services[index].slots(id, 0, Some(0));
         self.say_what_runs(&node);
@@ -255,7 +281,7 @@ impl<'a> Engine<'a> {
     }
 
     fn stopped(&mut self, id: ReplicaId) {
-        self.replicas[id].phase = ReplicaPhase::Stopped;
+        self.replicas[id].enter(ReplicaPhase::Stopped, self.now);
         let node = self.replicas[id].node.clone();
         self.say_what_runs(&node);
     }
@@ -264,8 +290,10 @@ impl<'a> Engine<'a> {
     fn say_what_runs(&mut self, node: &str) {
         let Some(state) = self.world.nodes.get(node) else { return };
         let present = state.replicas.iter().filter_map(|name| self.by_name.get(name));
+        let present: Vec<_> = present.map(|id| &self.replicas[*id]).collect();
+        let histories = Metering::histories(present.iter().map(|replica| (&*replica.name, &replica.life)), self.now);
         let replicas = present
-            .map(|id| &self.replicas[*id])
+            .into_iter()
             .map(|replica| fleet::ReplicaStatus {
                 replica: replica.name.clone(),
                 revision: self.services[replica.service].revision.clone(),
@@ -273,6 +301,7 @@ impl<'a> Engine<'a> {
                 ..Default::default()
             })
             .collect();
+        self.hear(node, Message::ReplicaHistories(histories));
         self.hear(node, Message::ReplicaStatuses(fleet::ReplicaStatuses { replicas }));
     }
 
@@ -297,6 +326,15 @@ impl<'a> Engine<'a> {
         self.schedule(self.now + self.scenario.tick, Event::Tick);
         self.replan();
         self.look();
+        self.metering.write_due(&self.world, now);
+    }
+
+    fn fail_over(&mut self, term: Duration) {
+        let now = self.time();
+        self.metering.fail_over(&self.world, now);
+        let nodes: Vec<_> = self.world.nodes.keys().cloned().collect();
+        nodes.iter().for_each(|node| self.say_what_runs(node));
+        self.schedule(self.now + term, Event::FailOver(term));
     }
 
     /// As the coordinator's loop does after each input.
@@ -352,12 +390,13 @@ impl<'a> Engine<'a> {
             node: create.node.clone(),
             gpu_indices: create.gpu_indices,
             mig_devices: create.mig_devices,
-            gpu_class: String::new(),
+            gpu_class: self.scenario.nodes.first().map(|node| node.product.clone()).unwrap_or_default(),
             created_at: self.time(),
             draining: false,
             asleep: false,
         };
-        self.world.insert_replica(placed, Default::default());
+        self.world.insert_replica(placed.clone(), Default::default());
+        self.metering.open(&self.world, &placed, self.time());
         self.by_name.insert(name.clone(), id);
         self.replicas.push(VirtualReplica {
             name,
@@ -366,6 +405,7 @@ impl<'a> Engine<'a> {
             phase: ReplicaPhase::Starting,
             running: 0,
             ran: Ran { from: self.now, until: None, gpus },
+            life: vec![(self.now, ReplicaPhase::Starting)],
         });
         self.schedule(self.now + self.scenario.model.load_time, Event::Ready(id));
         self.say_what_runs(&create.node);
@@ -377,7 +417,7 @@ impl<'a> Engine<'a> {
         let Some(id) = self.by_name.get(name).copied() else { return };
         let replica = &mut self.replicas[id];
         let (index, running) = (replica.service, replica.running);
-        replica.phase = ReplicaPhase::Draining;
+        replica.enter(ReplicaPhase::Draining, self.now);
         self.services[index].slots(id, running, None);
         self.services[index].drain(running, self.now);
         if running == 0 {
@@ -386,6 +426,7 @@ impl<'a> Engine<'a> {
     }
 
     fn forget(&mut self, name: &str) {
+        self.metering.close(name, self.time());
         self.world.remove_replica(name);
         if let Some(id) = self.by_name.remove(name) {
             self.replicas[id].ran.until = Some(self.now);
@@ -426,66 +467,4 @@ impl<'a> Engine<'a> {
         });
         Outcome { seconds: self.end.as_secs_f64(), services: services.collect() }
     }
-}
-
-fn settings(scenario: &Scenario) -> Settings {
-    Settings {
-        cell: "simulated".into(),
-        domain: "localhost".into(),
-        ingress_port: 80,
-        queue_limit: scenario.queue_limit as u32,
-        scaling: scenario.scaling.clone(),
-        placement_policy: PlacementPolicy::BinPack,
-        // Cold starts are what is looked at here; `warmth` is about the rungs between.
-        idle_replicas: IdleReplicas::Stop,
-        // Virtual nodes are never silent.
-        node_lease: Duration::MAX,
-        values: Arc::default(),
-    }
-}
-
-/// The service that the trace means by this name.
-fn named(scenario: &Scenario, asked: &str) -> Result<usize, ScenarioError> {
-    if scenario.services.is_empty() {
-        return Err(ScenarioError::NoService);
-    }
-    let full = |service: &InferenceService| format!("{}/{}", service.namespace, service.name);
-    let found = scenario.services.iter().position(|service| service.name == asked || full(service) == asked);
-    match found {
-        Some(index) => Ok(index),
-        None if asked.is_empty() => Ok(0),
-        None => Err(ScenarioError::UnknownService {
-            asked: asked.to_owned(),
-            known: scenario.services.iter().map(full).collect::<Vec<_>>().join(", "),
-        }),
-    }
-}
-
-/// Puts a service into the world: its one revision has been ready before.
-fn add(world: &mut World, service: &InferenceService, now: Timestamp) -> Result<VirtualService, ScenarioError> {
-    let predictor = &service.predictor;
-    if let Err(findings) =
-        ScalerConfig::resolve(&world.settings.scaling, &predictor.template.annotations, &predictor.scaling)
-    {
-        let findings: Vec<_> = findings.iter().map(ToString::to_string).collect();
-        return Err(ScenarioError::Settings(format!("{}: {}", service.name, findings.join("; "))));
-    }
-    let record = ServiceRecord {
-        component: ComponentKind::Predictor,
-        uid: "simulated".into(),
-        generation: 1,
-        created_at: now,
-        latest_revision: 1,
-        latest_ready: Some(1),
-        latest_rolledout: Some(1),
-        previous_rolledout: None,
-        revision_names: Default::default(),
-        service: service.clone(),
-    };
-    let revision = record.revision(1, true, now);
-    let key = revision.key();
-    world.services.insert(record.key(), ServiceState::new(record));
-    insert_revision(world, revision, now);
-    let concurrency = predictor.scaling.container_concurrency.max(0) as u32;
-    Ok(VirtualService::new(key, concurrency, predictor.timeout))
 }

@@ -12,19 +12,22 @@ mod outcome;
 pub mod pattern;
 pub mod replay;
 mod service;
+mod setup;
 #[cfg(test)]
 mod tests;
 pub mod trace;
+mod usage;
 pub mod warmth;
 
 use std::time::Duration;
 
 use serde::Serialize;
 
-pub use engine::run;
+pub use engine::{run, run_metered};
 pub use fleet::{FleetError, VirtualNode, nodes};
 pub use outcome::{Outcome, PanicPeriod, Percentiles, Point, ServiceOutcome};
 pub use trace::{Request, Trace, Work};
+pub use usage::{Life, Metered};
 
 use crate::{autoscaler::Defaults, spec::InferenceService};
 

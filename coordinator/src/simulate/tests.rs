@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::{
     ModelProfile, Outcome, Scenario, ScenarioError, ServiceOutcome, Trace, VirtualNode,
     pattern::{Pattern, Shape},
-    run,
+    run, run_metered,
 };
 use crate::{
     autoscaler::Defaults,
@@ -107,4 +107,64 @@ fn mistakes_are_named() {
     assert_eq!(run(&tick), Err(ScenarioError::Interval("tick")));
     let settings = scenario(pattern(Shape::Step, 1.0), &[("autoscaling.knative.dev/window", "1s")]);
     assert!(run(&settings).unwrap_err().to_string().contains("autoscaling.knative.dev/window"));
+}
+
+/// Usage of a scripted day, with a leader that dies each 50 minutes, equals what the virtual machines did.
+#[test]
+fn a_day_is_metered_to_the_minute_over_fail_overs() {
+    use std::collections::BTreeMap;
+
+    use pilotlight_proto::fleet::v1::ReplicaPhase;
+
+    use crate::usage::UsageState;
+
+    const MINUTE: u64 = 60_000;
+    let day = Duration::from_secs(86_400);
+    let trace = Pattern { shape: Shape::Sine, peak: 1.0, length: day, seed: 3 }.trace();
+    let mut scenario = scenario(trace, &[]);
+    scenario.model.request_time = day / 1440;
+    let metered = run_metered(&scenario, Duration::from_secs(3_000)).unwrap();
+    assert!(metered.lives.len() > 20, "{} replicas are little to meter", metered.lives.len());
+    assert_eq!(metered.report.gaps, []);
+
+    let end = metered.end.as_millis() as u64;
+    let mut expected: BTreeMap<(u64, UsageState), (u64, u64)> = BTreeMap::new();
+    for life in &metered.lives {
+        let ready = |phase| matches!(phase, ReplicaPhase::Ready | ReplicaPhase::Draining);
+        let state = |phase| if ready(phase) { UsageState::Serving } else { UsageState::Loading };
+        let mut minutes: BTreeMap<u64, UsageState> = BTreeMap::new();
+        for (index, (from, phase)) in life.iter().enumerate().filter(|(_, (_, phase))| *phase != ReplicaPhase::Stopped)
+        {
+            let until = life.get(index + 1).map_or(end, |(at, _)| at.as_millis() as u64);
+            for minute in from.as_millis() as u64 / MINUTE..until.div_ceil(MINUTE) {
+                let (first, last) = ((from.as_millis() as u64).max(minute * MINUTE), until.min((minute + 1) * MINUTE));
+                if first == last {
+                    continue;
+                }
+                expected.entry((minute, state(*phase))).or_default().0 += last - first;
+                let dearest = minutes.entry(minute).or_insert(state(*phase));
+                *dearest = (*dearest).max(state(*phase));
+            }
+        }
+        for (minute, state) in minutes {
+            expected.entry((minute, state)).or_default().1 += 1;
+        }
+    }
+    let counted: BTreeMap<_, _> = metered
+        .report
+        .rows
+        .iter()
+        .map(|row| {
+            assert_eq!(row.amounts.gpu_us, row.amounts.replica_ms * 1000, "one GPU each");
+            assert_eq!(row.series.workload.service, "llm");
+            let key = (row.start as u64 / MINUTE, row.series.state);
+            (key, (row.amounts.replica_ms as u64, row.amounts.minutes as u64))
+        })
+        .collect();
+    let minutes = |all: &BTreeMap<_, (u64, u64)>| all.values().map(|(_, minutes)| minutes).sum::<u64>();
+    assert_eq!(minutes(&counted), minutes(&expected));
+    assert_eq!(counted, expected);
+    // One shard, twice a minute at most, and with each replica that is placed or removed.
+    let most = 2 * (86_400 / 60 + 30) + 4 * metered.lives.len();
+    assert!(metered.writes <= most, "{} writes, at most {most}", metered.writes);
 }

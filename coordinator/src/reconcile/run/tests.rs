@@ -1,6 +1,7 @@
 //! The loop with a store that fails.
 
 mod quarantine;
+mod usage;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 

@@ -1,11 +1,7 @@
 //! Who sleeps, who wakes, and who gives GPUs to whom.
 
 use super::*;
-use crate::{
-    model::ServiceRecord,
-    reconcile::{meter::Charge, world::ServiceState},
-    spec::IdleReplicas,
-};
+use crate::{model::ServiceRecord, reconcile::world::ServiceState, spec::IdleReplicas};
 
 const PATHS: &str = "pilotlight.dev/sleep-path: /sleep, pilotlight.dev/wake-path: /wake";
 const ASLEEP: ReplicaPhase = ReplicaPhase::Asleep;
@@ -74,9 +70,8 @@ impl Cell {
         cell
     }
 
-    fn charge(&self, name: &str) -> (u64, u64) {
-        let Charge { replicas, devices } = self.world.charge(&self.world.replicas[name]);
-        (replicas, devices)
+    fn sleeps_on_request(&self, name: &str) -> bool {
+        self.world.sleeps_on_request(&self.world.replicas[name])
     }
 }
 
@@ -203,14 +198,10 @@ fn nobody_sleeps_or_yields_before_the_fleet_has_settled() {
 }
 
 #[test]
-fn sleepers_are_charged_for_what_was_asked_for_alone() {
+fn only_sleepers_that_a_service_asks_for_sleep_on_request() {
     let cell = Cell::sleepy(&[4]).applied("m", 0, PATHS).sleeper("m-1", "a", 0, ASLEEP, true);
-    assert_eq!(cell.charge("m-1"), (0, 0));
-    let cell = Cell::sleepy(&[4]).applied("m", 0, "").sleeper("m-1", "a", 0, DRAINING, true);
-    assert_eq!(cell.charge("m-1"), (1, 1), "it still ends its requests");
+    assert!(!cell.sleeps_on_request("m-1"));
     let promised = "pilotlight.dev/warm-replicas: \"1\"";
     let cell = Cell::sleepy(&[4]).applied("m", 0, promised).sleeper("m-1", "a", 0, ASLEEP, true);
-    assert_eq!(cell.charge("m-1"), (1, 1));
-    let cell = Cell::sleepy(&[4]).applied("m", 0, promised).sleeper("m-1", "a", 0, ASLEEP, false);
-    assert_eq!(cell.charge("m-1"), (1, 0));
+    assert!(cell.sleeps_on_request("m-1"));
 }
