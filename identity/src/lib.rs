@@ -14,6 +14,7 @@ mod live;
 mod member;
 mod private;
 mod revocations;
+mod signatures;
 mod token;
 mod transport;
 

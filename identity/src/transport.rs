@@ -4,10 +4,10 @@ use std::{io, sync::Arc, time::Duration};
 
 use hyper_util::rt::TokioIo;
 use rustls::{
-    ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme,
+    ClientConfig, RootCertStore,
     client::{
         WebPkiServerVerifier,
-        danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
+        danger::{ServerCertVerified, ServerCertVerifier},
     },
     pki_types::{CertificateDer, ServerName, UnixTime},
 };
@@ -22,10 +22,8 @@ use tonic::{
 use tower::service_fn;
 
 use crate::{
-    IdentityError, LiveIdentity, Member, MemberCertificate, Revocable, Revocations,
-    accept::TlsConnection,
-    authority,
-    live::{provider, signatures},
+    IdentityError, LiveIdentity, Member, MemberCertificate, Revocable, Revocations, accept::TlsConnection, authority,
+    live::provider, signatures::signature_methods,
 };
 
 const CONNECT_WITHIN: Duration = Duration::from_secs(5);
@@ -235,25 +233,5 @@ impl ServerCertVerifier for Pinned {
         verifier.verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now)
     }
 
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        signatures::tls12(message, certificate, signature)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        signatures::tls13(message, certificate, signature)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        signatures::schemes()
-    }
+    signature_methods!();
 }
