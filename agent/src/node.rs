@@ -213,7 +213,7 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), Agen
     Ok(())
 }
 
-/// Watches the health of the driver's GPUs, if there are any. An agent that cannot do so still serves.
+/// Watches the health of the driver's GPUs, if there is a driver. An agent that cannot do so still serves.
 fn monitor(
     config: &Config,
     inventory: &fleet::Inventory,
@@ -221,7 +221,8 @@ fn monitor(
     metrics: GpuMetrics,
     reports: watch::Sender<Option<fleet::GpuReport>>,
 ) -> Option<GpuMonitor> {
-    if inventory.simulated || inventory.gpus.is_empty() {
+    let has_driver = !inventory.gpus.is_empty() || !inventory.driver_version.is_empty();
+    if inventory.simulated || !has_driver {
         return None;
     }
     let (library, gpus) = (config.nvml_library.clone(), inventory.gpus.clone());

@@ -110,14 +110,15 @@ fn irregularities(health: &GpuHealth) -> Vec<String> {
     found
 }
 
-/// What is wrong with a node's GPUs, for the list of nodes: those that are quarantined, and why.
+/// What is wrong with a node's GPUs, for the list of nodes: those that are quarantined, and why; and a driver that does not
+/// answer.
 pub fn problems(node: &Node) -> Vec<String> {
     let quarantined = node.gpus.iter().filter_map(|gpu| {
         let quarantine = gpu.quarantine.as_ref()?;
         Some(format!("GPU {} quarantined: {}", gpu.index, quarantine.message))
     });
-    let unread = (!node.gpu_error.is_empty()).then(|| format!("health of GPUs unknown: {}", node.gpu_error));
-    quarantined.chain(unread).collect()
+    let error = (!node.gpu_error.is_empty()).then(|| node.gpu_error.clone());
+    quarantined.chain(error).collect()
 }
 
 #[cfg(test)]
@@ -162,6 +163,6 @@ mod tests {
         );
         assert!(shown.contains("Healthy") && shown.contains("Unknown"), "{shown}");
         let unread = Node { gpu_error: "no driver".into(), ..Default::default() };
-        assert_eq!(problems(&unread), ["health of GPUs unknown: no driver"]);
+        assert_eq!(problems(&unread), ["no driver"]);
     }
 }

@@ -92,9 +92,19 @@ class Gpus:
 
     def used(self):
         """Bytes in use on all GPUs together, by anyone; None in a rehearsal."""
+        return None if self.rehearse else sum(self.used_by_gpu())
+
+    def used_by_gpu(self):
+        """Bytes in use on each GPU, by anyone."""
         if self.rehearse:
-            return None
-        return sum(int(line) for line in self.smi("--query-gpu=memory.used", "--format=csv,noheader,nounits").split()) * MIB
+            return []
+        lines = self.smi("--query-gpu=memory.used", "--format=csv,noheader,nounits").split()
+        return [int(line) * MIB for line in lines]
+
+    def divided(self):
+        """Indices of GPUs in MIG mode."""
+        gpus = [] if self.rehearse else self.log.findall("gpu")
+        return [index for index, gpu in enumerate(gpus) if gpu.findtext("mig_mode/current_mig") == "Enabled"]
 
     def describe(self):
         if self.rehearse:
@@ -250,8 +260,13 @@ class Proof:
 
     def run(self):
         self.idle = self.gpus.used()
-        if self.idle is not None and self.idle > 2 * 2**30:
-            raise Failed(f"{self.idle / 2**30:.1f} GiB of GPU memory are in use by others; end them first")
+        # Pilotlight gives nobody a GPU of which others hold more.
+        busy = [index for index, used in enumerate(self.gpus.used_by_gpu()) if used > 512 * MIB]
+        if busy:
+            raise Failed(f"memory of GPUs {busy} is in use by others; end them first")
+        divided = self.gpus.divided()
+        if divided:
+            raise Failed(f"GPUs {divided} are in MIG mode; this proof needs whole GPUs")
         text = self.measure_by_hand()
         self.dev = Dev(self.options, self.directory)
         try:
@@ -309,7 +324,7 @@ class Proof:
 
         compare("driver", labels.get("nvidia.com/cuda.driver-version.full"), log.findtext("driver_version"))
         compare("CUDA", labels.get("nvidia.com/cuda.runtime-version.full"), log.findtext("cuda_version"))
-        theirs = sorted(log.findall("gpu"), key=lambda gpu: gpu.findtext("pci/pci_bus_id") or gpu.get("id"))
+        theirs = log.findall("gpu")
         compare("number of GPUs", len(node["gpus"]), len(theirs))
         by_uuid = {gpu.findtext("uuid"): gpu for gpu in theirs}
         for gpu in node["gpus"]:

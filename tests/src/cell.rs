@@ -319,6 +319,7 @@ impl Cell {
         let settings = AgentSettings {
             name,
             gpus,
+            driver: None,
             directory: self.directory.path().join(name),
             coordinators: format!("https://127.0.0.1:{}", self.grpc),
             env: self.env.clone(),
@@ -344,6 +345,8 @@ pub struct AgentSettings<'a> {
     pub name: &'a str,
     /// Simulated GPUs.
     pub gpus: u32,
+    /// The driver's library; then no GPUs are simulated.
+    pub driver: Option<PathBuf>,
     /// Its data directory.
     pub directory: PathBuf,
     /// URLs of all coordinators, separated by commas.
@@ -359,7 +362,7 @@ impl Agent {
     /// Its directory cannot be made.
     pub async fn start(settings: AgentSettings<'_>, operator: &Operator) -> Self {
         let ingress = free_port();
-        let AgentSettings { name, gpus, directory, coordinators, env } = settings;
+        let AgentSettings { name, gpus, driver, directory, coordinators, env } = settings;
         std::fs::create_dir_all(&directory).expect("a directory for the agent");
         let args = vec![
             "agent".to_owned(),
@@ -374,7 +377,10 @@ impl Agent {
             format!("--listen-ingress=127.0.0.1:{ingress}"),
             format!("--listen-peer=127.0.0.1:{}", free_port()),
             format!("--listen-http=127.0.0.1:{}", free_port()),
-            format!("--simulate-gpus={gpus}"),
+            match driver {
+                Some(library) => format!("--nvml-library={}", library.display()),
+                None => format!("--simulate-gpus={gpus}"),
+            },
         ];
         let gateway = Gateway::at(ingress);
         let mut agent = Self { gateway, name: name.to_owned(), args, env, directory, process: None };

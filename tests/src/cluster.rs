@@ -1,6 +1,6 @@
 //! A cell with several etcd members and several coordinators, each of which can be killed, frozen and stopped.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 use tempfile::TempDir;
@@ -187,9 +187,19 @@ impl Cluster {
 
     /// Starts an agent that knows all coordinators, and waits until it is connected.
     pub async fn agent(&self, name: &str, gpus: u32) -> Agent {
+        self.start_agent(name, gpus, None).await
+    }
+
+    /// The same with the GPUs that a driver's library sees.
+    pub async fn agent_with_driver(&self, name: &str, library: PathBuf) -> Agent {
+        self.start_agent(name, 0, Some(library)).await
+    }
+
+    async fn start_agent(&self, name: &str, gpus: u32, driver: Option<PathBuf>) -> Agent {
         let settings = AgentSettings {
             name,
             gpus,
+            driver,
             directory: self.directory.path().join(name),
             coordinators: self.addresses.join(","),
             env: Vec::new(),

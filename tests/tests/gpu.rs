@@ -2,6 +2,7 @@
 
 use pilotlight_tests::{
     cell::{Dev, Operator},
+    cluster::Cluster,
     eventually,
     manifest::Iris,
     nvml::NvmlStub,
@@ -127,6 +128,32 @@ async fn memory_that_others_hold_is_not_given() {
     stub.set("gpu.0.used", 0);
     stub.set("gpu.0.processes", "");
     operator.replicas_are("iris", 1, "Ready").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_quarantine_survives_a_fail_over_and_is_cleared_while_its_node_is_away() {
+    let stub = NvmlStub::with_h100(1);
+    let mut cluster = Cluster::start(1, 2).await;
+    let mut agent = cluster.agent_with_driver("gpu-1", stub.library()).await;
+    let operator = cluster.operator.clone();
+    let reported = |errors: u64| move |gpu: &Value| gpu["health"]["eccUncorrectableErrors"] == errors;
+    gpu_is(&operator, 0, "is healthy", reported(0)).await;
+    stub.set("gpu.0.ecc", 2);
+    let gpu = gpu_is(&operator, 0, "is quarantined", |gpu| !gpu["quarantine"].is_null()).await;
+    assert_eq!(gpu["quarantine"]["reason"], "UncorrectableEccError");
+
+    let leader = cluster.leader().await;
+    cluster.coordinators[leader].kill_9();
+    let next = gpu_is(&operator, 0, "is reported to the next leader", reported(2)).await;
+    assert_eq!(next["quarantine"], gpu["quarantine"]);
+
+    agent.kill_9();
+    operator.must(&["gpu", "unquarantine", "gpu-1", "0"]);
+    agent.restart(&operator).await;
+    let gpu = gpu_is(&operator, 0, "is reported again", reported(2)).await;
+    assert!(gpu["quarantine"].is_null(), "these errors are acknowledged: {gpu}");
+    stub.set("gpu.0.ecc", 3);
+    gpu_is(&operator, 0, "is quarantined again", |gpu| !gpu["quarantine"].is_null()).await;
 }
 
 #[test]

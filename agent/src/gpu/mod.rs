@@ -27,7 +27,7 @@ use std::{
 use nvml_wrapper::Nvml;
 use pilotlight_proto::fleet::v1::{Gpu, GpuReport, ReplicaStatuses};
 use tokio::sync::watch;
-use tracing::{error, warn};
+use tracing::error;
 
 pub use metrics::GpuMetrics;
 use tracker::Tracker;
@@ -115,7 +115,6 @@ impl Sampler {
                     xids::watch_all(nvml, &self.settings.gpus, &events, &self.stopping);
                 }
                 if let Err(error) = self.sample(nvml) {
-                    warn!(%error, "the NVIDIA driver does not answer; its library is loaded again");
                     self.publish_error(error);
                     driver = None;
                 }
@@ -135,7 +134,7 @@ impl Sampler {
         match crate::inventory::open_driver(self.settings.library.as_deref()) {
             Ok(nvml) => Some(Arc::new(nvml)),
             Err(error) => {
-                self.publish_error(error.to_string());
+                self.publish_error(format!("the NVIDIA driver does not answer: {error}"));
                 None
             }
         }
@@ -143,9 +142,15 @@ impl Sampler {
 
     /// Reads all GPUs once.
     fn sample(&mut self, nvml: &Nvml) -> Result<(), String> {
-        let count = nvml.device_count().map_err(|error| format!("number of GPUs: {error}"))?;
-        // After the number, so that a driver that is gone is noticed before each GPU counts as lost.
-        tracing::trace!(count, "reading GPUs");
+        // First, so that a driver that is gone is noticed before each GPU counts as lost.
+        let count = nvml.device_count().map_err(|error| format!("the NVIDIA driver does not answer: {error}"))?;
+        let known = self.settings.gpus.len();
+        let error = match usize::try_from(count) {
+            Ok(count) if count > known => {
+                format!("only {known} of {count} GPUs could be read when the agent started; its log says why")
+            }
+            _ => String::new(),
+        };
         let readings: Vec<_> = self.settings.gpus.iter().map(|gpu| sample::read(nvml, gpu)).collect();
         // After the readings, so that a replica that starts meanwhile is known.
         let replicas: BTreeMap<u32, String> = {
@@ -158,7 +163,7 @@ impl Sampler {
         let name_of = |pid| owners::facts(pid).map(|facts| facts.name).unwrap_or_default();
         let report = self.tracker.update(readings, &find_owner, &name_of);
         self.metrics.set(&report);
-        self.publish(report);
+        self.publish(GpuReport { error, ..report });
         Ok(())
     }
 

@@ -240,3 +240,14 @@ async fn memory_of_replicas_is_told_apart_from_that_of_others() {
     let report = watched.report(|report| report.gpus[0].foreign_memory_bytes == 0).await;
     assert!(report.replicas.is_empty());
 }
+
+#[tokio::test]
+async fn gpus_that_could_not_be_read_at_the_start_are_missed() {
+    let stub = NvmlStub::with_h100(2);
+    let mut watched = Watched::start(&stub, 1);
+    let report = watched.report(|report| !report.error.is_empty()).await;
+    assert!(report.error.starts_with("only 1 of 2 GPUs could be read"), "{}", report.error);
+    assert_eq!(report.gpus.len(), 1);
+    let mut none = Watched::start(&stub, 0);
+    assert!(none.report(|report| !report.error.is_empty()).await.error.starts_with("only 0 of 2"));
+}

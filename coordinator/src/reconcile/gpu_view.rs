@@ -1,15 +1,31 @@
 //! GPUs as operators and placement see them. Pure.
 
+use std::time::Duration;
+
+use jiff::Timestamp;
 use pilotlight_proto::{control::v1 as control, fleet::v1 as fleet};
 
 use super::{
     view::timestamp,
-    world::{NodeState, ReplicaState, World},
+    world::{NodeState, ReplicaState, World, since},
 };
 use crate::placement;
 
 /// Memory of other processes up to which a GPU is taken for free, bytes. Display servers and monitoring tools hold some.
 const IGNORED_FOREIGN_MEMORY: u64 = 512 << 20;
+
+/// An agent reports its GPUs every 30 s at least. If it is connected and has not for so long, its driver hangs.
+const REPORT_OVERDUE: Duration = Duration::from_secs(120);
+
+/// What is wrong with a node's GPUs as a whole; empty if nothing is known to be.
+pub(super) fn error(node: &NodeState, now: Timestamp) -> String {
+    let Some(report) = &node.gpu_report else { return String::new() };
+    let silence = since(node.gpu_reported_at, now);
+    if node.session.is_some() && silence > REPORT_OVERDUE {
+        return format!("GPUs were last reported {} s ago: the NVIDIA driver does not answer", silence.as_secs());
+    }
+    report.error.clone()
+}
 
 /// A GPU as placement sees it; `None` if it is quarantined.
 pub(super) fn placeable(node: &NodeState, gpu: &fleet::Gpu) -> Option<placement::Gpu> {
@@ -114,4 +130,37 @@ pub(super) fn memory_of(world: &World, replica: &ReplicaState) -> (Option<u64>, 
         None => gpus().filter(|gpu| record.gpu_indices.contains(&gpu.index)).map(|gpu| gpu.memory_bytes).sum(),
     };
     (used, requested)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{fleet::SessionHandle, model::NodeRecord, reconcile::plan::tests::Cell};
+
+    #[test]
+    fn a_driver_that_hangs_is_noticed_by_the_reports_that_do_not_come() {
+        let at = |second| Timestamp::from_second(second).unwrap();
+        let mut node = NodeState::unheard(NodeRecord::new("a", at(0)), at(0));
+        node.session = Some(SessionHandle::to_nobody("a"));
+        assert_eq!(error(&node, at(1000)), "", "it has reported nothing, as a node without a driver");
+        let report = fleet::GpuReport { error: "only 1 of 2 GPUs".into(), ..Default::default() };
+        (node.gpu_report, node.gpu_reported_at) = (Some(report), at(1000));
+        assert_eq!(error(&node, at(1120)), "only 1 of 2 GPUs");
+        assert_eq!(error(&node, at(1121)), "GPUs were last reported 121 s ago: the NVIDIA driver does not answer");
+        node.session = None;
+        assert_eq!(error(&node, at(1121)), "only 1 of 2 GPUs", "it cannot report anything");
+    }
+
+    #[test]
+    fn memory_that_a_replica_uses_is_shown_beside_what_was_set_aside_for_it() {
+        let mut cell = Cell::of(&[1]).replica("m-1", "a", 0, fleet::ReplicaPhase::Ready);
+        let memory = |cell: &Cell| memory_of(&cell.world, &cell.world.replicas["m-1"]);
+        assert_eq!(memory(&cell), (None, 48 << 30), "its agent measures nothing");
+        let measured = fleet::ReplicaGpuMemory { replica: "m-1".into(), bytes: 7 << 30 };
+        let report = fleet::GpuReport { replicas: vec![measured], ..Default::default() };
+        cell.world.nodes.get_mut("a").unwrap().gpu_report = Some(report);
+        assert_eq!(memory(&cell), (Some(7 << 30), 48 << 30));
+        cell.world.nodes.get_mut("a").unwrap().gpu_report = Some(fleet::GpuReport::default());
+        assert_eq!(memory(&cell), (Some(0), 48 << 30), "no process of it uses a GPU");
+    }
 }

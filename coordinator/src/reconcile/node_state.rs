@@ -31,6 +31,8 @@ pub struct NodeState {
     pub inventory: Option<fleet::Inventory>,
     /// What it last reported of its GPUs; `None` until then, and if it reports nothing.
     pub gpu_report: Option<fleet::GpuReport>,
+    /// When that report came; meaningless without one.
+    pub gpu_reported_at: Timestamp,
     /// What has happened to it lately, oldest first. In memory only.
     pub events: VecDeque<Event>,
     /// Models on its disk, as it said last.
@@ -60,6 +62,7 @@ impl NodeState {
             hello: fleet::Hello::default(),
             inventory: None,
             gpu_report: None,
+            gpu_reported_at: now,
             events: VecDeque::new(),
             cached: fleet::CacheReport::default(),
             shelf: Shelf::default(),

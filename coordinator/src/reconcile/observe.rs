@@ -87,7 +87,7 @@ pub fn hear(
         }
         Message::GpuReport(report) => {
             if let Some(state) = world.nodes.get_mut(node) {
-                state.gpu_report = Some(report);
+                (state.gpu_report, state.gpu_reported_at) = (Some(report), now);
                 dirty.reported_gpus.insert(node.to_owned());
             }
         }

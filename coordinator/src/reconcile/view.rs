@@ -283,7 +283,7 @@ pub fn node(world: &World, state: &NodeState, now: Timestamp) -> control::Node {
         peer_address: state.hello.peer_address.clone(),
         ingress_address: state.hello.ingress_address.clone(),
         gpus: inventory.gpus.iter().map(|gpu| gpu_view::node_gpu(state, gpu, &holders)).collect(),
-        gpu_error: state.gpu_report.as_ref().map(|report| report.error.clone()).unwrap_or_default(),
+        gpu_error: gpu_view::error(state, now),
         events: state.events.iter().map(event).collect(),
         labels: inventory.labels,
         simulated: inventory.simulated,
