@@ -21,6 +21,7 @@ use rustix::process::{Resource, getrlimit};
 use tokio::{
     net::TcpListener,
     sync::{mpsc, watch},
+    task::JoinHandle,
 };
 use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
@@ -173,7 +174,7 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), Agen
         let membership = membership.affects(Arc::clone(&revocations), Arc::clone(&data_path));
         tokio::spawn(membership.run(told_bundles, stopping.clone()));
     }
-    serve_peers(&data_path, identity.as_ref(), &revocations, peers, refusals, models, &stopping)?;
+    let peers_served = serve_peers(&data_path, identity.as_ref(), &revocations, peers, refusals, models, &stopping)?;
 
     let (gpu_reports, gpus) = watch::channel(None);
     let _monitor = monitor(&config, &inventory, reconciler.statuses(), gpu_metrics, gpu_reports);
@@ -206,6 +207,8 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), Agen
     let talking = tokio::spawn(session.run(session_stopping.clone()));
     info!(node = %config.node_name, ingress = %config.listen_ingress, "agent runs");
     data_path.serve_ingress(ingress, stopping).await;
+    // It has drained meanwhile, too.
+    let _ = peers_served.await;
     reconciler.shutdown(config.stop_replicas_on_exit).await;
     session_stopping.cancel();
     // It ends at once.
@@ -321,9 +324,9 @@ fn serve_peers(
     refusals: AcceptMetrics,
     models: Models,
     stopping: &CancellationToken,
-) -> Result<(), AgentError> {
+) -> Result<JoinHandle<()>, AgentError> {
     let (path, stopping) = (Arc::clone(data_path), stopping.clone());
-    match identity {
+    Ok(match identity {
         Some(identity) => {
             let config = identity.server_config(&[b"h2"])?;
             let accepted = pilotlight_identity::accept_tls(listener, config, Arc::clone(revocations), refusals);
@@ -332,14 +335,13 @@ fn serve_peers(
                 let accepted = stream.as_ref().is_ok_and(|stream| is_good_node(stream, &revocations));
                 std::future::ready(accepted)
             });
-            tokio::spawn(async move { path.serve_peers(nodes, models, stopping).await });
+            tokio::spawn(path.serve_peers(nodes, models, stopping))
         }
         None => {
             let accepted = TcpListenerStream::new(listener);
-            tokio::spawn(async move { path.serve_peers(accepted, models, stopping).await });
+            tokio::spawn(path.serve_peers(accepted, models, stopping))
         }
-    }
-    Ok(())
+    })
 }
 
 /// Lets the data path know whether there is a session with the coordinator, until the session's task ends.

@@ -74,6 +74,8 @@ pub enum Answer {
         /// Seconds for which there has been none.
         seconds: u64,
     },
+    /// The agent stops, and the request still waited for a replica.
+    Stopping,
     /// Upgrades are not passed on.
     Upgrade,
     /// The request is malformed.
@@ -100,7 +102,8 @@ impl Answer {
             | Self::NoRevision { .. }
             | Self::NoRoutes
             | Self::ReplicaFailed { .. }
-            | Self::CoordinatorUnavailable { .. } => StatusCode::SERVICE_UNAVAILABLE,
+            | Self::CoordinatorUnavailable { .. }
+            | Self::Stopping => StatusCode::SERVICE_UNAVAILABLE,
             Self::Timeout { .. } | Self::NotReady { .. } => StatusCode::GATEWAY_TIMEOUT,
             Self::BadGateway { .. } => StatusCode::BAD_GATEWAY,
             Self::Upgrade => StatusCode::NOT_IMPLEMENTED,
@@ -122,6 +125,7 @@ impl Answer {
             Self::BadGateway { .. } => "BadGateway",
             Self::ReplicaFailed { reason, .. } => reason,
             Self::CoordinatorUnavailable { .. } => "CoordinatorUnavailable",
+            Self::Stopping => "NodeStopping",
             Self::Upgrade => "UpgradeNotSupported",
             Self::BadRequest { .. } => "BadRequest",
             Self::MethodNotAllowed => "MethodNotAllowed",
@@ -146,6 +150,7 @@ impl Answer {
                 "no replica of the service is ready, and the coordinator, which starts and wakes them, has been away for \
                  {seconds} s"
             ),
+            Self::Stopping => "this node's agent is stopping; send the request again, or to another node".to_owned(),
             Self::Upgrade => "protocol upgrades such as WebSocket are not passed on by this version".to_owned(),
             Self::BadRequest { reason } | Self::RequestTimeout { reason } => reason.clone(),
             Self::MethodNotAllowed => "this gateway is no forward proxy: CONNECT is not allowed".to_owned(),

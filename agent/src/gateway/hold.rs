@@ -147,8 +147,9 @@ impl DataPath {
             away = self.coordinator.unavailable_for(queue) => {
                 return Err(Answer::CoordinatorUnavailable { seconds: away.as_secs() });
             }
+            () = self.wait_ended.cancelled() => return Err(Answer::Stopping),
         };
-        grant.ok_or_else(|| Answer::BadGateway { reason: "the agent is stopping".to_owned() })
+        grant.ok_or(Answer::Stopping)
     }
 
     /// The hop to the replica, or to the node that has it.

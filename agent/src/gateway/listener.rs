@@ -34,7 +34,9 @@ use super::{
 };
 
 /// Requests that run get this long when the agent stops.
-const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
+pub(super) const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
+/// Those that still wait for a replica after this time are answered, so that their clients can ask another node.
+const WAIT_TIMEOUT: Duration = Duration::from_secs(10);
 /// A connection that is closed for doing nothing gets this long for its protocol's farewell.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 /// A silent HTTP/2 client is pinged after this time, and gone if it does not answer within as much.
@@ -81,7 +83,7 @@ impl Listener {
         Self { path, host, connections, server, shed_log: RateLimit::default(), accept_log: RateLimit::default() }
     }
 
-    /// Serves until `stopping`; then requests that run may end.
+    /// Serves until `stopping`; then requests that run may end, and those that wait for a replica may still get one.
     pub(super) async fn serve(self, listener: TcpListener, stopping: CancellationToken) {
         let running = TaskTracker::new();
         loop {
@@ -106,8 +108,11 @@ impl Listener {
         }
         drop(listener);
         running.close();
-        // What has not ended by then is cut off by the end of the process.
-        let _ = tokio::time::timeout(DRAIN_TIMEOUT, running.wait()).await;
+        if tokio::time::timeout(WAIT_TIMEOUT, running.wait()).await.is_err() {
+            self.path.wait_ended.cancel();
+            // What has not ended by then is cut off by the end of the process.
+            let _ = tokio::time::timeout(DRAIN_TIMEOUT - WAIT_TIMEOUT, running.wait()).await;
+        }
     }
 
     /// The next connection, as soon as there is room for one.

@@ -39,6 +39,7 @@ use std::{
 };
 
 use tokio::{sync::Semaphore, time::Instant};
+use tokio_util::sync::CancellationToken;
 
 pub use clients::{ClientSettings, max_connections};
 pub use egress::Gateway;
@@ -87,6 +88,8 @@ pub struct DataPath {
     clients: ClientSettings,
     reported: Mutex<Instant>,
     coordinator: Coordinator,
+    /// Cancelled when requests that still wait for a replica are answered because the agent stops.
+    pub(crate) wait_ended: CancellationToken,
 }
 
 impl DataPath {
@@ -109,6 +112,7 @@ impl DataPath {
             weights: PeerConnectionPool::new(setup.connect),
             reported: Mutex::new(Instant::now()),
             coordinator: Coordinator::new(),
+            wait_ended: CancellationToken::new(),
             sidecar,
         })
     }

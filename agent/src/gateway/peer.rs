@@ -11,7 +11,7 @@ use hyper_util::{
     server::conn::auto,
 };
 use pilotlight_proto::peer::v1::slots_server::SlotsServer;
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::service::Routes;
 use tower::ServiceExt as _;
 use tracing::{Instrument as _, debug, info_span};
@@ -23,6 +23,7 @@ use super::{
     error_format::ErrorFormat,
     forward::{Failure, OFFER, PeerStream, REPLICA, UNSEEN},
     hold,
+    listener::DRAIN_TIMEOUT,
     peer_connections::{CONNECTION_WINDOW, KEEP_ALIVE_INTERVAL, STREAM_WINDOW},
     slot_stream::SlotsService,
     tokens, weights,
@@ -34,13 +35,13 @@ use crate::{
 
 impl DataPath {
     /// Serves other nodes until `stopping`, and lends them this node's models. The streams are authenticated
-    /// already.
+    /// already. Requests that run then may end; slots are given no more.
     pub async fn serve_peers<S, T>(self: Arc<Self>, connections: S, models: Models, stopping: CancellationToken)
     where
         S: Stream<Item = std::io::Result<T>>,
         T: PeerStream + 'static,
     {
-        let slots = SlotsServer::new(SlotsService { sidecar: Arc::clone(&self.sidecar) });
+        let slots = SlotsServer::new(SlotsService { sidecar: Arc::clone(&self.sidecar), stopping: stopping.clone() });
         let slots = Routes::new(slots).prepare();
         let mut server = auto::Builder::new(TokioExecutor::new()).http2_only();
         server
@@ -51,13 +52,9 @@ impl DataPath {
             .initial_connection_window_size(CONNECTION_WINDOW)
             .keep_alive_interval(KEEP_ALIVE_INTERVAL)
             .keep_alive_timeout(KEEP_ALIVE_INTERVAL);
-        let mut connections = std::pin::pin!(connections);
-        loop {
-            let connection = tokio::select! {
-                () = stopping.cancelled() => return,
-                connection = connections.next() => connection,
-            };
-            let Some(connection) = connection else { return };
+        let mut connections = std::pin::pin!(connections.take_until(stopping.cancelled()));
+        let running = TaskTracker::new();
+        while let Some(connection) = connections.next().await {
             let Ok(stream) = connection else { continue };
             let (path, slots, models) = (Arc::clone(&self), slots.clone(), models.clone());
             let service = service_fn(move |request: Request<Incoming>| {
@@ -66,15 +63,23 @@ impl DataPath {
             });
             let connection = server.serve_connection(TokioIo::new(stream), service).into_owned();
             let stopping = stopping.clone();
-            tokio::spawn(async move {
-                tokio::select! {
-                    outcome = connection => if let Err(error) = outcome {
-                        debug!(%error, "connection from node ended");
-                    },
-                    () = stopping.cancelled() => {}
+            running.spawn(async move {
+                let mut connection = std::pin::pin!(connection);
+                let outcome = tokio::select! {
+                    outcome = connection.as_mut() => outcome,
+                    () = stopping.cancelled() => {
+                        connection.as_mut().graceful_shutdown();
+                        connection.await
+                    }
+                };
+                if let Err(error) = outcome {
+                    debug!(%error, "connection from node ended");
                 }
             });
         }
+        running.close();
+        // What has not ended by then is cut off by the end of the process.
+        let _ = tokio::time::timeout(DRAIN_TIMEOUT, running.wait()).await;
     }
 
     async fn serve_peer(&self, request: Request<Incoming>, slots: Routes, models: &Models) -> Response<Body> {

@@ -10,6 +10,7 @@ use pilotlight_proto::peer::v1::{
 };
 use tokio::{sync::mpsc, time::Instant};
 use tokio_stream::wrappers::UnboundedReceiverStream;
+use tokio_util::sync::CancellationToken;
 use tonic::{Status, Streaming};
 use tracing::debug;
 
@@ -151,6 +152,8 @@ impl Outbound {
 /// The node's end of [`SlotStreams`].
 pub(super) struct SlotsService {
     pub(super) sidecar: Arc<Sidecar>,
+    /// Ends all streams: this node gives no more slots.
+    pub(super) stopping: CancellationToken,
 }
 
 #[tonic::async_trait]
@@ -165,7 +168,8 @@ impl Slots for SlotsService {
         // It holds at most as many offers as this node can make until they lapse.
         let (sender, receiver) = mpsc::unbounded_channel();
         let gateway = self.sidecar.open_gateway(sender);
-        tokio::spawn(serve_gateway(inbound, gateway, Arc::clone(&self.sidecar)));
+        let serving = serve_gateway(inbound, gateway, Arc::clone(&self.sidecar));
+        tokio::spawn(self.stopping.clone().run_until_cancelled_owned(serving));
         Ok(tonic::Response::new(Box::pin(UnboundedReceiverStream::new(receiver).map(Ok))))
     }
 }

@@ -4,6 +4,7 @@ mod correctness;
 mod failures;
 mod idle_connections;
 mod slow_clients;
+mod stopping;
 
 use std::{
     collections::BTreeMap,
@@ -272,7 +273,7 @@ struct Node {
     ingress: SocketAddr,
     peers: SocketAddr,
     _models: tempfile::TempDir,
-    _stopping: DropGuard,
+    stopping: DropGuard,
 }
 
 impl Node {
@@ -292,7 +293,7 @@ impl Node {
             peers: peers.local_addr().unwrap(),
             path: Arc::clone(&path),
             _models: directory,
-            _stopping: stopping.clone().drop_guard(),
+            stopping: stopping.clone().drop_guard(),
         };
         tokio::spawn(Arc::clone(&path).serve_ingress(ingress, stopping.clone()));
         tokio::spawn(path.serve_peers(TcpListenerStream::new(peers), models, stopping));
