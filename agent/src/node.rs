@@ -165,6 +165,8 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), Agen
 
     let (connected, is_connected) = watch::channel(false);
     tokio::spawn(follow_session(Arc::clone(&data_path), is_connected.clone()));
+    let session = is_connected.clone();
+    pilotlight_telemetry::notify_service_manager(move || readiness(*session.borrow()), stopping.clone());
     let status = pilotlight_telemetry::http_router(&metrics, move || readiness(*is_connected.borrow()));
     tokio::spawn(pilotlight_telemetry::serve_status(http, status, stopping.clone()));
     tokio::spawn(care_for_logs(Arc::clone(&reconciler), stopping.clone()));

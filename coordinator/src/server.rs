@@ -119,6 +119,8 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), Coor
     let standing = Standing::new();
     let readiness = standing.clone();
     let status = pilotlight_telemetry::http_router(&metrics, move || readiness.readiness());
+    let readiness = standing.clone();
+    pilotlight_telemetry::notify_service_manager(move || readiness.readiness(), stopping.clone());
     tokio::spawn(pilotlight_telemetry::serve_status(http, status, stopping.clone()));
     let api = ApiThreads::start().map_err(CoordinatorError::Threads)?;
     let switch = Switch::new(standing.clone(), api);

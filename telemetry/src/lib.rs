@@ -6,6 +6,7 @@
 mod context;
 mod metrics;
 mod rate_limit;
+mod service_manager;
 mod setup;
 mod status_server;
 mod text_format;
@@ -13,5 +14,6 @@ mod text_format;
 pub use context::{TraceContext, extract, inject, set_parent};
 pub use metrics::{Metrics, http_router};
 pub use rate_limit::RateLimit;
+pub use service_manager::notify_service_manager;
 pub use setup::{Guard, LogFormat, Settings, TelemetryError, init, otlp_layer};
 pub use status_server::serve_status;

@@ -388,6 +388,11 @@ impl Agent {
         agent
     }
 
+    /// A variable that it has from its next start on.
+    pub fn set_env(&mut self, name: &'static str, value: &str) {
+        self.env.push((name, value.to_owned()));
+    }
+
     /// The token that it joins with at its next start, if it has no certificate.
     pub fn set_token(&mut self, token: &str) {
         self.args.retain(|arg| !arg.starts_with("--token="));
