@@ -5,6 +5,7 @@ pub mod endpoint;
 pub mod gateway;
 pub mod gpu;
 pub mod inventory;
+mod listeners;
 mod membership;
 pub mod models;
 mod node;

@@ -32,6 +32,7 @@ use crate::{
     gateway::{self, ClientSettings, DataPath, GatewayMetrics, Setup},
     gpu::{self, GpuMetrics, GpuMonitor, MonitorSettings},
     inventory::{self, InventoryError},
+    listeners::Inherited,
     membership::{self, Membership, ToldBundle},
     models::{Models, Shelf},
     peer_connector::{connector, is_good_node},
@@ -109,9 +110,12 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), Agen
     make_data_dir(&config)?;
     let _lock = pilotlight_identity::lock_dir(&config.data_dir)?;
     let mut inventory = inventory::discover(&config)?;
-    let ingress = listen("listen-ingress", config.listen_ingress).await?;
-    let peers = listen("listen-peer", config.listen_peer).await?;
-    let http = listen("listen-http", config.listen_http).await?;
+    let mut sockets = Inherited::from_env();
+    let ingress = sockets.listen("listen-ingress", config.listen_ingress).await?;
+    let peers = sockets.listen("listen-peer", config.listen_peer).await?;
+    let http = sockets.listen("listen-http", config.listen_http).await?;
+    sockets.warn_of_unused();
+    drop(sockets);
     // Port 0 asks for any; others must be told which.
     let ingress_address = ingress.local_addr().unwrap_or(config.listen_ingress);
     let peer_address = peers.local_addr().unwrap_or(config.listen_peer);
@@ -312,10 +316,6 @@ fn hello(config: &Config, ingress: SocketAddr, peers: SocketAddr) -> fleet::Hell
         boot_id: uuid::Uuid::new_v4().to_string(),
         ..fleet::Hello::default()
     }
-}
-
-async fn listen(what: &'static str, address: SocketAddr) -> Result<TcpListener, AgentError> {
-    TcpListener::bind(address).await.map_err(|error| AgentError::Listen { what, address, error })
 }
 
 fn serve_peers(

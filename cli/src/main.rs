@@ -20,6 +20,7 @@ mod failure;
 mod follow;
 mod get;
 mod gpu;
+mod init;
 mod json;
 mod jsonpath;
 mod logs;
@@ -73,6 +74,9 @@ enum Command {
     Coordinator(coordinator::Args),
     /// Run an agent.
     Agent(agent::Args),
+    /// Write the configuration of a coordinator or a node.
+    #[command(subcommand)]
+    Init(init::Command),
     /// Apply manifests.
     Apply(apply::Args),
     /// Show what an apply would change. Exit status: 0 is nothing, 1 is something, 2 is an error.
@@ -174,6 +178,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
         Command::Cache(command) => process::ask(cache::run(connection, command)),
         Command::Token(command) => process::ask(token::run(connection, command)),
         Command::Snapshot(command) => process::ask(snapshot::run(connection, *command)),
+        Command::Init(command) => process::ask(async { init::run(command) }),
         Command::Ca(command) => process::ask(ca::run(connection, command)),
         Command::Usage(args) => process::ask(usage::run(connection, args)),
         Command::User(command) => process::ask(user::run(connection, command)),
