@@ -8,13 +8,14 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
+use hyper::Request;
 use pilotlight_tests::{
     cell::{Agent, Operator},
     cluster::Cluster,
     eventually,
     manifest::{Iris, TWO_FLOWERS},
 };
-use serde_json::Value;
+use serde_json::{Value, json};
 
 const HOST: &str = "metered.default.localhost";
 const PREDICT: &str = "/v1/models/iris:predict";
@@ -117,6 +118,17 @@ async fn ask(agent: &Agent, operator: &Operator, count: u32, all: &mut u32) {
     .await;
 }
 
+/// Sends a completion request; the tokens by its answer's `usage`, if there is one.
+async fn complete(agent: &Agent, stream: bool) -> Option<(u64, u64)> {
+    let message = json!({ "role": "user", "content": "one two three four five" });
+    let body = json!({ "model": "iris", "messages": [message], "stream": stream }).to_string();
+    let head = Request::post("/v1/chat/completions?interval=10ms").header("content-type", "application/json");
+    let answer = agent.gateway.send(HOST, head, &body).await.unwrap();
+    assert_eq!(answer.status, 200, "{}", answer.body);
+    let answer: Value = serde_json::from_str(&answer.body).ok()?;
+    Some((answer["usage"]["prompt_tokens"].as_u64()?, answer["usage"]["completion_tokens"].as_u64()?))
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn usage_is_what_processes_did_over_a_fail_over_and_the_loss_and_return_of_a_node() {
     let mut cluster = Cluster::start(1, 2).await;
@@ -137,6 +149,11 @@ async fn usage_is_what_processes_did_over_a_fail_over_and_the_loss_and_return_of
     eventually("the first requests are counted", || async { (counted() > 0.0).then_some(()) }).await;
     tokio::time::sleep(Duration::from_secs(2)).await;
     requests += counted() as u32;
+    let (prompt, generated) = complete(&agent, false).await.unwrap();
+    assert!(prompt > 0 && generated > 0);
+    assert_eq!(complete(&agent, false).await, Some((prompt, generated)));
+    assert_eq!(complete(&agent, true).await, None, "a stream has none unless it is asked for");
+    requests += 3;
     ask(&agent, &operator, 20, &mut requests).await;
 
     let leader = cluster.leader().await;
@@ -179,6 +196,8 @@ async fn usage_is_what_processes_did_over_a_fail_over_and_the_loss_and_return_of
         assert_eq!(line["label:team"], "blue");
     }
     assert_eq!(sum(&usage, "requests", |_| true), f64::from(requests));
+    let tokens = ["promptTokens", "generatedTokens", "requestsWithoutUsage"].map(|field| sum(&usage, field, |_| true));
+    assert_eq!(tokens, [2.0 * prompt as f64, 2.0 * generated as f64, 1.0]);
     let minutes_of = |change: f64| -> i64 {
         observed.iter().map(|(started, ended)| minutes(started - change, ended + change)).sum()
     };

@@ -246,6 +246,7 @@ impl Reconciler {
             ready_since: None,
             running: Arc::clone(&orphan.running),
         };
+        life.begin_status(adopted.as_ref());
         let handle = tokio::spawn(orphan.supervise(life.run(adopted)));
         inner.tasks.insert(name, Task { desired: sender, handle });
     }

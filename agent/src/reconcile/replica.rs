@@ -80,19 +80,22 @@ pub(super) enum End {
 }
 
 impl Life {
-    /// Lives until it is to leave and has stopped.
-    pub(super) async fn run(mut self, adopted: Option<Running>) {
+    /// The status that it begins with. An adopted one is in the first report of this agent process: a coordinator that
+    /// missed it there would take it for ended.
+    pub(super) fn begin_status(&self, adopted: Option<&Running>) {
         let first = self.assignment();
-        let started = adopted.as_ref().map(|running| Timestamp { seconds: running.started_at, nanos: 0 });
-        let taken_over = adopted.is_some();
         self.update(|status| {
             status.revision.clone_from(&first.revision);
             status.set_phase(ReplicaPhase::Pending);
-            status.adopted = taken_over;
-            status.started_at = started;
-            status.message =
-                if taken_over { "taken over from the previous agent process" } else { "accepted" }.to_owned();
+            status.adopted = adopted.is_some();
+            status.started_at = adopted.map(|running| Timestamp { seconds: running.started_at, nanos: 0 });
+            let message = if adopted.is_some() { "taken over from the previous agent process" } else { "accepted" };
+            status.message = message.to_owned();
         });
+    }
+
+    /// Lives until it is to leave and has stopped.
+    pub(super) async fn run(mut self, adopted: Option<Running>) {
         let mut backoff = CrashBackoff::default();
         let mut present = self.take_over(adopted).await;
         while !self.leaving() {

@@ -208,6 +208,8 @@ fn statuses_of(world: &mut World, node: &str, statuses: fleet::ReplicaStatuses, 
                 dirty.nodes.insert(node.to_owned());
                 if let Some(record) = left_behind.remove(&status.replica) {
                     dirty.returned.push((record, status));
+                } else if let Some((_, last)) = dirty.returned.iter_mut().find(|(it, _)| it.name == status.replica) {
+                    *last = status;
                 }
             }
         }

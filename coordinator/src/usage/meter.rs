@@ -422,8 +422,9 @@ impl Meter {
         }
         for number in checkpoint.shards {
             let shard = &mut self.shards[number];
-            // An open segment is ended soon, so that nobody merges it before.
-            shard.dirty = !checkpoint.ends_segments && !(shard.totals.is_empty() && shard.gaps.is_empty());
+            // An open segment with something in it is ended soon, so that nobody merges it before.
+            let is_empty = shard.totals.is_empty() && shard.gaps.is_empty();
+            shard.dirty = !(checkpoint.ends_segments || is_empty);
             if checkpoint.ends_segments {
                 shard.written = checkpoint.at;
                 shard.sequence += 1;

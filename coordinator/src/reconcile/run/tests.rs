@@ -278,6 +278,21 @@ async fn replicas_that_still_run_are_adopted_when_their_lost_node_returns() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn an_adopted_replica_has_the_last_status_of_several_that_come_together() {
+    let mut case = Case::serving().await;
+    case.pass(Duration::from_secs(22)).await;
+    case.reconciler.world.nodes["a"].session.as_ref().unwrap().note_message();
+    let mut first = ready(&["m-1"]);
+    if let Input::Heard { message: fleet::agent_message::Message::ReplicaStatuses(statuses), .. } = &mut first {
+        statuses.replicas[0].set_phase(fleet::ReplicaPhase::Pending);
+    }
+    case.reconciler.take(first).await;
+    case.reconciler.take(ready(&["m-1"])).await;
+    case.reconciler.act().await;
+    assert!(case.reconciler.world.replicas["m-1"].ready());
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_replica_of_a_lost_node_is_not_adopted_where_another_one_is_ready() {
     let mut case = Case::serving().await;
     case.pass(Duration::from_secs(22)).await;
