@@ -122,7 +122,13 @@ kill -INT "$load"
 wait "$load" || true
 load=
 cat "$work/load.json"
-jq -e '.sent > 500 and .sent == .answered' "$work/load.json" >/dev/null || { echo "requests failed during the upgrade" >&2; exit 1; }
+if ! jq -e '.sent > 500 and .sent == .answered' "$work/load.json" >/dev/null; then
+    for node in "${nodes[@]}"; do
+        docker exec "it-$node" journalctl -u pilotlight-agent -u pilotlight-agent.socket --no-pager -o short-precise | tail -40
+    done
+    echo "requests failed during the upgrade" >&2
+    exit 1
+fi
 
 say "A snapshot, and back to it"
 follow coordinator "the coordinator" 5

@@ -32,7 +32,7 @@ def main() -> None:
             result = "answered" if response.status == 200 else f"{response.status} {text[:200]!r}"
             connection.close()
         except Exception as error:  # Whatever it is, it is counted.
-            result = f"{node}: {error!r}"
+            result = f"{time.strftime('%H:%M:%S')} {node}: {error!r}"
         with lock:
             outcome[result] += 1
 
