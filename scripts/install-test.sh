@@ -124,7 +124,7 @@ load=
 cat "$work/load.json"
 if ! jq -e '.sent > 500 and .sent == .answered' "$work/load.json" >/dev/null; then
     for node in "${nodes[@]}"; do
-        docker exec "it-$node" journalctl -u pilotlight-agent -u pilotlight-agent.socket --no-pager -o short-precise | tail -40
+        docker exec "it-$node" journalctl -u pilotlight-agent -u pilotlight-gateway.socket --no-pager -o short-precise | tail -40
     done
     echo "requests failed during the upgrade" >&2
     exit 1

@@ -20,7 +20,7 @@ use tracing::{info, warn};
 use crate::{config::Config, gateway::DataPath, node::AgentError, session::Outbound};
 
 /// Pause before a renewal that failed is tried again.
-const RENEW_PAUSE: Duration = Duration::from_secs(30);
+const RENEW_PAUSE: Duration = Duration::from_secs(5);
 /// Time for running requests to end on connections whose authority is trusted no longer. It is the default timeout of a
 /// request.
 const CLOSE_UNTRUSTED_AFTER: Duration = Duration::from_secs(300);

@@ -62,7 +62,12 @@ pub async fn run(connection: ConnectionArgs, command: Command) -> Result<(), Fai
         }
         Command::Retire { force } => {
             let answer = client.retire_authority(RetireAuthorityRequest { force }).await?.into_inner();
-            output::print(&format!("authority/{} is trusted no longer\n", short_of(answer.authority)))
+            let authority = answer.authority.unwrap_or_default();
+            let what = match authority.state() {
+                AuthorityState::Next => "was not activated and is dropped; the rotation is undone",
+                _ => "is trusted no longer",
+            };
+            output::print(&format!("authority/{} {what}\n", short(&authority.sha256)))
         }
     }
 }

@@ -11,6 +11,10 @@ use crate::{config::Config, server::CoordinatorError};
 
 /// Certificates of the coordinator and its first operator; renewed at each start.
 const LIFETIME: Duration = Duration::from_secs(365 * 24 * 3600);
+/// Pause before the operator's certificate is written again after the disk has refused it.
+const WRITE_PAUSE: Duration = Duration::from_secs(10);
+/// Time for answers that are under way before connections of a retired authority are closed.
+const CLOSE_PAUSE: Duration = Duration::from_secs(1);
 /// Directory below the data directory for the first operator's certificate.
 pub(crate) const OPERATOR_DIR: &str = "operator";
 
@@ -30,10 +34,10 @@ impl OwnIdentity {
         names: &[String],
     ) -> Result<Self, CoordinatorError> {
         let operator_dir = config.data_dir.join(OPERATOR_DIR);
-        issue(authorities, Member::operator("admin", Role::Admin, None)?, &[])?.save(&operator_dir)?;
-        info!(directory = %operator_dir.display(), "operator's certificate written; use it by --credentials");
         let identity = LiveIdentity::new(&issue(authorities, Member::Coordinator, names)?)?;
-        Ok(Self { names: names.to_vec(), operator_dir, identity })
+        let own = Self { names: names.to_vec(), operator_dir, identity };
+        own.write_operator(authorities);
+        Ok(own)
     }
 
     /// For the gRPC listener.
@@ -42,7 +46,7 @@ impl OwnIdentity {
     }
 
     /// Issues both anew after each change of the authorities, and closes connections whose authority is trusted no
-    /// longer; until `shutdown`.
+    /// longer; until `shutdown`. An operator's certificate that could not be written is written later.
     pub(crate) async fn follow(
         self,
         authorities: LiveAuthorities,
@@ -52,23 +56,41 @@ impl OwnIdentity {
         let mut changes = authorities.subscribe();
         // They may have changed since the certificates were issued.
         changes.mark_changed();
+        let mut is_written = true;
         loop {
             tokio::select! {
                 changed = changes.changed() => if changed.is_err() { return },
+                () = tokio::time::sleep(WRITE_PAUSE), if !is_written => {}
                 () = shutdown.cancelled() => return,
             }
             let current = Arc::clone(&changes.borrow_and_update());
+            is_written = self.write_operator(&current);
             if let Err(error) = self.renew(&current) {
                 warn!(%error, "cannot issue the coordinator's certificate by the new authority");
             }
+            // Whoever has retired the authority gets the answer first.
+            tokio::time::sleep(CLOSE_PAUSE).await;
             revocations.close_untrusted(&current.trusted());
         }
     }
 
     fn renew(&self, authorities: &Authorities) -> Result<(), CoordinatorError> {
-        self.identity.replace(&issue(authorities, Member::Coordinator, &self.names)?)?;
-        issue(authorities, Member::operator("admin", Role::Admin, None)?, &[])?.save(&self.operator_dir)?;
-        Ok(())
+        Ok(self.identity.replace(&issue(authorities, Member::Coordinator, &self.names)?)?)
+    }
+
+    /// Issues and writes the first operator's credentials. Returns `false` if they cannot be written, such as on a full
+    /// disk: the coordinator serves without them.
+    fn write_operator(&self, authorities: &Authorities) -> bool {
+        let directory = self.operator_dir.display();
+        let written = Member::operator("admin", Role::Admin, None)
+            .map_err(CoordinatorError::from)
+            .and_then(|member| issue(authorities, member, &[]))
+            .and_then(|credentials| Ok(credentials.save(&self.operator_dir)?));
+        match &written {
+            Ok(()) => info!(%directory, "operator's certificate written; use it by --credentials"),
+            Err(error) => warn!(%directory, %error, "cannot write the operator's certificate; trying again"),
+        }
+        written.is_ok()
     }
 }
 

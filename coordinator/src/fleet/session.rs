@@ -65,7 +65,7 @@ impl Heard {
         self.at.store(self.started.elapsed().as_millis() as u64, Ordering::Relaxed);
     }
 
-    fn silence(&self) -> Duration {
+    pub(crate) fn silence(&self) -> Duration {
         match self.at.load(Ordering::Relaxed) {
             Self::ALWAYS => Duration::ZERO,
             at => self.started.elapsed().saturating_sub(Duration::from_millis(at)),
@@ -188,7 +188,13 @@ impl FleetService {
             heard: Heard::now(),
         };
         let fingerprint = caller.as_ref().map(|certificate| certificate.fingerprint.as_str());
-        self.sessions.admit(&session.node, fingerprint, &hello.boot_id, session.closed.clone())?;
+        self.sessions.admit(
+            &session.node,
+            fingerprint,
+            &hello.boot_id,
+            session.closed.clone(),
+            session.heard.clone(),
+        )?;
         info!(node = %session.node, session = session.id, version = %hello.agent_version, "agent connected");
         let stopped = |_| {
             session.close();

@@ -35,8 +35,9 @@ pub fn select(query: &Query, stored: impl IntoIterator<Item = (SegmentKey, Segme
     let mut gaps = Vec::new();
     let asked = |namespace: &str| query.namespace.is_empty() || namespace == query.namespace;
     let mut add = |row: Row| {
-        let overlaps = row.start < query.to && row.period.end(row.start) > query.from;
-        if overlaps && asked(&row.series.workload.namespace) {
+        // A row belongs to the range in which it begins, so that adjacent ranges add up.
+        let begins_within = query.from <= row.start && row.start < query.to;
+        if begins_within && asked(&row.series.workload.namespace) {
             totals.add(lengthen(row, query.period));
         }
     };

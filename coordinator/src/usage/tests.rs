@@ -459,6 +459,24 @@ fn a_sleeper_that_nobody_asked_for_is_spare_and_one_that_wakes_has_its_gpus() {
 }
 
 #[test]
+fn adjacent_ranges_add_up_wherever_they_meet() {
+    let mut cell = Cell::new();
+    serving(&mut cell);
+    cell.now += 10 * MINUTE;
+    cell.observe("1", "r", &[change(1, START, Activity::Serving)]);
+    let time = |from: Clock, to: Clock| -> i64 {
+        let query = Query { from, to, period: Period::Minute, namespace: String::new() };
+        let report = select(&query, cell.segments(), cell.meter.live(cell.now));
+        report.rows.iter().map(|row| row.amounts.replica_ms).sum()
+    };
+    let all = time(Clock::MIN, Clock::MAX);
+    assert!(all > 0);
+    for meet in [START, START + MINUTE, START + 2 * MINUTE + 30_000, START + 2 * MINUTE + 45_000] {
+        assert_eq!(time(Clock::MIN, meet) + time(meet, Clock::MAX), all, "at {meet}");
+    }
+}
+
+#[test]
 fn old_usage_is_kept_by_hour_then_day_then_month_and_its_sum_stays() {
     let mut cell = Cell::new();
     serving(&mut cell);
