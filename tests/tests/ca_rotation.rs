@@ -1,7 +1,7 @@
 //! The certificate authority is rotated under a steady load: nodes, users and coordinators pass to the next one, and
 //! nobody who holds on to the former one is let in afterwards.
 
-use std::{path::Path, process::Command};
+use std::{path::Path, process::Command, time::Duration};
 
 use pilotlight_identity::{Credentials, JoinToken, LiveIdentity, Trust, channel, new_csr};
 use pilotlight_proto::{
@@ -148,6 +148,8 @@ async fn the_authority_is_rotated_without_a_failed_request_and_the_former_one_op
     assert_eq!(identity.matches("BEGIN CERTIFICATE").count(), 1);
     let now = operator.replicas_are("warm", 1, "Ready").await;
     assert_eq!((&now[0]["name"], &now[0]["pid"]), (&warm["name"], &warm["pid"]));
+    // The coordinator's connections of the former authority are closed meanwhile.
+    tokio::time::sleep(Duration::from_secs(3)).await;
     load.stop().await.assert_all_answered("while the former authority is retired");
 }
 

@@ -64,13 +64,16 @@ impl OwnIdentity {
                 () = shutdown.cancelled() => return,
             }
             let current = Arc::clone(&changes.borrow_and_update());
-            is_written = self.write_operator(&current);
             if let Err(error) = self.renew(&current) {
                 warn!(%error, "cannot issue the coordinator's certificate by the new authority");
             }
-            // Whoever has retired the authority gets the answer first.
-            tokio::time::sleep(CLOSE_PAUSE).await;
-            revocations.close_untrusted(&current.trusted());
+            is_written = self.write_operator(&current);
+            let (authorities, revocations) = (authorities.clone(), Arc::clone(&revocations));
+            tokio::spawn(async move {
+                // Whoever has retired the authority gets the answer first.
+                tokio::time::sleep(CLOSE_PAUSE).await;
+                revocations.close_untrusted(&authorities.current().trusted());
+            });
         }
     }
 
