@@ -42,7 +42,8 @@ pub struct Args {
     /// HTTP for /metrics, /healthz and /readyz.
     #[arg(long, env = "PILOTLIGHT_LISTEN_HTTP", default_value = "127.0.0.1:7481", value_name = "ADDRESS")]
     listen_http: SocketAddr,
-    /// host:port by which other agents reach this one, where it is not --listen-peer.
+    /// host:port by which other agents reach this one. Default: --listen-peer; if that is all addresses, the one that
+    /// this agent reaches the coordinator from.
     #[arg(long, env = "PILOTLIGHT_ADVERTISE_PEER", value_name = "ADDRESS")]
     advertise_peer: Option<String>,
     #[command(flatten)]

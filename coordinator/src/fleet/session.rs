@@ -1,6 +1,7 @@
 //! One gRPC stream per agent: authenticates it, reads what it says, writes what the loop tells it.
 
 use std::{
+    net::{IpAddr, SocketAddr},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -11,7 +12,7 @@ use std::{
 use futures::StreamExt as _;
 use pilotlight_identity::{Member, MemberCertificate};
 use pilotlight_proto::fleet::v1::{
-    AgentMessage, agent_message::Message as FromAgent, coordinator_message::Message as ToAgent,
+    AgentMessage, Hello, agent_message::Message as FromAgent, coordinator_message::Message as ToAgent,
 };
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -171,6 +172,7 @@ impl FleetService {
         request: Request<Streaming<AgentMessage>>,
     ) -> Result<Response<ToAgentStream>, Status> {
         let caller = self.access.caller(&request)?;
+        let remote = request.remote_addr().map(|address| address.ip());
         let mut inbound = request.into_inner();
         let first = tokio::time::timeout(HELLO_WITHIN, inbound.message())
             .await
@@ -179,6 +181,7 @@ impl FleetService {
             return Err(Status::invalid_argument("the first message of a session must be hello"));
         };
         check_node(caller.as_ref(), &hello.node_name)?;
+        let hello = Hello { peer_address: reachable(hello.peer_address, remote), ..hello };
 
         let session = SessionHandle {
             node: hello.node_name.clone(),
@@ -276,6 +279,17 @@ impl Listener {
     }
 }
 
+/// The address at which other nodes reach an agent: the one that it states, unless it listens on all addresses; then the
+/// one that its connection comes from, with the port that it states.
+fn reachable(stated: String, remote: Option<IpAddr>) -> String {
+    match (stated.parse::<SocketAddr>(), remote) {
+        (Ok(address), Some(remote)) if address.ip().is_unspecified() => {
+            SocketAddr::new(remote.to_canonical(), address.port()).to_string()
+        }
+        _ => stated,
+    }
+}
+
 /// Refuses a session that speaks for another node than its certificate names.
 fn check_node(caller: Option<&MemberCertificate>, node: &str) -> Result<(), Status> {
     match caller.map(|certificate| &certificate.member) {
@@ -284,5 +298,23 @@ fn check_node(caller: Option<&MemberCertificate>, node: &str) -> Result<(), Stat
         Some(other) => {
             Err(Status::permission_denied(format!("hello names node {node:?}, but the certificate is for {other}")))
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_agent_that_listens_on_all_addresses_is_reached_where_it_comes_from() {
+        let reached = |stated: &str, remote: Option<&str>| {
+            reachable(stated.to_owned(), remote.map(|remote| remote.parse().unwrap()))
+        };
+        assert_eq!(reached("0.0.0.0:7444", Some("10.0.0.7")), "10.0.0.7:7444");
+        assert_eq!(reached("[::]:7444", Some("fd00::7")), "[fd00::7]:7444");
+        assert_eq!(reached("[::]:7444", Some("::ffff:10.0.0.7")), "10.0.0.7:7444");
+        assert_eq!(reached("10.0.0.9:7444", Some("10.0.0.7")), "10.0.0.9:7444", "as it was told to state");
+        assert_eq!(reached("gpu-7.example:7444", Some("10.0.0.7")), "gpu-7.example:7444");
+        assert_eq!(reached("0.0.0.0:7444", None), "0.0.0.0:7444");
     }
 }
