@@ -19,7 +19,7 @@ pub enum Command {
         #[arg(long)]
         pem: bool,
     },
-    /// Make the next authority, which is trusted beside the one that signs. Once all trust it, run it with --activate.
+    /// Make the next authority, which is trusted in addition to the one that signs. Once all trust it, run it with --activate.
     Rotate {
         /// Let the next authority sign. Nodes renew their certificates at once.
         #[arg(long)]
@@ -28,7 +28,7 @@ pub enum Command {
         #[arg(long, requires = "activate")]
         force: bool,
     },
-    /// End the trust in the authority that does not sign: the former one, or a next one that was not activated.
+    /// End the trust in the authority that does not sign: the previous one, or a next one that was not activated.
     Retire {
         /// Retire it although somebody holds a certificate of it. Who does can connect no more.
         #[arg(long)]
@@ -79,7 +79,7 @@ fn show(answer: GetAuthoritiesResponse) -> String {
             AuthorityState::Signing if answer.external => "Signing (from files)",
             AuthorityState::Signing => "Signing",
             AuthorityState::Next => "Next",
-            AuthorityState::Former => "Former",
+            AuthorityState::Previous => "Previous",
             AuthorityState::Unspecified => "Unknown",
         };
         let (from, until) = (table::moment(authority.not_before), table::moment(authority.not_after));

@@ -1,5 +1,5 @@
 //! The certificate authority is rotated under a steady load: nodes, users and coordinators pass to the next one, and
-//! nobody who holds on to the former one is let in afterwards.
+//! nobody who holds on to the previous one is let in afterwards.
 
 use std::{path::Path, process::Command, time::Duration};
 
@@ -62,7 +62,7 @@ async fn version(server: &str, credentials: &Credentials) -> Result<(), tonic::S
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_authority_is_rotated_without_a_failed_request_and_the_former_one_opens_nothing() {
+async fn the_authority_is_rotated_without_a_failed_request_and_the_previous_one_opens_nothing() {
     let mut cluster = Cluster::start(1, 2).await;
     let mut agents: [Agent; 2] = [cluster.agent("a", 1).await, cluster.agent("b", 1).await];
     let operator = cluster.operator.clone();
@@ -123,7 +123,7 @@ async fn the_authority_is_rotated_without_a_failed_request_and_the_former_one_op
         passes_to(&operator, node, new, &both).await;
     }
 
-    // The former one is trusted no longer.
+    // The previous one is not trusted any longer.
     refused(&operator.run(&["ca", "retire"]), &["operator/ada", "user renew"]);
     ada.must(&["user", "renew"]);
     let server = format!("{}/", operator.server.split(',').nth(cluster.leader().await).unwrap());
@@ -131,14 +131,14 @@ async fn the_authority_is_rotated_without_a_failed_request_and_the_former_one_op
         ca_pem: Credentials::load(&ada_dir).unwrap().ca_pem,
         ..credentials.clone()
     };
-    version(&server, &with_new_roots(&old_ada)).await.expect("certificates of the former one are still good");
+    version(&server, &with_new_roots(&old_ada)).await.expect("certificates of the previous one are still good");
     operator.must(&["ca", "retire"]);
     assert_eq!(authorities(&operator), std::slice::from_ref(new));
     for (whose, credentials) in [("a user's", &old_ada), ("a node's", &old_node)] {
         let refused = version(&server, &with_new_roots(credentials)).await.unwrap_err();
         // The handshake ends before there is an answer.
         let is_handshake = matches!(refused.code(), Code::Unavailable | Code::Cancelled | Code::Unknown);
-        assert!(is_handshake, "{whose} certificate of the former authority: {refused}");
+        assert!(is_handshake, "{whose} certificate of the previous authority: {refused}");
     }
     assert!(ada.must(&["get", "isvc"]).contains("warm"));
     for node in ["node/a", "node/b", "node/c"] {
@@ -148,13 +148,13 @@ async fn the_authority_is_rotated_without_a_failed_request_and_the_former_one_op
     assert_eq!(identity.matches("BEGIN CERTIFICATE").count(), 1);
     let now = operator.replicas_are("warm", 1, "Ready").await;
     assert_eq!((&now[0]["name"], &now[0]["pid"]), (&warm["name"], &warm["pid"]));
-    // The coordinator's connections of the former authority are closed meanwhile.
+    // The coordinator's connections of the previous authority are closed meanwhile.
     tokio::time::sleep(Duration::from_secs(3)).await;
-    load.stop().await.assert_all_answered("while the former authority is retired");
+    load.stop().await.assert_all_answered("while the previous authority is retired");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_token_of_the_former_authority_lets_nobody_join_and_a_forced_rotation_locks_out_who_missed_it() {
+async fn a_token_of_the_previous_authority_lets_nobody_join_and_a_forced_rotation_locks_out_who_missed_it() {
     let cell = Cell::start(vec![]).await;
     let operator = &cell.operator;
     let mut agent = cell.agent("a", 1).await;

@@ -70,12 +70,12 @@ impl ControlService {
         let retired = current.beside_signer().ok_or_else(|| refused(RotationError::NothingToRetire))?;
         let shown = shown(&current, &retired);
         // Nobody holds a certificate of a next authority.
-        if !force && current.former.is_some() {
+        if !force && current.previous.is_some() {
             let signer = &following.trusted()[0].sha256;
             let members = self.authority_members().await?;
             let behind = members.iter().filter(|member| member.issuer_sha256 != *signer);
             check(
-                "hold certificates of the former authority, and could not connect any more",
+                "hold certificates of the previous authority, and could not connect any more",
                 "Nodes renew theirs while they are connected, users by `pilotlight user renew`; delete nodes that are gone \
                  by `pilotlight delete node NAME`",
                 behind.map(|member| member.subject.clone()).collect(),
@@ -138,7 +138,7 @@ fn shown(authorities: &Authorities, authority: &CaCertificate) -> control::Autho
     let state = match () {
         () if is_signer => control::AuthorityState::Signing,
         () if authorities.next.is_some() => control::AuthorityState::Next,
-        () => control::AuthorityState::Former,
+        () => control::AuthorityState::Previous,
     };
     let at = |time: SystemTime| Some(prost_types::Timestamp::from(time));
     control::Authority {

@@ -1,7 +1,7 @@
 //! The certificate authorities of the cell in its store.
 //!
-//! One authority signs. During a rotation members trust a second one beside it: first the next, which does not sign yet,
-//! then the former, which signs no more. See `docs/security.md`.
+//! One authority signs. During a rotation members trust a second one in addition to it: first the next, which does not sign yet,
+//! then the previous one, which does not sign any longer. See `docs/security.md`.
 
 mod own;
 mod rotation;
@@ -28,8 +28,8 @@ pub(crate) struct Authorities {
     pub(crate) signer: Arc<Authority>,
     /// Trusted, and does not sign yet.
     pub(crate) next: Option<Arc<Authority>>,
-    /// Certificate, PEM. Trusted, and signs no more.
-    pub(crate) former: Option<String>,
+    /// Certificate, PEM. Trusted, and does not sign any longer.
+    pub(crate) previous: Option<String>,
     /// Revision of the record in the store; `None` if the authority comes from files.
     revision: Option<u64>,
 }
@@ -38,7 +38,7 @@ impl Authorities {
     /// Certificates of all authorities, PEM; the one that signs comes first.
     pub(crate) fn bundle(&self) -> String {
         let next = self.next.as_ref().map(|next| next.certificate_pem());
-        let all = [Some(self.signer.certificate_pem()), next, self.former.as_deref()];
+        let all = [Some(self.signer.certificate_pem()), next, self.previous.as_deref()];
         // PEM files of others may lack the last line's end.
         all.into_iter().flatten().map(|pem| format!("{}\n", pem.trim_end())).collect()
     }
@@ -108,13 +108,13 @@ pub(crate) async fn open(
 ) -> Result<Authorities, CoordinatorError> {
     if let Some((certificate, key)) = own {
         let signer = Arc::new(Authority::load(cell, certificate, key)?);
-        return Ok(Authorities { signer, next: None, former: None, revision: None });
+        return Ok(Authorities { signer, next: None, previous: None, revision: None });
     }
     if let Some(entry) = store.get(keys::AUTHORITY).await? {
         return stored(store, cell, &entry, vault).await;
     }
     let signer = Arc::new(Authority::generate(cell)?);
-    let made = Authorities { signer, next: None, former: None, revision: None };
+    let made = Authorities { signer, next: None, previous: None, revision: None };
     let record = AuthorityRecord::seal(&made, vault)?;
     let write = Transaction::new().expect_absent(keys::AUTHORITY).put_json(keys::AUTHORITY, &record);
     let revision = Some(store.commit(write).await?);
@@ -159,9 +159,9 @@ struct AuthorityRecord {
     sealed_key: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     next: Option<SealedAuthority>,
-    /// Certificate of the former authority. Its key is not kept.
+    /// Certificate of the previous authority. Its key is not kept.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    former_pem: Option<String>,
+    previous_pem: Option<String>,
 }
 
 #[derive(serde::Serialize, serde::Deserialize)]
@@ -181,8 +181,8 @@ impl AuthorityRecord {
     fn seal(authorities: &Authorities, vault: &Vault) -> Result<Self, CoordinatorError> {
         let SealedAuthority { certificate_pem, sealed_key } = SealedAuthority::seal(&authorities.signer, vault)?;
         let next = authorities.next.as_ref().map(|next| SealedAuthority::seal(next, vault)).transpose()?;
-        let former_pem = authorities.former.clone();
-        Ok(Self { certificate_pem, key_pem: None, sealed_key: Some(sealed_key), next, former_pem })
+        let previous_pem = authorities.previous.clone();
+        Ok(Self { certificate_pem, key_pem: None, sealed_key: Some(sealed_key), next, previous_pem })
     }
 
     fn open(&self, cell: &str, revision: u64, vault: &Vault) -> Result<Authorities, CoordinatorError> {
@@ -201,7 +201,7 @@ impl AuthorityRecord {
         Ok(Authorities {
             signer: Arc::new(Authority::from_pem(cell, &self.certificate_pem, &key_pem)?),
             next: next.transpose()?,
-            former: self.former_pem.clone(),
+            previous: self.previous_pem.clone(),
             revision: Some(revision),
         })
     }
@@ -240,7 +240,7 @@ mod tests {
             key_pem: Some(old.key_pem()),
             sealed_key: None,
             next: None,
-            former_pem: None,
+            previous_pem: None,
         };
         store.commit(Transaction::new().put_json(keys::AUTHORITY, &record)).await.unwrap();
         let vault = Vault::open(None, directory.path()).unwrap();

@@ -45,7 +45,7 @@ impl OwnIdentity {
         Arc::clone(&self.identity)
     }
 
-    /// Issues both anew after each change of the authorities, and closes connections whose authority is trusted no
+    /// Issues both again after each change of the authorities, and closes connections whose authority is trusted no
     /// longer; until `shutdown`. An operator's certificate that could not be written is written later.
     pub(crate) async fn follow(
         self,

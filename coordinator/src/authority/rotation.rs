@@ -41,22 +41,22 @@ impl Authorities {
     pub(crate) fn rotate(&self, next: Authority) -> Result<Self, RotationError> {
         match self {
             _ if self.is_external() => Err(RotationError::External),
-            Self { next: None, former: None, .. } => Ok(Self { next: Some(Arc::new(next)), ..self.clone() }),
+            Self { next: None, previous: None, .. } => Ok(Self { next: Some(Arc::new(next)), ..self.clone() }),
             _ => Err(RotationError::UnderWay),
         }
     }
 
-    /// With the next authority as the one that signs. The key of the former one is forgotten.
+    /// With the next authority as the one that signs. The key of the previous one is forgotten.
     pub(crate) fn activate(&self) -> Result<Self, RotationError> {
         let next = self.next.as_ref().ok_or(RotationError::NoNext)?;
-        let former = Some(self.signer.certificate_pem().to_owned());
-        Ok(Self { signer: Arc::clone(next), next: None, former, revision: self.revision })
+        let previous = Some(self.signer.certificate_pem().to_owned());
+        Ok(Self { signer: Arc::clone(next), next: None, previous, revision: self.revision })
     }
 
     /// Without the authority that does not sign.
     pub(crate) fn retire(&self) -> Result<Self, RotationError> {
         self.beside_signer().ok_or(RotationError::NothingToRetire)?;
-        Ok(Self { next: None, former: None, ..self.clone() })
+        Ok(Self { next: None, previous: None, ..self.clone() })
     }
 
     /// The authority that is trusted and does not sign.
@@ -138,7 +138,7 @@ mod tests {
     #[tokio::test]
     async fn a_next_authority_that_was_not_activated_can_be_dropped() {
         let signer = Arc::new(next());
-        let authorities = Authorities { signer: Arc::clone(&signer), next: None, former: None, revision: Some(1) };
+        let authorities = Authorities { signer: Arc::clone(&signer), next: None, previous: None, revision: Some(1) };
         let retired = authorities.rotate(next()).unwrap().retire().unwrap();
         assert_eq!((retired.signer.pin(), retired.trusted().len()), (signer.pin(), 1));
         let external = Authorities { revision: None, ..authorities };
