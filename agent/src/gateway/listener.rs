@@ -37,6 +37,8 @@ use super::{
 pub(super) const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
 /// Those that still wait for a replica after this time are answered, so that their clients can ask another node.
 const WAIT_TIMEOUT: Duration = Duration::from_secs(10);
+/// A connection that is new when the agent stops has this long for its first request.
+const FIRST_REQUEST_TIMEOUT: Duration = Duration::from_secs(1);
 /// A connection that is closed for doing nothing gets this long for its protocol's farewell.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 /// A silent HTTP/2 client is pinged after this time, and gone if it does not answer within as much.
@@ -191,6 +193,13 @@ impl Listener {
                 || (reason == Some(CloseReason::Shed) && !state.has_requested())
             {
                 // A farewell would be lost on a client that has not begun.
+                return;
+            }
+            // A client that has just connected is about to send its request, which hyper would cut off.
+            if reason.is_none()
+                && !state.has_requested()
+                && tokio::time::timeout(FIRST_REQUEST_TIMEOUT, serving.as_mut()).await.is_ok()
+            {
                 return;
             }
             serving.as_mut().graceful_shutdown();

@@ -47,3 +47,22 @@ async fn a_request_that_still_waits_when_its_gateway_stops_is_told_to_try_again(
     assert!(answer.starts_with("HTTP/1.1 503") && answer.contains("retry-after: 1"), "{answer}");
     assert!(begun.elapsed() <= 11 * SECOND, "{:?}", begun.elapsed());
 }
+
+#[tokio::test]
+async fn a_client_that_connected_just_before_its_gateway_stops_is_answered() {
+    let (address, say) = replica().await;
+    let node = Node::start("edge").await;
+    node.path.apply_routes(routes("edge", 60 * SECOND, &[], 1));
+    node.has(address, false);
+    let mut connection = TcpStream::connect(node.ingress).await.unwrap();
+    // The gateway has accepted the connection, and nothing has come by it.
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    drop(node.stopping);
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let request = format!("GET /v1/models/m HTTP/1.1\r\nhost: {HOST}\r\n\r\n");
+    connection.write_all(request.as_bytes()).await.unwrap();
+    say.send("HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok").unwrap();
+    let mut client = Client(connection, String::new());
+    let answer = client.read("ok\u{0}").await;
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer:?}");
+}
