@@ -77,21 +77,23 @@ pub struct Membership {
     directory: PathBuf,
     identity: Arc<LiveIdentity>,
     coordinators: Arc<Coordinators>,
-    /// Open connections, and the data path that opens new ones.
-    affected: Option<(Arc<Revocations>, Arc<DataPath>)>,
+    /// Closes open connections.
+    revocations: Arc<Revocations>,
+    /// Opens new connections to other nodes.
+    data_path: Arc<DataPath>,
 }
 
 impl Membership {
-    /// Of a node that has joined.
-    pub fn new(config: &Config, identity: Arc<LiveIdentity>, coordinators: Arc<Coordinators>) -> Self {
-        Self { directory: directory(config), identity, coordinators, affected: None }
-    }
-
-    /// After a change, new requests to other nodes use new connections, and old connections end.
-    #[must_use]
-    pub fn affects(mut self, revocations: Arc<Revocations>, data_path: Arc<DataPath>) -> Self {
-        self.affected = Some((revocations, data_path));
-        self
+    /// Of a node that has joined. After a change, new requests to other nodes use new connections, and old connections
+    /// end.
+    pub fn new(
+        config: &Config,
+        identity: Arc<LiveIdentity>,
+        coordinators: Arc<Coordinators>,
+        revocations: Arc<Revocations>,
+        data_path: Arc<DataPath>,
+    ) -> Self {
+        Self { directory: directory(config), identity, coordinators, revocations, data_path }
     }
 
     /// Renews the certificate after two thirds of its life, and when another authority signs; until `stopping`.
@@ -162,9 +164,8 @@ impl Membership {
     fn take_into_use(&self, credentials: &Credentials) -> Result<(), IdentityError> {
         credentials.save(&self.directory)?;
         self.identity.replace(credentials)?;
-        let Some((revocations, data_path)) = &self.affected else { return Ok(()) };
-        data_path.refresh_peer_connections();
-        let (identity, revocations) = (Arc::clone(&self.identity), Arc::clone(revocations));
+        self.data_path.refresh_peer_connections();
+        let (identity, revocations) = (Arc::clone(&self.identity), Arc::clone(&self.revocations));
         tokio::spawn(async move {
             tokio::time::sleep(CLOSE_UNTRUSTED_AFTER).await;
             revocations.close_untrusted(&identity.trusted());

@@ -176,8 +176,13 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), Agen
     tokio::spawn(care_for_logs(Arc::clone(&reconciler), stopping.clone()));
     let (trust_bundles, told_bundles) = watch::channel(None);
     if let Some(identity) = &identity {
-        let membership = Membership::new(&config, Arc::clone(identity), Arc::clone(&coordinators));
-        let membership = membership.affects(Arc::clone(&revocations), Arc::clone(&data_path));
+        let membership = Membership::new(
+            &config,
+            Arc::clone(identity),
+            Arc::clone(&coordinators),
+            Arc::clone(&revocations),
+            Arc::clone(&data_path),
+        );
         tokio::spawn(membership.run(told_bundles, stopping.clone()));
     }
     let peers_served = serve_peers(&data_path, identity.as_ref(), &revocations, peers, refusals, models, &stopping)?;
