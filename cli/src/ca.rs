@@ -19,7 +19,8 @@ pub enum Command {
         #[arg(long)]
         pem: bool,
     },
-    /// Make the next authority, which is trusted in addition to the one that signs. Once all trust it, run it with --activate.
+    /// Make the next authority, which is trusted in addition to the one that signs. Once all trust it, run this with
+    /// --activate.
     Rotate {
         /// Let the next authority sign. Nodes renew their certificates at once.
         #[arg(long)]

@@ -1,7 +1,7 @@
 //! The certificate authorities of the cell in its store.
 //!
-//! One authority signs. During a rotation members trust a second one in addition to it: first the next, which does not sign yet,
-//! then the previous one, which does not sign any longer. See `docs/security.md`.
+//! One authority signs. During a rotation members trust a second one in addition to it: first the next, which does not
+//! sign yet, then the previous one, which does not sign any longer. See `docs/security.md`.
 
 mod own;
 mod rotation;

@@ -37,7 +37,7 @@ pub struct NodeState {
     pub events: VecDeque<Event>,
     /// Models on its disk, as it said last.
     pub cached: fleet::CacheReport,
-    /// And what shall become of them.
+    /// And what is to be done with them.
     pub shelf: Shelf,
     /// True once its agent has told, in this coordinator's life, what runs there.
     pub heard: bool,

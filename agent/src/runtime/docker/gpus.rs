@@ -1,8 +1,8 @@
 //! Whether a container can still use its GPUs.
 //!
-//! A container loses its GPUs while it runs if its device control group is written anew without them. That is known of
+//! A container loses its GPUs while it runs if its device control group is written again without them. That is known of
 //! engines with systemd's cgroup driver: after `systemctl daemon-reload`, the driver's tools in the container print
-//! "Failed to initialize NVML: Unknown Error". Processes that have the devices open go on until they open them again.
+//! "Failed to initialize NVML: Unknown Error". Processes that have the devices open continue until they open them again.
 
 use std::collections::BTreeMap;
 
